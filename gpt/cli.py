@@ -1,0 +1,100 @@
+"""The command line, the same in every script: flags, exit codes, how errors are shown."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from gpt.console import LOG_LEVELS, close_output, get_level, print_error
+from gpt.errors import ConfigError, GptError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse where dashes and underscores are the same inside a long flag, as are unambiguous prefixes of it."""
+
+    def __init__(self, **kwargs: object):
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        args = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(self._normalise(args), namespace)
+
+    def _normalise(self, args: Sequence[str]) -> list[str]:
+        spelled = {name.replace("_", "-"): name for name in self._option_string_actions if name.startswith("--")}
+        result: list[str] = []
+        for position, arg in enumerate(args):
+            if arg == "--":
+                return result + list(args[position:])
+            if not arg.startswith("--"):
+                result.append(arg)
+                continue
+            flag, equals, value = arg.partition("=")
+            flag = flag.replace("_", "-")
+            matches = [flag] if flag in spelled else [name for name in spelled if name.startswith(flag)]
+            result.append(spelled[matches[0]] + equals + value if len(matches) == 1 else arg)
+        return result
+
+
+def add_log_level(parser: argparse.ArgumentParser, default: str = "info") -> None:
+    parser.add_argument(
+        "--log_level", choices=LOG_LEVELS, default=default, help="how much is told; debug adds tracebacks to errors"
+    )
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {value}, allowed: an integer of at least 1")
+    return value
+
+
+def run_main(body: Callable[[], int | None]) -> int:
+    """Runs a script's body and turns whatever ends it into one message and an exit code."""
+    try:
+        code = body() or 0
+        return close_output() or code
+    except GptError as error:
+        return _fail(error, error.exit_code)
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`... | head`): nothing is wrong, and nothing can be printed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError as error:
+        return _fail(GptError("out of memory", hint="a smaller batch, model or --processes needs less"), 1, error)
+    except OSError as error:
+        return _fail(_explain_os_error(error), 1, error)
+    except Exception as error:
+        message = GptError(
+            f"unexpected {type(error).__name__}: {error}", hint="run again with --log_level debug for the traceback"
+        )
+        return _fail(message, 1, error)
+
+
+def _fail(error: GptError, code: int, cause: BaseException | None = None) -> int:
+    print_error(str(error))
+    if get_level() == "debug":
+        import traceback
+
+        traceback.print_exception(cause or error)
+    return code
+
+
+def _explain_os_error(error: OSError) -> GptError:
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return GptError(f"no space left on the device{where}", hint="free space or choose another output folder")
+    return GptError(f"{error.strerror or error}{where}")
+
+
+def reject_unsupported(problems: Sequence[str]) -> None:
+    """Raises ConfigError listing every flag of the command line that cannot be honoured, with its reason."""
+    if problems:
+        raise ConfigError("these options cannot be used together or not yet", found=list(problems))

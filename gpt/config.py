@@ -1,0 +1,386 @@
+"""What a model is and how an engine was built: two frozen records, checked, saved beside what they describe.
+
+Letters used all over the package: B batch, S tokens of this step, T tokens so far, N packed tokens, E hidden size, H query
+heads, G key/value heads, D head size, F MLP inner size, V vocabulary, L layers, R ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gpt.dtypes import ITEMSIZE, canonical_dtype
+from gpt.errors import ConfigError, GptError, Problems
+
+ENGINE_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Activation:
+    """`function` is one of gelu_erf, gelu_tanh, quick_gelu, relu, squared_relu, silu, tanh, sigmoid; a gated MLP computes
+    proj(function(fc(x)) * gate(x))."""
+
+    function: str
+    gated: bool = False
+
+
+# Every spelling that HF, FasterTransformer and NeMo write, with the meaning of the tool it comes from (plain `gelu` is HF's erf).
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": Activation("gelu_erf"),
+    "gelu_python": Activation("gelu_erf"),
+    "gelu_erf": Activation("gelu_erf"),
+    "gelu_new": Activation("gelu_tanh"),
+    "gelu_fast": Activation("gelu_tanh"),
+    "gelu_accurate": Activation("gelu_tanh"),
+    "gelu_pytorch_tanh": Activation("gelu_tanh"),
+    "gelu_python_tanh": Activation("gelu_tanh"),
+    "gelu_tanh": Activation("gelu_tanh"),
+    "quick_gelu": Activation("quick_gelu"),
+    "relu": Activation("relu"),
+    "relu2": Activation("squared_relu"),
+    "squared-relu": Activation("squared_relu"),
+    "squared_relu": Activation("squared_relu"),
+    "silu": Activation("silu"),
+    "swish": Activation("silu"),
+    "tanh": Activation("tanh"),
+    "sigmoid": Activation("sigmoid"),
+    "swiglu": Activation("silu", gated=True),
+    "fast-swiglu": Activation("silu", gated=True),
+    "geglu": Activation("gelu_tanh", gated=True),
+    "fast-geglu": Activation("gelu_tanh", gated=True),
+    "reglu": Activation("relu", gated=True),
+    "fast-reglu": Activation("relu", gated=True),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture, independent of where the weights came from, their dtype and the number of ranks."""
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_head: int
+    n_layer: int
+    n_kv_head: int
+    inter_size: int
+    hidden_act: str = "gelu"
+    bias: bool = True
+    layer_norm_epsilon: float = 1e-5
+    rotary_pct: float = 0.0
+    rotary_base: float = 10000.0
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tied_head: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        for name in ("vocab_size", "n_positions", "n_embd", "n_head", "n_layer", "n_kv_head", "inter_size"):
+            value = getattr(self, name)
+            if not 1 <= value < 2**31:
+                problems.add(f"{name}: found {value}, allowed: 1 to {2**31 - 1}")
+        if not problems:
+            if self.n_embd % self.n_head:
+                problems.add(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+            if self.n_head % self.n_kv_head:
+                problems.add(f"n_head {self.n_head} is not divisible by the number of key/value heads {self.n_kv_head}")
+            if not 0.0 <= self.rotary_pct <= 1.0:
+                problems.add(f"rotary_pct: found {self.rotary_pct}, allowed: 0 to 1")
+            elif self.rotary_dim % 2:
+                problems.add(f"rotary_pct {self.rotary_pct} of a head of {self.head_size} rotates {self.rotary_dim} values, an odd number")
+            elif self.rotary_pct > 0 and self.rotary_dim == 0:
+                problems.add(f"rotary_pct {self.rotary_pct} of a head of {self.head_size} rotates nothing")
+        if not 0.0 < self.layer_norm_epsilon < 1.0:
+            problems.add(f"layer_norm_epsilon: found {self.layer_norm_epsilon}, allowed: above 0, below 1")
+        if self.hidden_act not in ACTIVATIONS:
+            problems.add(f"hidden_act: found {self.hidden_act!r}, allowed: {', '.join(ACTIVATIONS)}")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                problems.add(f"{name}: found {value}, allowed: 0 or more")
+        problems.raise_if_any(ConfigError, "the model configuration is not valid")
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def qkv_size(self) -> int:
+        """Width of the fused projection, (H + 2G) * D."""
+        return (self.n_head + 2 * self.n_kv_head) * self.head_size
+
+    @property
+    def multi_query(self) -> bool:
+        return self.n_kv_head == 1 and self.n_head > 1
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_size * self.rotary_pct)
+
+    @property
+    def learned_positions(self) -> bool:
+        return self.rotary_pct == 0.0
+
+    @property
+    def activation(self) -> Activation:
+        return ACTIVATIONS[self.hidden_act]
+
+    def attention_scale(self, layer: int) -> float:
+        """The factor of the scores: 1/sqrt(D), or 1, over layer + 1 where HF's scale_attn_by_inverse_layer_idx is set."""
+        scale = self.head_size**-0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+    def padded_vocab_size(self, world_size: int = 1) -> int:
+        """V rounded up to a multiple of lcm(8, R): what the head really multiplies; the padding is never chosen."""
+        step = math.lcm(8, world_size)
+        return -(-self.vocab_size // step) * step
+
+    def to_ini(self) -> dict[str, str]:
+        """The keys of config.ini's [gpt] section that `from_ini` reads back."""
+        values: dict[str, object] = {
+            "n_embd": self.n_embd,
+            "n_head": self.n_head,
+            "n_layer": self.n_layer,
+            "n_positions": self.n_positions,
+            "vocab_size": self.vocab_size,
+            "activation_function": self.hidden_act,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+            "intermediate_size": self.inter_size,
+            "rotary_pct": self.rotary_pct,
+            "rotary_base": self.rotary_base,
+            "bias": self.bias,
+            "multi_query_mode": self.multi_query,
+            "num_kv_heads": self.n_kv_head,
+            "scale_attn_weights": self.scale_attn_weights,
+            "scale_attn_by_inverse_layer_idx": self.scale_attn_by_inverse_layer_idx,
+            "tie_word_embeddings": self.tied_head,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+        }
+        return {key: str(value) for key, value in values.items()}
+
+    @classmethod
+    def from_ini(cls, section: Mapping[str, str], *, tied_head: bool | None = None) -> ModelConfig:
+        """Reads config.ini's [gpt] section in the spelling of the converters here or of FasterTransformer.
+
+        `tied_head`: whether the folder lacks a head of its own (a reader that finds no lm_head uses the embedding).
+        Raises ConfigError naming every missing or unreadable key.
+        """
+        problems = Problems()
+
+        def read(names: tuple[str, ...], kind: type, default: Any = dataclasses.MISSING) -> Any:
+            for name in names:
+                text = section.get(name, "None").strip()
+                if text == "None":
+                    continue
+                try:
+                    return _parse(text, kind)
+                except ValueError:
+                    problems.add(f"{name}: found {text!r}, allowed: {kind.__name__}")
+                    return None
+            if default is dataclasses.MISSING:
+                problems.add(f"{' or '.join(names)}: missing")
+                return None
+            return default
+
+        n_head = read(("n_head", "head_num"), int)
+        if "n_embd" not in section and "size_per_head" in section:
+            size_per_head = read(("size_per_head",), int)
+            n_embd = n_head * size_per_head if n_head and size_per_head else None
+        else:
+            n_embd = read(("n_embd",), int)
+        multi_query = read(("multi_query_mode", "multi_query"), bool, False)
+        kv_default = 1 if multi_query else n_head
+        tied = read(("tie_word_embeddings",), bool, True)
+        values = {
+            "vocab_size": read(("vocab_size",), int),
+            "n_positions": read(("n_positions", "max_pos_seq_len"), int),
+            "n_embd": n_embd,
+            "n_head": n_head,
+            "n_layer": read(("n_layer", "num_layer"), int),
+            "n_kv_head": read(("num_kv_heads",), int, kv_default),
+            "inter_size": read(("intermediate_size", "n_inner", "inter_size"), int, 4 * (n_embd or 0)),
+            "hidden_act": read(("activation_function",), str, "gelu_new" if "head_num" in section else dataclasses.MISSING),
+            "bias": read(("bias",), bool, True),
+            "layer_norm_epsilon": read(("layer_norm_epsilon", "layernorm_eps"), float, 1e-5),
+            "rotary_pct": read(("rotary_pct",), float, 0.0),
+            "rotary_base": read(("rotary_base",), float, 10000.0),
+            "scale_attn_weights": read(("scale_attn_weights",), bool, True),
+            "scale_attn_by_inverse_layer_idx": read(("scale_attn_by_inverse_layer_idx",), bool, False),
+            "tied_head": tied if tied_head is None else tied_head,
+            "bos_token_id": read(("bos_token_id", "start_id"), int, None),
+            "eos_token_id": read(("eos_token_id", "end_id"), int, None),
+            "pad_token_id": read(("pad_token_id",), int, None),
+        }
+        problems.raise_if_any(ConfigError, "config.ini does not describe a model")
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ModelConfig:
+        return cls(**_known_fields(cls, values))
+
+
+def _parse(text: str, kind: type) -> Any:
+    if kind is bool:
+        lowered = text.lower()
+        if lowered in ("true", "1", "yes"):
+            return True
+        if lowered in ("false", "0", "no"):
+            return False
+        raise ValueError(text)
+    return kind(text)
+
+
+def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks a saved record's keys; raises ConfigError for unknown or missing ones."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    problems = Problems()
+    for name in values:
+        if name not in fields:
+            problems.add(f"{name}: unknown key")
+    for name, field in fields.items():
+        no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if no_default and name not in values:
+            problems.add(f"{name}: missing")
+    problems.raise_if_any(ConfigError, f"this is no saved {cls.__name__}")
+    return dict(values)
+
+
+# builder_config of the original; what is not said by ModelConfig and BuildConfig is fixed here.
+_PLUGINS_ABSENT = (
+    "bert_attention_plugin",
+    "identity_plugin",
+    "smooth_quant_gemm_plugin",
+    "layernorm_quantization_plugin",
+    "attention_qk_half_accumulation",
+    "weight_only_quant_matmul_plugin",
+    "nccl_plugin",
+    "quantize_per_token_plugin",
+    "quantize_tensor_plugin",
+    "in_flight_batching",
+)
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """How an engine is built: the options of build.py after defaults and the checkpoint have been taken in.
+
+    A plugin field holds a dtype name, or None where the plugin is off.  `context_fmha` is 0 off, 1 half-precision
+    accumulation, 2 fp32 accumulation.  `seed` is set for random weights only.
+    """
+
+    dtype: str = "float16"
+    backend: str = "torch"
+    targets: tuple[str, ...] = ()
+    world_size: int = 1
+    max_batch_size: int = 256
+    max_input_len: int = 200
+    max_output_len: int = 200
+    max_beam_width: int = 1
+    gpt_attention_plugin: str | None = None
+    gemm_plugin: str | None = None
+    layernorm_plugin: str | None = None
+    lookup_plugin: str | None = None
+    context_fmha: int = 0
+    remove_input_padding: bool = False
+    builder_opt: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        canonical_dtype(self.dtype)
+        problems = Problems()
+        for name in ("world_size", "max_batch_size", "max_input_len", "max_output_len", "max_beam_width"):
+            value = getattr(self, name)
+            if not 1 <= value < 2**31:
+                problems.add(f"{name}: found {value}, allowed: 1 to {2**31 - 1}")
+        problems.raise_if_any(ConfigError, "the build configuration is not valid")
+
+    @property
+    def max_seq_len(self) -> int:
+        """Slots of the cache per sequence: prompt and new tokens together."""
+        return self.max_input_len + self.max_output_len
+
+    def kv_cache_bytes(self, model: ModelConfig, batch_size: int, num_slots: int) -> int:
+        """Bytes of one rank's cache, [L, 2, B, G/R, T, D] in the engine's dtype."""
+        heads = max(1, model.n_kv_head // self.world_size)
+        return 2 * model.n_layer * batch_size * heads * num_slots * model.head_size * ITEMSIZE[self.dtype]
+
+    def builder_config(self, model: ModelConfig) -> dict[str, Any]:
+        """The `builder_config` object of the original's config.json (global sizes, not per rank)."""
+        return {
+            "name": "gpt",
+            "precision": self.dtype,
+            "tensor_parallel": self.world_size,
+            "parallel_build": False,
+            "num_layers": model.n_layer,
+            "num_heads": model.n_head,
+            "num_kv_heads": model.n_kv_head,
+            "hidden_size": model.n_embd,
+            "vocab_size": model.vocab_size,
+            "hidden_act": model.hidden_act,
+            "max_position_embeddings": model.n_positions,
+            "multi_query_mode": model.multi_query,
+            "max_batch_size": self.max_batch_size,
+            "max_input_len": self.max_input_len,
+            "max_output_len": self.max_output_len,
+            "max_beam_width": self.max_beam_width,
+            "apply_query_key_layer_scaling": False,
+            "paged_kv_cache": False,
+            "tokens_per_block": 64,
+            "use_prompt_tuning": False,
+            "use_parallel_embedding": False,
+            "use_refit": False,
+            "int8": False,
+            "fp8": False,
+            "quant_mode": 0,
+        }
+
+    def plugin_config(self) -> dict[str, Any]:
+        """The `plugin_config` object of the original's config.json: off is false."""
+        config: dict[str, Any] = dict.fromkeys(_PLUGINS_ABSENT, False)
+        config.update(
+            gpt_attention_plugin=self.gpt_attention_plugin or False,
+            gemm_plugin=self.gemm_plugin or False,
+            layernorm_plugin=self.layernorm_plugin or False,
+            lookup_plugin=self.lookup_plugin or False,
+            context_fmha_type=self.context_fmha,
+            remove_input_padding=self.remove_input_padding,
+            paged_kv_cache=False,
+        )
+        return config
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> BuildConfig:
+        known = _known_fields(cls, values)
+        known["targets"] = tuple(known.get("targets", ()))
+        return cls(**known)
+
+
+def check_against_positions(model: ModelConfig, build: BuildConfig) -> None:
+    """Raises ConfigError where learned positions cannot hold the longest sequence the limits allow."""
+    if model.learned_positions and build.max_seq_len > model.n_positions:
+        raise ConfigError(
+            "the limits allow sequences longer than the model has positions",
+            found=f"max_input_len {build.max_input_len} + max_output_len {build.max_output_len} = {build.max_seq_len}",
+            allowed=f"at most n_positions = {model.n_positions}",
+            hint=f"for example --max_input_len {max(1, model.n_positions - build.max_output_len)}",
+        )
+
+
+def rethrow_as(error: GptError, kind: type[GptError], what: str) -> GptError:
+    """The same details under another exit code: a bad config.ini is a bad checkpoint, not a bad command line."""
+    details = [error.what] if error.found is None else error.found
+    return kind(what, found=details, allowed=error.allowed, hint=error.hint)

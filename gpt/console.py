@@ -1,0 +1,91 @@
+"""What a person sees while a script works: log lines and progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+LOG_LEVELS = ("internal_error", "error", "warning", "info", "verbose", "debug")
+_PYTHON_LEVELS = dict(zip(LOG_LEVELS, (50, 40, 30, 20, 15, 10), strict=True))
+_LETTERS = {50: "F", 40: "E", 30: "W", 20: "I", 15: "V", 10: "D"}
+
+log = logging.getLogger("gpt")
+_state = {"level": "info"}
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        record.letter = _LETTERS.get(record.levelno, "I")
+        return super().format(record)
+
+
+def setup_logging(level: str) -> None:
+    """Sends the log of this package to stderr; `level` is one of LOG_LEVELS."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("[%(asctime)s] [gpt] [%(letter)s] %(message)s", "%m/%d/%Y-%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(_PYTHON_LEVELS[level])
+    _state["level"] = level
+
+
+def get_level() -> str:
+    return _state["level"]
+
+
+def verbose(message: str) -> None:
+    log.log(_PYTHON_LEVELS["verbose"], message)
+
+
+def print_error(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def close_output() -> int:
+    """Flushes stdout; a full disk behind a redirection shows only here."""
+    sys.stdout.flush()
+    return 0
+
+
+def print_banner(title: str, arguments: Mapping[str, object]) -> None:
+    """The argument list the original converters print: one `name: value` line each."""
+    print(f"\n=============== {title} ===============")
+    for name, value in arguments.items():
+        print(f"{name}: {value}")
+    print("=" * 40, flush=True)
+
+
+def progress(iterable: Iterable[Any] | None = None, *, total: int | None = None, what: str, unit: str = "it") -> Any:
+    """A tqdm bar on stderr; silent when stderr is no terminal or the log level is above info."""
+    from tqdm import tqdm  # the field's progress bar
+
+    quiet = not sys.stderr.isatty() or not log.isEnabledFor(logging.INFO)
+    scaled = unit == "B"
+    return tqdm(
+        iterable,
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=scaled,
+        unit_divisor=1024,
+        leave=False,
+        disable=quiet,
+        file=sys.stderr,
+    )
+
+
+def human_bytes(num_bytes: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def human_time(seconds: float) -> str:
+    """HH:MM:SS, as the original build prints its times, with the hours not wrapped at a day."""
+    whole = round(seconds)
+    return f"{whole // 3600:02d}:{whole % 3600 // 60:02d}:{whole % 60:02d}"

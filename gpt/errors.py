@@ -1,0 +1,85 @@
+"""Errors a person can act on: what is wrong, what was found, what is allowed, what to do next.
+
+Exit codes of every script: 2 wrong command line or configuration, 3 bad checkpoint or engine, 1 anything else.
+"""
+
+from __future__ import annotations
+
+
+class GptError(Exception):
+    """Base of the errors that end a script with one message.
+
+    Args:
+        what: one line, the problem itself.
+        found: what was there (a value, or one line per problem).
+        allowed: what would have been accepted.
+        hint: the next step, preferably a command or a flag.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        found: object = None,
+        allowed: object = None,
+        hint: str | None = None,
+    ):
+        super().__init__(what)
+        self.what = what
+        self.found = found
+        self.allowed = allowed
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for label, value in (("found", self.found), ("allowed", self.allowed), ("next", self.hint)):
+            if value is None:
+                continue
+            if isinstance(value, (list, tuple)):
+                lines.append(f"  {label}:")
+                lines.extend(f"    - {item}" for item in value)
+            else:
+                lines.append(f"  {label + ':':<9}{value}")
+        return "\n".join(lines)
+
+
+class ConfigError(GptError):
+    """A wrong command line, option or input given by the user."""
+
+    exit_code = 2
+
+
+class CheckpointError(GptError):
+    """A model checkpoint (Hugging Face, NeMo or FT) that cannot be used."""
+
+    exit_code = 3
+
+
+class EngineError(GptError):
+    """An engine folder that cannot be used."""
+
+    exit_code = 3
+
+
+class Problems:
+    """Collects problems so that all of them are reported at once."""
+
+    def __init__(self) -> None:
+        self.items: list[str] = []
+
+    def add(self, problem: str) -> None:
+        self.items.append(problem)
+
+    def __bool__(self) -> bool:
+        return bool(self.items)
+
+    def raise_if_any(self, error: type[GptError], what: str, *, hint: str | None = None, limit: int = 20) -> None:
+        """Raises `error` listing every problem (the first `limit` in full, the rest counted)."""
+        if not self.items:
+            return
+        shown = self.items[:limit]
+        if len(self.items) > limit:
+            shown = [*shown, f"... and {len(self.items) - limit} more"]
+        raise error(what, found=shown, hint=hint)

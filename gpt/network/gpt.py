@@ -1,0 +1,58 @@
+"""The GPT network, once: pre-layernorm decoder blocks, whatever the family.
+
+    x = wte[ids] (+ wpe[positions])
+    for each layer:  x = x + attention(ln(x));  x = x + mlp(ln(x))
+    logits = ln(last token of x) @ head.T
+
+Families differ by the ModelConfig alone: positions learned or rotary, MLP gated or not, biases or none, head tied or not, one
+key/value head or many.
+"""
+
+from __future__ import annotations
+
+from gpt.config import ModelConfig
+from gpt.mapping import Mapping
+from gpt.network.ops import Ops, X
+
+
+def forward(ops: Ops[X], model: ModelConfig, mapping: Mapping) -> X:
+    """The logits [B, V padded] of the last token of each sequence, float32, for the step that `ops` holds."""
+    x = ops.embedding("model.wte")  # [..., E]
+    if model.learned_positions:
+        x = ops.add(x, ops.position_embedding("model.wpe"))
+    x = ops.name(x, "embedding")
+    for layer in range(model.n_layer):
+        x = _block(ops, model, mapping, x, layer)
+    # The last token first: the final layernorm works row by row, so this is the same and costs one row per sequence.
+    x = ops.gather_last(x)  # [B, E]
+    x = ops.layer_norm(x, "model.final_layernorm", model.layer_norm_epsilon)
+    x = ops.name(x, "final_layernorm")
+    return ops.name(ops.logits(x, "model.wte" if model.tied_head else "model.lm_head.weight"), "logits")
+
+
+def _block(ops: Ops[X], model: ModelConfig, mapping: Mapping, x: X, layer: int) -> X:
+    prefix = f"model.layers.{layer}."
+    h = ops.layer_norm(x, prefix + "input_layernorm", model.layer_norm_epsilon)
+    qkv = ops.linear(h, prefix + "attention.query_key_value")  # [..., (H+2G)*D/R]
+    if not model.learned_positions:
+        qkv = ops.rotary(qkv, model.rotary_dim, model.rotary_base)
+    h = ops.attention(qkv, layer, model.attention_scale(layer))  # [..., H*D/R]
+    h = ops.name(h, f"layers.{layer}.attention")
+    x = ops.add(x, _row_parallel(ops, mapping, h, prefix + "attention.dense"))
+    h = ops.layer_norm(x, prefix + "post_attention_layernorm", model.layer_norm_epsilon)
+    h = ops.name(_mlp(ops, model, mapping, h, prefix + "mlp."), f"layers.{layer}.mlp")
+    return ops.name(ops.add(x, h), f"layers.{layer}")
+
+
+def _mlp(ops: Ops[X], model: ModelConfig, mapping: Mapping, h: X, prefix: str) -> X:
+    inner = ops.linear(h, prefix + "dense_h_to_4h", activation=model.activation.function)  # [..., F/R]
+    if model.activation.gated:
+        inner = ops.multiply(inner, ops.linear(h, prefix + "dense_h_to_4h.gate"))
+    return _row_parallel(ops, mapping, inner, prefix + "dense_4h_to_h")
+
+
+def _row_parallel(ops: Ops[X], mapping: Mapping, x: X, name: str) -> X:
+    """A product whose input is shared among the ranks: partial sums, their sum, then the bias once."""
+    if mapping.world_size == 1:
+        return ops.linear(x, name)
+    return ops.add_bias(ops.all_reduce(ops.linear(x, name, bias=False)), name)

@@ -1,0 +1,1 @@
+"""Stage 4: steps, cache and the decoding loop."""
