@@ -1,7 +1,7 @@
 """What a model is and how an engine was built: two frozen records, checked, saved beside what they describe.
 
-Letters used all over the package: B batch, S tokens of this step, T tokens so far, N packed tokens, E hidden size, H query
-heads, G key/value heads, D head size, F MLP inner size, V vocabulary, L layers, R ranks.
+Letters used all over the package: B batch, S tokens of this step, T tokens so far, N packed tokens, E hidden size, H
+query heads, G key/value heads, D head size, F MLP inner size, V vocabulary, L layers, R ranks.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ ENGINE_FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Activation:
-    """`function` is one of gelu_erf, gelu_tanh, quick_gelu, relu, squared_relu, silu, tanh, sigmoid; a gated MLP computes
-    proj(function(fc(x)) * gate(x))."""
+    """`function` is one of gelu_erf, gelu_tanh, quick_gelu, relu, squared_relu, silu, tanh, sigmoid; a gated MLP
+    computes proj(function(fc(x)) * gate(x))."""
 
     function: str
     gated: bool = False
 
 
-# Every spelling that HF, FasterTransformer and NeMo write, with the meaning of the tool it comes from (plain `gelu` is HF's erf).
+# Every spelling that HF, FasterTransformer and NeMo write, with the meaning of the tool it comes from (plain
+# `gelu` is HF's erf).
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": Activation("gelu_erf"),
     "gelu_python": Activation("gelu_erf"),
@@ -90,12 +91,13 @@ class ModelConfig:
                 problems.add(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
             if self.n_head % self.n_kv_head:
                 problems.add(f"n_head {self.n_head} is not divisible by the number of key/value heads {self.n_kv_head}")
+            rotated = f"rotary_pct {self.rotary_pct} of a head of {self.head_size} rotates"
             if not 0.0 <= self.rotary_pct <= 1.0:
                 problems.add(f"rotary_pct: found {self.rotary_pct}, allowed: 0 to 1")
             elif self.rotary_dim % 2:
-                problems.add(f"rotary_pct {self.rotary_pct} of a head of {self.head_size} rotates {self.rotary_dim} values, an odd number")
+                problems.add(f"{rotated} {self.rotary_dim} values, an odd number")
             elif self.rotary_pct > 0 and self.rotary_dim == 0:
-                problems.add(f"rotary_pct {self.rotary_pct} of a head of {self.head_size} rotates nothing")
+                problems.add(f"{rotated} nothing")
         if not 0.0 < self.layer_norm_epsilon < 1.0:
             problems.add(f"layer_norm_epsilon: found {self.layer_norm_epsilon}, allowed: above 0, below 1")
         if self.hidden_act not in ACTIVATIONS:
@@ -132,7 +134,7 @@ class ModelConfig:
         return ACTIVATIONS[self.hidden_act]
 
     def attention_scale(self, layer: int) -> float:
-        """The factor of the scores: 1/sqrt(D), or 1, over layer + 1 where HF's scale_attn_by_inverse_layer_idx is set."""
+        """The factor of the scores: 1/sqrt(D) or 1; over layer + 1 with HF's scale_attn_by_inverse_layer_idx."""
         scale = self.head_size**-0.5 if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
@@ -207,7 +209,9 @@ class ModelConfig:
             "n_layer": read(("n_layer", "num_layer"), int),
             "n_kv_head": read(("num_kv_heads",), int, kv_default),
             "inter_size": read(("intermediate_size", "n_inner", "inter_size"), int, 4 * (n_embd or 0)),
-            "hidden_act": read(("activation_function",), str, "gelu_new" if "head_num" in section else dataclasses.MISSING),
+            "hidden_act": read(
+                ("activation_function",), str, "gelu_new" if "head_num" in section else dataclasses.MISSING
+            ),
             "bias": read(("bias",), bool, True),
             "layer_norm_epsilon": read(("layer_norm_epsilon", "layernorm_eps"), float, 1e-5),
             "rotary_pct": read(("rotary_pct",), float, 0.0),

@@ -1,7 +1,7 @@
 """Tensor parallelism in one place: which part of which tensor a rank holds.
 
-FT layout throughout: linear weights are [in, out].  Column-parallel tensors are cut along out, row-parallel ones along in;
-the fused projection is cut by heads, with K and V repeated on every rank where there are fewer of them than ranks.
+FT layout throughout: linear weights are [in, out].  Column-parallel tensors are cut along out, row-parallel ones along
+in; the fused projection is cut by heads, with K and V repeated on every rank where there are fewer of them than ranks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Mapping:
         return (*shape[:-1], local)
 
     def shard(self, split: Split, tensor: torch.Tensor, model: ModelConfig) -> torch.Tensor:
-        """This rank's part of a whole tensor, as a view where the cut allows one; QKV parts stay in the order Q, K, V."""
+        """This rank's part of a whole tensor, a view where the cut allows one; QKV parts stay in order Q, K, V."""
         if split is Split.NONE or self.world_size == 1:
             return tensor
         if split is Split.ROW:
@@ -80,7 +80,7 @@ def _part(tensor: torch.Tensor, axis: int, num_parts: int, index: int) -> torch.
 
 
 def check_divides(model: ModelConfig, world_size: int) -> None:
-    """Raises ConfigError naming each dimension that `world_size` ranks cannot share equally, and the sizes that work."""
+    """Raises ConfigError naming each dimension that `world_size` ranks cannot share, and the sizes that work."""
     dimensions = {"n_head": model.n_head, "inter_size": model.inter_size}
     if not model.multi_query:
         dimensions["num_kv_heads"] = model.n_kv_head

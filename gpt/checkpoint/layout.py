@@ -1,8 +1,8 @@
 """THE table: every tensor of an FT checkpoint, its shape, its split rule and its files.
 
-The format is FasterTransformer's (`model.*.bin`, raw little-endian arrays in C order), as TensorRT-LLM's GPT example extended it
-with gated MLPs, multi-query attention and untied heads.  Converters, reader, validator, random weights and executors all go
-through `tensors()`; nothing else in the package knows a file name or a shape.
+The format is FasterTransformer's (`model.*.bin`, raw little-endian arrays in C order), as TensorRT-LLM's GPT example
+extended it with gated MLPs, multi-query attention and untied heads.  Converters, reader, validator, random weights and
+executors all go through `tensors()`; nothing else in the package knows a file name or a shape.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gpt.mapping import Mapping, Split
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of one model: name without `.bin`, whole shape (linear weights [in, out]), split rule, kind of values."""
+    """One tensor of one model: name without `.bin`, whole shape (linear weights [in, out]), split rule, kind."""
 
     name: str
     shape: tuple[int, ...]
@@ -24,12 +24,12 @@ class Tensor:
     kind: str  # "weight", "bias", "scale" (a layernorm's weight) or "embedding": what random weights look like
 
     def file_name(self, rank: int) -> str:
-        """`model.layers.0.mlp.dense_h_to_4h.weight.1.bin`; whole tensors have no rank in the name and are written once."""
+        """`model.layers.0.mlp.dense_h_to_4h.weight.1.bin`; whole tensors have no rank in the name, one file."""
         return f"{self.name}.bin" if self.split is Split.NONE else f"{self.name}.{rank}.bin"
 
     def file_shape(self, mapping: Mapping, model: ModelConfig) -> tuple[int, ...]:
-        """The shape behind `file_name(mapping.rank)`.  FT writes MHA projections as [E, 3, E/R]; the bytes are the same as
-        the [E, 3E/R] used here."""
+        """The shape behind `file_name(mapping.rank)`.  FT writes MHA projections as [E, 3, E/R]; the bytes are the same
+        as the [E, 3E/R] used here."""
         return mapping.local_shape(self.split, self.shape, model)
 
 

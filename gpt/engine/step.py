@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 class ContextStep:
     """Whole prompts into an empty cache.
 
-    Either padded, N = B * S with rows of S = max(lengths) and the padding on the right, or packed, N = sum(lengths).  Padding
-    tokens are computed and never looked at: a causal mask keeps them out of real rows, and the cache slots they reach are
-    overwritten by the tokens generated later.
+    Either padded, N = B * S with rows of S = max(lengths) and the padding on the right, or packed, N = sum(lengths).
+    Padding tokens are computed and never looked at: a causal mask keeps them out of real rows, and the cache slots they
+    reach are overwritten by the tokens generated later.
 
-    ids, positions: [N] int32.  lengths: the prompts' own lengths, B of them.  last: [B] int64, where in N each prompt ends.
+    ids, positions: [N] int32.  lengths: the prompts' own lengths, B of them.  last: [B] int64, where in N each prompt
+    ends.
     """
 
     ids: torch.Tensor
@@ -31,8 +32,8 @@ class ContextStep:
 class GenerationStep:
     """One new token per sequence.
 
-    ids, positions: [B] int32; a position is also the cache slot that the token's K and V go to.  max_position: the largest of
-    them, known on the host.  uniform: all positions are equal.
+    ids, positions: [B] int32; a position is also the cache slot that the token's K and V go to.  max_position: the
+    largest of them, known on the host.  uniform: all positions are equal.
     """
 
     ids: torch.Tensor

@@ -4,8 +4,8 @@
     for each layer:  x = x + attention(ln(x));  x = x + mlp(ln(x))
     logits = ln(last token of x) @ head.T
 
-Families differ by the ModelConfig alone: positions learned or rotary, MLP gated or not, biases or none, head tied or not, one
-key/value head or many.
+Families differ by the ModelConfig alone: positions learned or rotary, MLP gated or not, biases or none, head tied or
+not, one key/value head or many.
 """
 
 from __future__ import annotations

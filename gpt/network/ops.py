@@ -1,9 +1,9 @@
 """The vocabulary of operations the network is written in, at the level of one fused kernel or a few TensorRT layers.
 
-`X` is an executor's own handle: a torch tensor, or a TensorRT ITensor.  Activations are in the engine's dtype with the hidden
-size last; what stands before it (packed tokens [N, E] or padded [B, S, E]) is the executor's business, as are the step's
-inputs (token ids, positions, lengths), the cache and the weights, which are named as in `gpt.checkpoint.layout`.  A linear
-weight reaches an executor as [out, in] (see `gpt.engine.weights`).
+`X` is an executor's own handle: a torch tensor, or a TensorRT ITensor.  Activations are in the engine's dtype with the
+hidden size last; what stands before it (packed tokens [N, E] or padded [B, S, E]) is the executor's business, as are
+the step's inputs (token ids, positions, lengths), the cache and the weights, which are named as in
+`gpt.checkpoint.layout`.  A linear weight reaches an executor as [out, in] (see `gpt.engine.weights`).
 
 Every operation raises what the executor's library raises; shapes were settled when the engine was built.
 """
@@ -31,7 +31,7 @@ class Ops(Protocol[X]):
         ...
 
     def layer_norm(self, x: X, name: str, epsilon: float) -> X:
-        """(x - mean(x)) / sqrt(var(x) + epsilon) * weight + bias over the last axis, moments in float32 (Ba et al. 2016)."""
+        """(x - mean) / sqrt(var + epsilon) * weight + bias over the last axis, moments in float32 (Ba et al. 2016)."""
         ...
 
     def linear(self, x: X, name: str, *, activation: str | None = None, bias: bool = True) -> X:
@@ -44,8 +44,8 @@ class Ops(Protocol[X]):
         ...
 
     def rotary(self, qkv: X, rotary_dim: int, base: float) -> X:
-        """Rotate-half position embedding (Su et al. 2021, GPT-NeoX order) on the first `rotary_dim` values of each query and
-        key head of qkv [..., (H+2G)*D/R]; V is left as it is."""
+        """Rotate-half position embedding (Su et al. 2021, GPT-NeoX order) on the first `rotary_dim` values of each
+        query and key head of qkv [..., (H+2G)*D/R]; V is left as it is."""
         ...
 
     def attention(self, qkv: X, layer: int, scale: float) -> X:
@@ -66,7 +66,7 @@ class Ops(Protocol[X]):
         ...
 
     def logits(self, x: X, name: str) -> X:
-        """x @ head.T in the engine's dtype, widened to float32: [B, E] -> [B, V padded to lcm(8, R)], gathered over ranks."""
+        """x @ head.T in the engine's dtype, as float32: [B, E] -> [B, V padded to lcm(8, R)], over all ranks."""
         ...
 
     def name(self, x: X, name: str) -> X:

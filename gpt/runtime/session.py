@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class Session(Protocol):
     """One rank of an engine with the cache of the batch it works on.
 
-    Use: `start`, then `context` once, then `generation` per token.  Logits are [B, V] float32 on `device`, valid until the next
-    step; the padding of the vocabulary is already cut off.
+    Use: `start`, then `context` once, then `generation` per token.  Logits are [B, V] float32 on `device`, valid until
+    the next step; the padding of the vocabulary is already cut off.
     """
 
     model: ModelConfig
@@ -23,8 +23,8 @@ class Session(Protocol):
     device: torch.device
 
     def start(self, batch_size: int, max_seq_len: int) -> None:
-        """Makes room for `batch_size` sequences of at most `max_seq_len` tokens, prompt and new ones together; what an earlier
-        batch left is forgotten.  Raises ConfigError above the engine's limits."""
+        """Makes room for `batch_size` sequences of at most `max_seq_len` tokens, prompt and new ones together; what an
+        earlier batch left is forgotten.  Raises ConfigError above the engine's limits."""
         ...
 
     def context(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:

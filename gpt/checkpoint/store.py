@@ -1,0 +1,240 @@
+"""Reading a folder of FT binaries: found, checked whole, then memory-mapped tensor by tensor."""
+
+from __future__ import annotations
+
+import configparser
+import math
+import re
+import shlex
+from collections.abc import Iterator
+from collections.abc import Mapping as Section
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt.checkpoint import manifest
+from gpt.checkpoint.layout import Tensor, tensors
+from gpt.checkpoint.manifest import Manifest
+from gpt.config import ModelConfig, rethrow_as
+from gpt.dtypes import FLOAT_DTYPES, ITEMSIZE, canonical_dtype, torch_dtype
+from gpt.errors import CheckpointError, ConfigError, Problems
+from gpt.files import is_lfs_pointer
+from gpt.mapping import Mapping, check_divides
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG_NAME = "config.ini"
+HEAD_FILE = "model.lm_head.weight.bin"
+# What tokenizers and generation settings are called in model folders; whatever is there travels with the weights.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_FOLDER_NAME = re.compile(r"(\d+)-gpu")
+_RANK_FILE = re.compile(r"model\.layers\.0\.attention\.dense\.weight\.(\d+)\.bin")
+
+
+class Checkpoint:
+    """A checked folder.  `open` is the way to get one."""
+
+    def __init__(self, folder: Path, model: ModelConfig, storage_dtype: str, world_size: int, listed: Manifest | None):
+        self.folder = folder
+        self.model = model
+        self.storage_dtype = storage_dtype
+        self.world_size = world_size
+        self.manifest = listed  # None in folders that other tools wrote
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Checks everything but the values: configuration, number of ranks, presence and length of each file.
+
+        `folder` is a `<N>-gpu` folder or the parent of exactly one.  Folders of FasterTransformer's own converters are
+        read too (their key names, no manifest).  Raises CheckpointError listing every problem.
+        """
+        folder = find_folder(folder)
+        section = _read_config(folder)
+        listed = Manifest.load(folder) if (folder / manifest.FILE_NAME).is_file() else None
+        tied_head = listed.model.tied_head if listed else not (folder / HEAD_FILE).exists()
+        try:
+            model = ModelConfig.from_ini(section, tied_head=tied_head)
+            storage_dtype = _storage_dtype(section)
+            world_size = _world_size(folder, section, listed)
+            check_divides(model, world_size)
+        except ConfigError as error:
+            raise rethrow_as(error, CheckpointError, f"{error.what}: {folder / CONFIG_NAME}") from error
+        problems = Problems()
+        if listed:
+            _compare(problems, listed, model, storage_dtype)
+        _check_files(problems, folder, model, storage_dtype, world_size, listed)
+        problems.raise_if_any(CheckpointError, f"this checkpoint cannot be used: {folder}", hint=_hint(listed))
+        return cls(folder, model, storage_dtype, world_size, listed)
+
+    def read(self, tensor: Tensor, mapping: Mapping) -> torch.Tensor:
+        """This rank's part of `tensor` in FT local shape and storage dtype, memory-mapped.
+
+        Raises CheckpointError for another number of ranks than the folder's, and where the bytes are not those that the
+        manifest vouches for.
+        """
+        if mapping.world_size != self.world_size:
+            source = shlex.quote(self.manifest.source) if self.manifest else "<the original model>"
+            raise CheckpointError(
+                f"the checkpoint is cut for another number of ranks: {self.folder}",
+                found=self.world_size,
+                allowed=mapping.world_size,
+                hint=f"python hf_gpt_convert.py -i {source} -o {shlex.quote(str(self.folder.parent))} "
+                f"-tp {mapping.world_size} -t {self.storage_dtype}",
+            )
+        import torch
+
+        path = self.folder / tensor.file_name(mapping.rank)
+        shape = tensor.file_shape(mapping, self.model)
+        values = torch.from_file(str(path), size=math.prod(shape), dtype=torch_dtype(self.storage_dtype))
+        self._check_bytes(path, values)
+        return values.view(shape)
+
+    def _check_bytes(self, path: Path, values: torch.Tensor) -> None:
+        if self.manifest is None:
+            return
+        import torch
+        import xxhash
+
+        expected = self.manifest.files[path.name].xxh3_128
+        found = xxhash.xxh3_128_hexdigest(values.view(torch.uint8).numpy().data)
+        if found != expected:
+            raise CheckpointError(
+                f"the file was changed after it was written: {path}",
+                found=f"xxh3_128 {found}",
+                allowed=expected,
+                hint=_hint(self.manifest),
+            )
+
+
+def find_folder(folder: Path) -> Path:
+    """`folder` itself, or its only `<N>-gpu` child.  Raises CheckpointError with what is there instead."""
+    if not folder.is_dir():
+        raise ConfigError("no such checkpoint folder", found=folder, allowed="a folder made by a converter")
+    if (folder / CONFIG_NAME).is_file():
+        return folder
+    children = sorted(child for child in folder.iterdir() if _FOLDER_NAME.fullmatch(child.name) and child.is_dir())
+    if len(children) == 1:
+        return find_folder(children[0])
+    if children:
+        raise CheckpointError(
+            f"several checkpoints are here: {folder}",
+            found=", ".join(child.name for child in children),
+            hint=f"choose one, for example {children[0]}",
+        )
+    names = sorted(child.name for child in folder.iterdir())
+    hint = "convert the model first: python hf_gpt_convert.py -i <model folder> -o <output folder>"
+    if any(".partial-" in name for name in names):
+        hint = "a conversion was interrupted here, run it again"
+    elif "config.json" in names:
+        hint = f"this looks like a model not yet converted: python hf_gpt_convert.py -i {folder} -o <output folder>"
+    found = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "an empty folder"
+    raise CheckpointError(f"no {CONFIG_NAME} in {folder}", found=found, hint=hint)
+
+
+def _read_config(folder: Path) -> Section[str, str]:
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        return parser["gpt"]
+    except (configparser.Error, UnicodeDecodeError, KeyError) as error:
+        reason = "no section [gpt]" if isinstance(error, KeyError) else str(error).replace("\n", " ")
+        raise CheckpointError(
+            f"damaged: {folder / CONFIG_NAME}", found=reason, allowed="[gpt] and lines of key = value", hint=_hint(None)
+        ) from error
+
+
+def _storage_dtype(section: Section[str, str]) -> str:
+    return canonical_dtype(section.get("storage_dtype", section.get("weight_data_type", "float32")))
+
+
+def _world_size(folder: Path, section: Section[str, str], listed: Manifest | None) -> int:
+    """The number of ranks, on which everything that speaks of it must agree."""
+    said: dict[str, int] = {}
+    if listed:
+        said[manifest.FILE_NAME] = listed.tensor_parallelism
+    for key in ("tensor_parallelism", "tensor_para_size"):
+        if section.get(key, "").isdecimal():
+            said[f"{CONFIG_NAME}, {key}"] = int(section[key])
+    if match := _FOLDER_NAME.fullmatch(folder.resolve().name):
+        said["the folder's name"] = int(match[1])
+    ranks = {int(match[1]) for path in folder.iterdir() if (match := _RANK_FILE.fullmatch(path.name))}
+    if ranks:
+        said["the highest rank among the files"] = max(ranks) + 1
+    if not said:
+        raise ConfigError("no weights here", found=f"only {CONFIG_NAME}", allowed="model.*.bin files", hint=_hint(None))
+    if len(set(said.values())) > 1 or 0 in said.values():
+        raise ConfigError(
+            "the number of ranks is contradictory", found=[f"{who}: {count}" for who, count in said.items()]
+        )
+    return next(iter(said.values()))
+
+
+def _compare(problems: Problems, listed: Manifest, model: ModelConfig, storage_dtype: str) -> None:
+    said, ours = listed.model.to_json(), model.to_json()
+    said["storage_dtype"], ours["storage_dtype"] = listed.storage_dtype, storage_dtype
+    for name, value in ours.items():
+        if said[name] != value:
+            problems.add(f"{name}: {CONFIG_NAME} says {value}, {manifest.FILE_NAME} {said[name]}")
+
+
+def expected_files(model: ModelConfig, world_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every weight file of a checkpoint."""
+    for tensor in tensors(model):
+        written = dict.fromkeys(tensor.file_name(rank) for rank in range(world_size))
+        for name in written:
+            yield name, tensor.file_shape(Mapping(world_size, 0), model)
+
+
+def _check_files(
+    problems: Problems, folder: Path, model: ModelConfig, dtype: str, world_size: int, listed: Manifest | None
+) -> None:
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.bin")}
+    if model.n_layer > len(sizes):  # a damaged number must not become a list of billions of names
+        problems.add(f"n_layer: {CONFIG_NAME} says {model.n_layer}, there are {len(sizes)} weight files")
+        return
+    expected = dict(expected_files(model, world_size))
+    for name, shape in expected.items():
+        if problem := _file_problem(folder / name, sizes.get(name), shape, dtype):
+            problems.add(problem)
+        elif listed and name not in listed.files:
+            problems.add(f"{name}: not in {manifest.FILE_NAME}")
+        elif listed and listed.files[name].bytes != sizes[name]:
+            problems.add(f"{name}: found {sizes[name]} bytes, {manifest.FILE_NAME} says {listed.files[name].bytes}")
+    for name in listed.files if listed else ():
+        if name not in expected:
+            problems.add(f"{name}: in {manifest.FILE_NAME}, but {CONFIG_NAME} describes a model without it")
+
+
+def _file_problem(path: Path, size: int | None, shape: tuple[int, ...], dtype: str) -> str | None:
+    if size is None:
+        return f"{path.name}: missing"
+    count = math.prod(shape)
+    if size == count * ITEMSIZE[dtype]:
+        return None
+    text = f"{path.name}: found {size} bytes, expected {count * ITEMSIZE[dtype]} for {list(shape)} in {dtype}"
+    if is_lfs_pointer(path):
+        return f"{path.name}: a Git LFS pointer, not the weights (git lfs pull fetches them)"
+    fitting = [name for name in FLOAT_DTYPES if size == count * ITEMSIZE[name]]
+    if fitting:
+        text += f"; the size fits {' or '.join(fitting)}, so the dtype in {CONFIG_NAME} may be wrong"
+    return text
+
+
+def _hint(listed: Manifest | None) -> str:
+    return f"convert the model again, with --force: {listed.command}" if listed else "convert the model again"

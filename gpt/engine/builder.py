@@ -1,0 +1,160 @@
+"""Builds an engine folder: weights through the layout table into one file per rank, config.json last."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gpt
+from gpt.checkpoint.random_weights import RandomWeights
+from gpt.checkpoint.store import Checkpoint
+from gpt.config import BuildConfig, ModelConfig
+from gpt.console import human_bytes, human_time, log
+from gpt.engine.estimate import check_room, estimate
+from gpt.engine.folder import CONFIG_NAME, TOKENIZER_FOLDER, EngineFile, engine_config, engine_file_name
+from gpt.engine.tensor_file import write_tensor_file
+from gpt.engine.weights import WeightSource, engine_layout, engine_tensors
+from gpt.files import file_checksum
+from gpt.mapping import Mapping
+
+
+def build_engine(model: ModelConfig, build: BuildConfig, checkpoint: Checkpoint | None, output_dir: Path) -> Path:
+    """Builds every rank's file and the configuration; returns the path of config.json.
+
+    Everything is made in a hidden folder inside `output_dir` and moved into place at the end, config.json last; a build that
+    fails or is killed leaves an engine that was there before as it was.
+    Raises ConfigError for options the backend cannot honour, EngineError and GptError from the work itself.
+    """
+    begin = time.perf_counter()
+    source: WeightSource = checkpoint if checkpoint is not None else RandomWeights(model, build.seed or 0)
+    notes, library = _prepare_backend(model, build)
+    for note in notes:
+        log.info(note)
+    needed = estimate(model, build, Mapping(build.world_size))
+    log.info("Needed per rank: %s", needed.describe())
+    check_room(needed, output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _remove_stale(output_dir)
+    staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=".partial-"))
+    try:
+        build_id = uuid.uuid4().hex
+        files = [_build_rank(model, build, Mapping(build.world_size, r), source, build_id, staging) for r in range(build.world_size)]
+        _copy_tokenizer(checkpoint, staging)
+        config = engine_config(model, build, library, build_id, files, _describe_source(checkpoint))
+        (staging / CONFIG_NAME).write_text(config, encoding="utf-8")
+        _publish(staging, output_dir)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    seconds = time.perf_counter() - begin
+    log.info("Total time of building all %d engines: %s (%.1f s)", build.world_size, human_time(seconds), seconds)
+    return output_dir / CONFIG_NAME
+
+
+def _prepare_backend(model: ModelConfig, build: BuildConfig) -> tuple[list[str], dict[str, str]]:
+    """What the backend makes of the options, and which library it is."""
+    if build.backend == "tensorrt":
+        from gpt.engine import trt_builder
+
+        return trt_builder.check_build(model, build), trt_builder.library_info()
+    return torch_notes(build), {"name": "torch", "version": torch.__version__}
+
+
+def torch_notes(build: BuildConfig) -> list[str]:
+    """What the plugin flags select in the PyTorch executor."""
+    notes = []
+    fused = build.gpt_attention_plugin is not None or build.context_fmha > 0
+    notes.append(
+        "Attention: "
+        + (
+            "fused (scaled_dot_product_attention, float32 softmax), cache in place"
+            if fused
+            else "plain (scores and softmax in float32); --use_gpt_attention_plugin selects the fused one"
+        )
+    )
+    if build.context_fmha:
+        notes.append("Context FMHA Enabled: the fused kernels of PyTorch accumulate in float32, whichever flag asks for them")
+    if build.gemm_plugin:
+        notes.append("GEMM plugin: the products of oneDNN and MKL on a CPU, of cuBLAS on a GPU; they are used without the flag too")
+    if build.layernorm_plugin:
+        notes.append("Layernorm plugin: PyTorch's fused layer_norm; it is used without the flag too")
+    if build.lookup_plugin:
+        notes.append("Lookup plugin: PyTorch's embedding; it is used without the flag too")
+    if build.remove_input_padding:
+        notes.append("Remove Padding Enabled")
+    if build.builder_opt is not None:
+        notes.append("--builder_opt has no effect on the torch backend")
+    return notes
+
+
+def _build_rank(
+    model: ModelConfig, build: BuildConfig, mapping: Mapping, source: WeightSource, build_id: str, staging: Path
+) -> EngineFile:
+    begin = time.perf_counter()
+    name = engine_file_name(build.dtype, mapping.world_size, mapping.rank)
+    path = staging / name
+    if build.backend == "tensorrt":
+        checksum = _build_plan(model, build, mapping, source, path)
+    else:
+        stored = build.seed is None
+        checksum = write_tensor_file(
+            path,
+            build.dtype,
+            {tensor.name: tensor.shape for tensor in engine_layout(model, mapping)} if stored else {},
+            engine_tensors(model, build, mapping, source) if stored else (),
+            {"format": "pt", "tool": f"gpt {gpt.__version__}", "build_id": build_id, "rank": str(mapping.rank)},
+            f"rank {mapping.rank}",
+        )
+    size = path.stat().st_size
+    seconds = time.perf_counter() - begin
+    log.info("Engine serialized: %s, %s. Total time: %s (%.1f s)", name, human_bytes(size), human_time(seconds), seconds)
+    return EngineFile(name, size, checksum)
+
+
+def _build_plan(model: ModelConfig, build: BuildConfig, mapping: Mapping, source: WeightSource, path: Path) -> str:
+    from gpt.engine.trt_builder import build_plan
+
+    begin = time.perf_counter()
+    weights = dict(engine_tensors(model, build, mapping, source))
+    log.info("Weights loaded. Total time: %s", human_time(time.perf_counter() - begin))
+    build_plan(model, build, mapping, weights, path)
+    return file_checksum(path)
+
+
+def _copy_tokenizer(checkpoint: Checkpoint | None, staging: Path) -> None:
+    if checkpoint is None or not checkpoint.tokenizer_files:
+        log.info("No tokenizer travels with this engine: run.py needs --tokenizer or --vocab_file")
+        return
+    folder = staging / TOKENIZER_FOLDER
+    folder.mkdir()
+    for path in checkpoint.tokenizer_files:
+        shutil.copyfile(path, folder / path.name)
+
+
+def _describe_source(checkpoint: Checkpoint | None) -> dict[str, Any]:
+    return {
+        "checkpoint": str(checkpoint.folder.resolve()) if checkpoint is not None else None,
+        "command": shlex.join(sys.argv),
+        "tool": f"gpt {gpt.__version__}",
+    }
+
+
+def _publish(staging: Path, output_dir: Path) -> None:
+    """Moves a complete build into place.  Without config.json the folder counts as unfinished, so it goes first and comes last."""
+    (output_dir / CONFIG_NAME).unlink(missing_ok=True)
+    shutil.rmtree(output_dir / TOKENIZER_FOLDER, ignore_errors=True)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+        path.replace(output_dir / path.name)
+
+
+def _remove_stale(output_dir: Path) -> None:
+    """Clears what a killed build left behind."""
+    for path in output_dir.glob(".partial-*"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,84 @@
+"""What a build and the engine will need, told before the work starts."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt.config import BuildConfig, ModelConfig
+from gpt.console import human_bytes, log
+from gpt.dtypes import ITEMSIZE
+from gpt.engine.weights import engine_bytes, engine_layout
+from gpt.errors import GptError
+from gpt.mapping import Mapping
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one rank.  kv_cache is at the engine's limits; run.py allocates what a batch really needs."""
+
+    weights: int
+    engine_file: int
+    kv_cache: int
+    activations: int
+    build_peak: int
+
+    def describe(self) -> str:
+        return (
+            f"weights {human_bytes(self.weights)}, engine file {human_bytes(self.engine_file)}, KV cache at the limits "
+            f"{human_bytes(self.kv_cache)}, activations {human_bytes(self.activations)}, building {human_bytes(self.build_peak)}"
+        )
+
+
+def estimate(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> Estimate:
+    weights = engine_bytes(model, mapping, build.dtype)
+    num_tokens = build.max_batch_size * build.max_input_len
+    widest = model.n_embd * 2 + max(model.qkv_size, model.inter_size * (2 if model.activation.gated else 1)) // build.world_size
+    activations = num_tokens * widest * ITEMSIZE[build.dtype] + 4 * build.max_batch_size * model.padded_vocab_size()
+    if build.backend == "tensorrt":
+        from gpt.engine.trt_builder import estimate_build_bytes
+
+        peak, engine_file = estimate_build_bytes(weights), weights
+    else:
+        # One tensor at a time: as it is read, and as the engine wants it.
+        largest = max(math.prod(tensor.shape) for tensor in engine_layout(model, mapping))
+        peak = 0 if build.seed is not None else largest * (4 + ITEMSIZE[build.dtype])
+        engine_file = 0 if build.seed is not None else weights
+    kv_cache = build.kv_cache_bytes(model, build.max_batch_size, build.max_seq_len)
+    return Estimate(weights, engine_file, kv_cache, activations, peak)
+
+
+def check_room(needed: Estimate, output_dir: Path) -> None:
+    """Raises GptError where the engine cannot fit on the disk; warns where memory looks short."""
+    existing = output_dir
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if needed.engine_file > free:
+        raise GptError(
+            f"the engine does not fit into {output_dir}",
+            found=f"{human_bytes(free)} free",
+            allowed=f"at least {human_bytes(needed.engine_file)}",
+            hint="choose another --output_dir",
+        )
+    available = available_memory_bytes()
+    if available is not None and needed.build_peak > available:
+        log.warning("Building may need %s, %s are available", human_bytes(needed.build_peak), human_bytes(available))
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,109 @@
+"""A rank's weights in one safetensors file, written as a stream and read through the memory map.
+
+The safetensors package reads what is written here.  It does not do the writing or the reading for two reasons: its writer wants
+every tensor in memory at once, and neither side aligns tensors, while vector loads from a mapped file want 64-byte starts.  The
+format forbids holes, so alignment is reached with filler tensors named `filler.<n>`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import xxhash  # checksums at memory speed; nobody attacks a folder of weights through its checksum
+
+from gpt.console import progress
+from gpt.dtypes import ITEMSIZE, torch_dtype
+from gpt.errors import EngineError
+
+_ALIGNMENT = 64
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def write_tensor_file(
+    path: Path,
+    dtype: str,
+    shapes: dict[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: dict[str, str],
+    what: str,
+) -> str:
+    """Writes `tensors`, which must come in the order and with the shapes of `shapes`; returns the file's xxh3_128 checksum.
+
+    One tensor is in memory at a time.  `what` labels the progress bar.
+    """
+    entries: dict[str, object] = {"__metadata__": metadata}
+    fillers: dict[str, int] = {}
+    offset = 0
+    for name, shape in shapes.items():
+        num_bytes = torch.Size(shape).numel() * ITEMSIZE[dtype]
+        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
+        offset += num_bytes
+        if filler := -offset % _ALIGNMENT:
+            entries[f"filler.{len(fillers)}"] = {"dtype": "U8", "shape": [filler], "data_offsets": [offset, offset + filler]}
+            fillers[name] = filler
+            offset += filler
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-(len(header) + 8) % _ALIGNMENT)
+    digest = xxhash.xxh3_128()
+    with open(path, "wb") as file, progress(total=offset, what=what, unit="B") as bar:
+
+        def put(data: bytes | memoryview) -> None:
+            digest.update(data)
+            file.write(data)
+
+        put(len(header).to_bytes(8, "little"))
+        put(header)
+        for name, tensor in tensors:
+            if tuple(tensor.shape) != tuple(shapes[name]):
+                raise EngineError(f"{name} has the wrong shape", found=tuple(tensor.shape), allowed=shapes[name])
+            put(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            put(bytes(fillers.get(name, 0)))
+            bar.update(tensor.nbytes)
+    return digest.hexdigest()
+
+
+def map_tensor_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a file as read-only views of its memory map (CPU), and its metadata.
+
+    Nothing is copied: pages are read when a tensor is first used and shared by all processes that map the file.
+    Raises EngineError for a file that is cut short or is no such file.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+            raise _damaged(path, f"{size} bytes that do not hold their own header")
+        try:
+            entries = json.loads(file.read(header_bytes))
+            metadata = entries.pop("__metadata__", {})
+            layout = {name: _entry(entry) for name, entry in entries.items() if not name.startswith("filler.")}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(path, f"an unreadable header ({error})") from error
+    start = 8 + header_bytes
+    end = start + max((last for _, _, _, last in layout.values()), default=0)
+    if end > size:
+        raise _damaged(path, f"{size} bytes where the header promises {end}")
+    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) if layout else torch.empty(0)
+    return {
+        name: data[start + first : start + last].view(dtype).view(shape)
+        for name, (dtype, shape, first, last) in layout.items()
+    }, metadata
+
+
+def _entry(entry: dict) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """Checks one header entry; raises ValueError, KeyError or TypeError for nonsense."""
+    names = {code: name for name, code in _CODES.items()}
+    dtype = torch_dtype(names[entry["dtype"]])
+    shape = tuple(int(size) for size in entry["shape"])
+    first, last = (int(offset) for offset in entry["data_offsets"])
+    if not 0 <= first <= last or min(shape, default=0) < 0 or torch.Size(shape).numel() * dtype.itemsize != last - first:
+        raise ValueError(f"entry of shape {shape} at {first} to {last}")
+    return dtype, shape, first, last
+
+
+def _damaged(path: Path, found: str) -> EngineError:
+    return EngineError(f"{path} is damaged", found=found, hint="build the engine again with build.py")

@@ -1,0 +1,185 @@
+"""The operations of gpt.network.ops run by PyTorch, on a CPU or a GPU.  Also the oracle for every other executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping as Dict
+
+import torch
+import torch.nn.functional as F
+
+from gpt.config import ModelConfig
+from gpt.engine.linear import linear
+from gpt.engine.step import ContextStep, GenerationStep, Step
+from gpt.errors import EngineError
+from gpt.mapping import Mapping
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_erf": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "squared_relu": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+class TorchOps:
+    """Ops over packed activations [N, E], for the step in `step`.
+
+    weights: by layout name, in the engine's dtype on one device.  cache: [L, 2, B, G/R, T, D], K and V of every layer; `step` and
+    `cache` are set by the session before each run.  fused: scaled_dot_product_attention, else scores and softmax written out in
+    float32.  trace: where named intermediate results are kept, when given.
+    """
+
+    def __init__(self, model: ModelConfig, mapping: Mapping, weights: Dict[str, torch.Tensor], *, fused: bool = True):
+        self.model = model
+        self.mapping = mapping
+        self.weights = weights
+        self.num_heads = mapping.local_heads(model)
+        self.num_kv_heads = mapping.local_kv_heads(model)
+        self.attend = _fused_attention if fused else _plain_attention
+        self.trace: dict[str, torch.Tensor] | None = None
+        self.step: Step
+        self.cache: torch.Tensor
+        self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._mask: torch.Tensor | None = None
+
+    def begin(self, step: Step, cache: torch.Tensor) -> None:
+        """Takes the inputs of the next `forward`."""
+        self.step = step
+        self.cache = cache
+        self._rotary = None
+        self._mask = None
+        if isinstance(step, GenerationStep) and not step.uniform:
+            slots = torch.arange(step.max_position + 1, device=step.positions.device)
+            self._mask = (slots <= step.positions[:, None])[:, None, None, :]  # [B, 1, 1, T]
+
+    def embedding(self, table: str) -> torch.Tensor:
+        return F.embedding(self.step.ids, self.weights[table])
+
+    def position_embedding(self, table: str) -> torch.Tensor:
+        return F.embedding(self.step.positions, self.weights[table])
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a.add_(b)
+
+    def multiply(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a.mul_(b)
+
+    def layer_norm(self, x: torch.Tensor, name: str, epsilon: float) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"], epsilon)
+
+    def linear(self, x: torch.Tensor, name: str, *, activation: str | None = None, bias: bool = True) -> torch.Tensor:
+        y = linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias") if bias else None)
+        return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
+
+    def add_bias(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        bias = self.weights.get(name + ".bias")
+        return x if bias is None else x.add_(bias)
+
+    def rotary(self, qkv: torch.Tensor, rotary_dim: int, base: float) -> torch.Tensor:
+        if self._rotary is None:
+            self._rotary = rotary_tables(self.step.positions, rotary_dim, base)
+        cos, sin = (table.to(qkv.dtype)[:, None] for table in self._rotary)  # [N, 1, rotary_dim / 2]
+        num_rotated = self.num_heads + self.num_kv_heads
+        heads = qkv.view(qkv.shape[0], -1, self.model.head_size)[:, :num_rotated, :rotary_dim]
+        first, second = heads.chunk(2, dim=-1)
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        heads.copy_(rotated)
+        return qkv
+
+    def attention(self, qkv: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
+        heads = qkv.view(qkv.shape[0], -1, self.model.head_size)  # [N, H + 2G, D]
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if isinstance(self.step, ContextStep):
+            return self._context_attention(self.step, q, k, v, self.cache[layer], scale)
+        return self._generation_attention(self.step, q, k, v, self.cache[layer], scale)
+
+    def _context_attention(
+        self, step: ContextStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Prompts attend to themselves; the cache is written and not read.  q [N, H, D], k and v [N, G, D] -> [N, H*D]."""
+        if step.padded:
+            batch_size = len(step.lengths)
+            q, k, v = (t.unflatten(0, (batch_size, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, S, D]
+            num_slots = k.shape[2]
+            cache[0, :batch_size, :, :num_slots] = k
+            cache[1, :batch_size, :, :num_slots] = v
+            return self.attend(q, k, v, scale, None, causal=True).transpose(1, 2).flatten(2).flatten(0, 1)
+        outputs = []
+        parts = zip(*(t.split(step.lengths) for t in (q, k, v)), strict=True)
+        for row, (length, part) in enumerate(zip(step.lengths, parts, strict=True)):
+            q_row, k_row, v_row = (t.transpose(0, 1)[None] for t in part)  # [1, heads, P, D]
+            cache[0, row, :, :length] = k_row[0]
+            cache[1, row, :, :length] = v_row[0]
+            outputs.append(self.attend(q_row, k_row, v_row, scale, None, causal=True)[0].transpose(0, 1).flatten(1))
+        return torch.cat(outputs)
+
+    def _generation_attention(
+        self, step: GenerationStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """One token per sequence attends to its cache, itself included.  q [B, H, D], k and v [B, G, D] -> [B, H*D]."""
+        batch_size = q.shape[0]
+        if step.uniform:
+            cache[0, :batch_size, :, step.max_position] = k
+            cache[1, :batch_size, :, step.max_position] = v
+        else:
+            rows = torch.arange(batch_size, device=q.device)
+            cache[0, rows, :, step.positions] = k
+            cache[1, rows, :, step.positions] = v
+        keys, values = cache[:, :batch_size, :, : step.max_position + 1].unbind(0)  # [B, G, T, D]
+        return self.attend(q.unsqueeze(2), keys, values, scale, self._mask, causal=False).flatten(1)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        raise EngineError("this session has one rank and no communicator", hint="build with --world_size 1")
+
+    def gather_last(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.step.last] if isinstance(self.step, ContextStep) else x
+
+    def logits(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return linear(x, self.weights[name], None).float()
+
+    def name(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        if self.trace is not None:
+            self.trace[name] = x.clone()
+        return x
+
+
+def rotary_tables(positions: torch.Tensor, rotary_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position * base^(-2i/rotary_dim), each [N, rotary_dim / 2] float32, from positions [N]."""
+    steps = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = torch.outer(positions.float(), base ** (-steps / rotary_dim))
+    return angles.cos(), angles.sin()
+
+
+def _fused_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None, *, causal: bool
+) -> torch.Tensor:
+    """q [B, H, S, D], k and v [B, G, T, D], mask [B, 1, S, T] bool or None -> [B, H, S, D]."""
+    k, v = (_repeat_heads(t, q.shape[1]) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+
+
+def _plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None, *, causal: bool
+) -> torch.Tensor:
+    """The same as `_fused_attention`, written out with scores and softmax in float32."""
+    k, v = (_repeat_heads(t, q.shape[1]) for t in (k, v))
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale  # [B, H, S, T]
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, dim=-1).to(v.dtype) @ v
+
+
+def _repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[B, G, T, D] -> [B, H, T, D]: a view where one head serves all."""
+    num_kv_heads = x.shape[1]
+    if num_kv_heads == num_heads:
+        return x
+    if num_kv_heads == 1:
+        return x.expand(-1, num_heads, -1, -1)
+    return x.repeat_interleave(num_heads // num_kv_heads, dim=1)

@@ -1,0 +1,160 @@
+"""Network, profiles and targets in; a TensorRT plan in a file out."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from collections.abc import Mapping as Dict
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from gpt.config import BuildConfig, ModelConfig
+from gpt.console import progress
+from gpt.engine import trt_io
+from gpt.engine.trt_check import compute_capabilities
+from gpt.engine.trt_layers import Layers
+from gpt.engine.trt_library import error_recorder, load_for_build, logger
+from gpt.engine.trt_ops import define_network
+from gpt.errors import EngineError
+from gpt.files import whole_file
+from gpt.mapping import Mapping
+
+
+class NetworkBuild:
+    """A network with everything that has to live as long as it does: builder, recorder and the constants' memory.
+
+    `gpt.engine.trt_stand_in` executes it without the library's runtime; `write_plan` compiles it.
+    """
+
+    def __init__(
+        self, trt: Any, model: ModelConfig, build: BuildConfig, mapping: Mapping, weights: Dict[str, torch.Tensor]
+    ):
+        """weights: as `gpt.engine.weights.engine_tensors` makes them, on the CPU.  Raises EngineError for a refused layer."""
+        self.trt = trt
+        self.build = build
+        self.recorder = error_recorder(trt)
+        self.builder = trt.Builder(logger(trt))
+        self.builder.error_recorder = self.recorder
+        self.network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        self.network.error_recorder = self.recorder
+        layers = Layers(trt, self.network, self.recorder)
+        define_network(layers, model, build, mapping, weights)
+        self.side_table = layers.side_table
+        profiles = (trt_io.CONTEXT, trt_io.GENERATION)
+        self.profiles = [trt_io.profile_shapes(model, build, mapping, profile) for profile in profiles]
+
+    def write_plan(self, file: IO[bytes]) -> None:
+        """Compiles the network into `file`.
+
+        Raises EngineError with the library's messages, KeyboardInterrupt after Ctrl-C, OSError where writing fails.
+        """
+        config = self._config()
+        writer = _stream_writer(self.trt, file)
+        with progress(what="TensorRT", unit="step") as bar, _interrupts() as interrupted:
+            # The library keeps plain pointers to both: the names keep them alive.
+            monitor = _progress_monitor(self.trt, bar, interrupted)
+            config.progress_monitor = monitor
+            done = self.builder.build_serialized_network_to_stream(self.network, config, writer)
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        if writer.failure is not None:
+            raise writer.failure
+        if not done:
+            raise EngineError(
+                "TensorRT could not build the engine",
+                found=list(self.recorder.messages) or "no message",
+                hint="--log_level verbose shows all its messages; --backend torch does without it",
+            )
+
+    def _config(self) -> Any:
+        config = self.builder.create_builder_config()
+        if self.build.builder_opt is not None:
+            config.builder_optimization_level = self.build.builder_opt
+        self._set_targets(config)
+        for shapes in self.profiles:
+            profile = self.builder.create_optimization_profile()
+            for name, (smallest, optimal, largest) in shapes.items():
+                profile.set_shape(name, smallest, optimal, largest)
+            config.add_optimization_profile(profile)
+        return config
+
+    def _set_targets(self, config: Any) -> None:
+        names = compute_capabilities(self.build.targets)
+        if not names:
+            return
+        config.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
+            if not config.set_compute_capability(getattr(self.trt.ComputeCapability, name), index):
+                raise EngineError(f"TensorRT refused the target {name}", found=list(self.recorder.messages) or None)
+
+
+def build_plan(
+    model: ModelConfig, build: BuildConfig, mapping: Mapping, weights: Dict[str, torch.Tensor], path: Path
+) -> None:
+    """Builds the engine of one rank and writes its plan to `path`, which appears only when it is complete.
+
+    weights: as `gpt.engine.weights.engine_tensors` makes them.  Call `gpt.engine.trt_check.check_build` first: it explains what
+    would otherwise end here in the library's own words.  Raises what `NetworkBuild` and its `write_plan` raise.
+    """
+    network = NetworkBuild(load_for_build(build.targets), model, build, mapping, weights)
+    with whole_file(path) as file:
+        network.write_plan(file)
+
+
+def _stream_writer(trt: Any, file: IO[bytes]) -> Any:
+    """An IStreamWriter; an exception cannot pass through the library, so it waits in `failure`."""
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            super().__init__()
+            self.failure: OSError | None = None
+
+        def write(self, data: Any) -> int:
+            chunk = memoryview(data)
+            try:
+                file.write(chunk)
+            except OSError as error:
+                self.failure = error
+                return 0
+            return chunk.nbytes
+
+    return Writer()
+
+
+def _progress_monitor(trt: Any, bar: Any, interrupted: threading.Event) -> Any:
+    """An IProgressMonitor: the bar shows the innermost phase; Ctrl-C makes the next step the last."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            super().__init__()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            bar.reset(total=num_steps)
+            bar.set_description(f"TensorRT: {phase_name}")
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            bar.update()
+            return not interrupted.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            bar.refresh()
+
+    return Monitor()
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Inside, Ctrl-C only sets the event: raised inside a callback, KeyboardInterrupt would be lost in the library."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    previous = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)

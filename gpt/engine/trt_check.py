@@ -1,0 +1,122 @@
+"""What TensorRT can build, said before it tries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpt.config import BuildConfig, ModelConfig
+from gpt.engine.trt_library import TENSORRT_RTX, library_name, load_for_build
+from gpt.errors import ConfigError, Problems
+
+# Names of GPU generations as people say them, in TensorRT-RTX's compute capabilities.  Hopper is missing there: 9.0 has no engine.
+TARGETS: dict[str, tuple[str, ...]] = {
+    "turing": ("SM75",),
+    "ampere": ("SM80", "SM86"),
+    "ada": ("SM89",),
+    "blackwell": ("SM120", "SM121"),
+    **{name: (name,) for name in ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")},
+}
+DEFAULT_TARGET = "default"
+_LARGEST_DIMENSION = 2**31 - 1
+# Anchors measured with streamed plans in float16 (GPT-2 124M: 237 MB of weights, 983 MB peak; 774M: 1476 MB, 3796 MB).
+_BASE_BYTES = 450 * 2**20
+_BYTES_PER_WEIGHT_BYTE = 2.4
+
+
+def compute_capabilities(targets: tuple[str, ...]) -> list[str]:
+    """The library's names of `targets` in order, without repetitions; none for "default", the library's own choice.
+
+    Raises ConfigError for unknown names, listing those there are.
+    """
+    if targets == (DEFAULT_TARGET,):
+        return []
+    spelled = {name.lower(): names for name, names in TARGETS.items()}
+    unknown = [target for target in targets if target.lower() not in spelled]
+    if unknown:
+        raise ConfigError(
+            "unknown target",
+            found=", ".join(unknown),
+            allowed=f"{DEFAULT_TARGET} alone, or any of {', '.join(TARGETS)}",
+        )
+    return list(dict.fromkeys(name for target in targets for name in spelled[target.lower()]))
+
+
+def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
+    """What is worth saying about this build, one line each.
+
+    Raises ConfigError where TensorRT is missing, or listing everything that it could not build.
+    """
+    trt = load_for_build(build.targets)
+    problems = Problems()
+    capabilities = compute_capabilities(build.targets)
+    if build.world_size > 1:
+        problems.add(f"world_size {build.world_size}: TensorRT engines are built for one rank")
+    if "SM75" in capabilities and build.dtype != "float16":
+        problems.add(f"target SM75 (Turing) with dtype {build.dtype}: it multiplies in float16 only")
+    if build.max_batch_size * build.max_input_len > _LARGEST_DIMENSION:
+        problems.add(
+            f"max_batch_size {build.max_batch_size} * max_input_len {build.max_input_len} tokens: more than 2^31 - 1"
+        )
+    if build.builder_opt is not None and not 0 <= build.builder_opt <= 5:
+        problems.add(f"builder_opt {build.builder_opt}: allowed 0 to 5")
+    if _fused(build) and not _fused_head_size_builds(model.head_size, build.dtype):
+        problems.add(
+            f"head size {model.head_size} with fused attention in {build.dtype}: above 8 it must be a multiple of 8; "
+            "without --use_gpt_attention_plugin and --enable_context_fmha any head size works, as does --dtype float32"
+        )
+    problems.raise_if_any(
+        ConfigError, "TensorRT cannot build this engine", hint="change the above, or use --backend torch"
+    )
+    return _notes(trt, model, build)
+
+
+def estimate_build_bytes(weight_bytes: int) -> int:
+    """Peak memory of the process while it builds, weights included, from a line through two measured builds."""
+    return _BASE_BYTES + int(_BYTES_PER_WEIGHT_BYTE * weight_bytes)
+
+
+def _fused(build: BuildConfig) -> bool:
+    return build.gpt_attention_plugin is not None or build.context_fmha > 0
+
+
+def _fused_head_size_builds(head_size: int, dtype: str) -> bool:
+    """Half precision fails inside the library for these sizes, even where it may write the attention out."""
+    return dtype == "float32" or head_size % 8 == 0 or head_size < 8
+
+
+def _notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]:
+    notes = [_attention_note(model, build)]
+    if build.context_fmha:
+        notes.append(
+            "context FMHA: the fused attention layer works in both phases; TensorRT offers no choice of its accumulation type"
+        )
+    if build.gpt_attention_plugin not in (None, build.dtype):
+        notes.append(
+            f"attention plugin: asked for in {build.gpt_attention_plugin}, works in the engine's {build.dtype}"
+        )
+    plugins = {"gemm": build.gemm_plugin, "layernorm": build.layernorm_plugin, "lookup": build.lookup_plugin}
+    named = [name for name, dtype in plugins.items() if dtype is not None]
+    if named:
+        notes.append(
+            f"{', '.join(named)} plugin: TensorRT's own layers do this in {build.dtype}, there is no separate plugin"
+        )
+    if library_name(trt) == TENSORRT_RTX and _has_hopper():
+        notes.append("this machine's GPU (compute capability 9.0) cannot load TensorRT-RTX engines; other cards can")
+    return notes
+
+
+def _attention_note(model: ModelConfig, build: BuildConfig) -> str:
+    if not _fused(build):
+        return "attention: matrix products and a float32 softmax over the in-place cache; --use_gpt_attention_plugin fuses them"
+    if build.dtype == "float32" or not 16 <= model.head_size <= 256:
+        what = "float32" if build.dtype == "float32" else f"head size {model.head_size}"
+        return (
+            f"attention: IAttention over the in-place cache; TensorRT has no fused kernel for {what} and writes it out"
+        )
+    return "attention: fused IAttention over the in-place cache"
+
+
+def _has_hopper() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)

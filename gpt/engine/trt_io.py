@@ -1,0 +1,88 @@
+"""What goes into and comes out of the TensorRT network: one table for the network, its profiles and the session.
+
+The network is one for both phases; a phase is an optimization profile of it.  Letters: B sequences, S slots per sequence in this
+step (1 when generating), N packed tokens of this step, T slots of the cache, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass
+
+from gpt.config import BuildConfig, ModelConfig
+from gpt.mapping import Mapping
+
+CONTEXT, GENERATION = 0, 1  # indices of the optimization profiles
+PROFILE_NAMES = ("context", "generation")
+
+
+@dataclass(frozen=True)
+class Port:
+    """A network input or output; a dimension is a size, or the letter of one that changes from step to step."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    alias: str | None = None  # an output that lives in the memory of this input
+
+    def shape_for(self, sizes: Dict[str, int]) -> tuple[int, ...]:
+        return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
+
+    @property
+    def network_shape(self) -> tuple[int, ...]:
+        """-1 for every dimension that changes, as TensorRT writes it."""
+        return tuple(-1 if isinstance(size, str) else size for size in self.shape)
+
+
+def step_inputs(build: BuildConfig) -> list[Port]:
+    """The inputs that change from step to step, all int32.
+
+    last_token_ids: where each sequence ends, an index into S, or into N when packed.  cache_write_index: the slot of each
+    sequence's first token of this step.  padded_from_packed: for every slot of the padded form the packed token it shows (padding
+    shows some token of its own sequence).  packed_from_padded: for every packed token its place b * S + s.
+    """
+    tokens = ("N",) if build.remove_input_padding else ("B", "S")
+    ports = [
+        Port("input_ids", "int32", tokens),
+        Port("position_ids", "int32", tokens),
+        Port("last_token_ids", "int32", ("B",)),
+        Port("cache_write_index", "int32", ("B",)),
+    ]
+    if build.remove_input_padding:
+        ports += [Port("padded_from_packed", "int32", ("B", "S")), Port("packed_from_padded", "int32", ("N",))]
+    return ports
+
+
+def cache_inputs(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> list[Port]:
+    """past_key_<l> and past_value_<l> [B, G/R, T, D], in the order of the layers."""
+    shape = ("B", mapping.local_kv_heads(model), build.max_seq_len, model.head_size)
+    return [
+        Port(f"past_{kind}_{layer}", build.dtype, shape) for layer in range(model.n_layer) for kind in ("key", "value")
+    ]
+
+
+def outputs(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> list[Port]:
+    """logits [B, V padded] float32 and present_<kind>_<l>, each in the memory of its past_<kind>_<l>."""
+    logits = Port("logits", "float32", ("B", model.padded_vocab_size(mapping.world_size)))
+    caches = cache_inputs(model, build, mapping)
+    return [logits, *(Port(p.name.replace("past", "present"), p.dtype, p.shape, alias=p.name) for p in caches)]
+
+
+def profile_sizes(build: BuildConfig, profile: int) -> list[dict[str, int]]:
+    """The letters' values in a profile: smallest, the one to optimise for, largest."""
+    batch, tokens = build.max_batch_size, build.max_input_len if profile == CONTEXT else 1
+    middle_batch, middle_tokens = (batch + 1) // 2, (tokens + 1) // 2
+    return [
+        {"B": 1, "S": 1, "N": 1},
+        {"B": middle_batch, "S": middle_tokens, "N": middle_batch * middle_tokens},
+        {"B": batch, "S": tokens, "N": batch * tokens},
+    ]
+
+
+def profile_shapes(
+    model: ModelConfig, build: BuildConfig, mapping: Mapping, profile: int
+) -> dict[str, list[tuple[int, ...]]]:
+    """Per network input its smallest, optimal and largest shape in `profile`."""
+    sizes = profile_sizes(build, profile)
+    ports = step_inputs(build) + cache_inputs(model, build, mapping)
+    return {port.name: [port.shape_for(values) for values in sizes] for port in ports}

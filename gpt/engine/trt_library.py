@@ -1,0 +1,124 @@
+"""Which TensorRT there is: `tensorrt` for data-centre GPUs, or TensorRT-RTX, which also builds on machines without a GPU.
+
+No other module imports either of them.  Both have the same Python interface as far as this package uses it, so the rest takes the
+module as an argument called `trt` (typed Any: neither library comes with annotations for all of it).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from gpt.console import log, verbose
+from gpt.errors import ConfigError
+
+TENSORRT = "tensorrt"
+TENSORRT_RTX = "tensorrt_rtx"
+_MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx_bindings"}
+_INSTALL = {
+    TENSORRT: "pip install -r requirements-tensorrt.txt (needs an NVIDIA GPU)",
+    TENSORRT_RTX: "pip install -r requirements.txt",
+}
+
+
+def load(names: Sequence[str] = (TENSORRT_RTX, TENSORRT)) -> Any:
+    """The first of the libraries `names` that can be imported.
+
+    Raises ConfigError saying why none of them can, and what to install.
+    """
+    reasons = []
+    for name in names:
+        try:
+            return importlib.import_module(_MODULES[name])
+        except (ImportError, OSError) as error:  # OSError: the bindings are there, the shared libraries are not
+            reasons.append(f"{name}: {error}")
+    raise ConfigError(
+        "TensorRT is not installed",
+        found=reasons,
+        allowed=[f"{name}: {_INSTALL[name]}" for name in names],
+        hint="install one of them, or use --backend torch, which needs neither",
+    )
+
+
+def load_for_build(targets: Sequence[str]) -> Any:
+    """The library that builds for `targets`: `tensorrt` where it is installed beside a GPU, which is then the only target it
+    has; else TensorRT-RTX.  Raises ConfigError where the one that is needed is not installed."""
+    import torch
+
+    if targets or not torch.cuda.is_available():
+        return load([TENSORRT_RTX])
+    return load([TENSORRT, TENSORRT_RTX])
+
+
+def is_available() -> bool:
+    """Whether an engine can be built here at all."""
+    try:
+        load_for_build(())
+    except ConfigError:
+        return False
+    return True
+
+
+def library_name(trt: Any) -> str:
+    return next(name for name, module in _MODULES.items() if trt.__name__ == module)
+
+
+def library_info() -> dict[str, str]:
+    """Name and version of the library that builds by default; raises ConfigError where there is none."""
+    trt = load_for_build(())
+    return {"name": library_name(trt), "version": trt.__version__}
+
+
+@lru_cache(maxsize=2)
+def logger(trt: Any) -> Any:
+    """The library's log, sent into ours.  One per library and process: the library ignores any later one."""
+
+    class Log(trt.ILogger):
+        def log(self, severity: Any, message: str) -> None:
+            # Errors come through the error recorder too, and end in an exception; here they are only kept for the curious.
+            if severity in (trt.Logger.VERBOSE, trt.Logger.INFO):
+                log.debug("%s", message)
+            else:
+                verbose(f"TensorRT: {message}")
+
+    return Log()
+
+
+# What every failure without a GPU is followed by; it is the consequence of the first error and explains nothing.
+_NOISE = "CUDA driver version is insufficient"
+
+
+def error_recorder(trt: Any) -> Any:
+    """An IErrorRecorder that keeps the library's messages, in order, in its list `messages`."""
+
+    class Recorder(trt.IErrorRecorder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.messages: list[str] = []
+            self._codes: list[Any] = []
+
+        def report_error(self, code: Any, description: str) -> bool:
+            if _NOISE not in description:
+                self.messages.append(" ".join(description.split()))
+                self._codes.append(code)
+            return False
+
+        def num_errors(self) -> int:
+            return len(self.messages)
+
+        def get_error_code(self, index: int) -> Any:
+            return self._codes[index]
+
+        def get_error_desc(self, index: int) -> str:
+            return self.messages[index]
+
+        def has_overflowed(self) -> bool:
+            return False
+
+        def clear(self) -> None:
+            self.messages.clear()
+            self._codes.clear()
+
+    return Recorder()

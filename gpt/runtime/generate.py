@@ -1,0 +1,90 @@
+"""The decoding loop: prompts of token ids in, new token ids and timings out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from gpt.errors import ConfigError, GptError
+from gpt.runtime.limits import check_prompts
+from gpt.runtime.session import Session
+
+
+@dataclass
+class Generation:
+    """What one batch produced.
+
+    tokens: the new tokens of each prompt, the end token included where it was generated.  context_ms: the prompts' step with the
+    choice of the first token.  step_ms: one value per later token of the batch.
+    """
+
+    tokens: list[list[int]] = field(default_factory=list)
+    context_ms: float = 0.0
+    step_ms: list[float] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row) for row in self.tokens)
+
+    @property
+    def total_ms(self) -> float:
+        return self.context_ms + sum(self.step_ms)
+
+
+def generate(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_id: int | None,
+    on_tokens: Callable[[Sequence[int | None]], None] | None = None,
+) -> Generation:
+    """Continues each prompt greedily until `end_id` or `max_new_tokens`.
+
+    on_tokens: called after each step with one new token per prompt, None for prompts that have ended.
+    Raises ConfigError for prompts the engine cannot take, GptError where the logits are no numbers.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError("nothing to generate", found=f"{max_new_tokens} new tokens", allowed="at least 1")
+    check_prompts(session.model, session.build, prompts, max_new_tokens)
+    longest = max(len(prompt) for prompt in prompts)
+    session.start(len(prompts), longest + max_new_tokens)
+    result = Generation(tokens=[[] for _ in prompts])
+    running = [True] * len(prompts)
+    chosen = torch.empty(0)
+    begin = time.perf_counter()
+    for step in range(max_new_tokens):
+        logits = session.context(prompts) if step == 0 else session.generation(chosen)
+        chosen, values = logits.max(dim=-1)[::-1]
+        tokens = chosen.tolist()  # waits for the device
+        _check_finite(values, step)
+        new: list[int | None] = [token if alive else None for token, alive in zip(tokens, running, strict=True)]
+        for row, token in enumerate(new):
+            if token is not None:
+                result.tokens[row].append(token)
+                running[row] = token != end_id
+        now = time.perf_counter()
+        if step == 0:
+            result.context_ms = (now - begin) * 1e3
+        else:
+            result.step_ms.append((now - begin) * 1e3)
+        if on_tokens is not None:
+            on_tokens(new)
+        if not any(running):
+            break
+        begin = time.perf_counter()
+    return result
+
+
+def _check_finite(values: torch.Tensor, step: int) -> None:
+    """The largest logit of a row is NaN or infinite as soon as anything before it overflowed."""
+    if not math.isfinite(sum(values.tolist())):
+        raise GptError(
+            "the model computes values that are no numbers",
+            found=f"NaN or infinite logits for new token {step}",
+            hint="a model trained in bfloat16 overflows in float16: convert and build with --dtype bfloat16 or float32",
+        )

@@ -1,0 +1,97 @@
+"""From an engine folder to a session that runs."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from gpt.checkpoint.random_weights import RandomWeights
+from gpt.console import human_bytes, log
+from gpt.engine.folder import EngineInfo
+from gpt.engine.tensor_file import map_tensor_file
+from gpt.engine.weights import engine_layout, engine_tensors
+from gpt.errors import ConfigError, EngineError
+from gpt.mapping import Mapping
+from gpt.runtime.session import Session
+from gpt.runtime.torch_session import TorchSession
+
+
+def load_session(info: EngineInfo, device: str = "auto") -> Session:
+    """Loads the only rank of an engine on `device`: auto, cpu, cuda or cuda:N.
+
+    Raises ConfigError for a device that is not there, EngineError for an engine that cannot be loaded.
+    """
+    if info.build.world_size != 1:
+        raise EngineError(
+            "this version runs engines of one rank",
+            found=f"an engine of {info.build.world_size} ranks",
+            hint="build with --world_size 1",
+        )
+    mapping = Mapping()
+    begin = time.perf_counter()
+    session: Session
+    if info.backend == "tensorrt":
+        from gpt.runtime.trt_session import TrtSession
+
+        session = TrtSession.from_plan(info.engine_path(0), info.model, info.build, mapping, device)
+    else:
+        target = pick_device(device)
+        weights = load_torch_weights(info, mapping, target)
+        session = TorchSession(info.model, info.build, mapping, weights, target)
+    log.info("Engine loaded: %s on %s, %.2f s", info.describe(), session.device, time.perf_counter() - begin)
+    return session
+
+
+def load_torch_weights(info: EngineInfo, mapping: Mapping, device: torch.device) -> dict[str, torch.Tensor]:
+    """One rank's weights on `device`: on a CPU views of the mapped file, or made from the seed of a random-weight engine."""
+    if info.build.seed is not None:
+        source = RandomWeights(info.model, info.build.seed)
+        return {name: tensor.to(device) for name, tensor in engine_tensors(info.model, info.build, mapping, source)}
+    path = info.engine_path(mapping.rank)
+    weights, metadata = map_tensor_file(path)
+    if metadata.get("build_id") != info.build_id:
+        raise EngineError(
+            f"{path} does not belong to the config.json beside it",
+            found=f"build {metadata.get('build_id')} of the file, {info.build_id} of config.json",
+            hint="build the engine again with build.py",
+        )
+    expected = {tensor.name: tensor.shape for tensor in engine_layout(info.model, mapping)}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found != expected:
+        different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise EngineError(
+            f"{path} does not hold the tensors of its model",
+            found=[f"{name}: {found.get(name)}, expected {expected.get(name)}" for name in different[:20]],
+            hint="build the engine again with build.py",
+        )
+    if device.type == "cpu":
+        return weights
+    needed = sum(tensor.nbytes for tensor in weights.values())
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise ConfigError(
+            f"the weights do not fit on {device}",
+            found=f"{human_bytes(needed)} of weights, {human_bytes(free)} free",
+            hint="free the card, choose another --device, or use --device cpu",
+        )
+    return {name: tensor.to(device) for name, tensor in weights.items()}
+
+
+def pick_device(device: str) -> torch.device:
+    """'auto' is the first GPU where there is one.  Raises ConfigError for a device that does not exist."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ConfigError("unknown device", found=device, allowed="auto, cpu, cuda, cuda:N")
+    if chosen.type == "cuda":
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= num_gpus:
+            raise ConfigError(
+                f"there is no {device} here", found=f"{num_gpus} usable GPUs", allowed="auto, cpu, cuda:N with N below that"
+            )
+    return chosen

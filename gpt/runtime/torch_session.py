@@ -1,0 +1,100 @@
+"""A session executed by PyTorch: the default on a CPU, and the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as Dict
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+
+from gpt.config import BuildConfig, ModelConfig
+from gpt.engine.step import ContextStep, GenerationStep
+from gpt.engine.torch_executor import TorchOps
+from gpt.mapping import Mapping
+from gpt.network.gpt import forward
+from gpt.runtime.limits import check_start
+
+
+class TorchSession:
+    """See gpt.runtime.session.Session.  `ops.trace` may be set to a dict to keep named intermediate results."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        build: BuildConfig,
+        mapping: Mapping,
+        weights: Dict[str, torch.Tensor],
+        device: torch.device | str = "cpu",
+    ):
+        """weights: as `gpt.engine.weights.engine_tensors` makes them, already on `device`."""
+        self.model = model
+        self.build = build
+        self.mapping = mapping
+        self.device = torch.device(device)
+        fused = build.gpt_attention_plugin is not None or build.context_fmha > 0
+        self.ops = TorchOps(model, mapping, weights, fused=fused)
+        self._dtype = weights["model.wte"].dtype
+        self._cache = torch.empty(0)
+        self._lengths: list[int] = []
+        self._positions = torch.empty(0)
+
+    def start(self, batch_size: int, max_seq_len: int) -> None:
+        check_start(self.model, self.build, batch_size, max_seq_len)
+        heads = self.mapping.local_kv_heads(self.model)
+        shape = (self.model.n_layer, 2, batch_size, heads, max_seq_len, self.model.head_size)
+        if self._cache.shape != shape:
+            # Zeros, since a slot that is masked out still takes part in a product with weight zero.
+            self._cache = torch.zeros(shape, dtype=self._dtype, device=self.device)
+        self._lengths = []
+
+    def context(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        self._lengths = [len(prompt) for prompt in prompts]
+        packed = self.build.remove_input_padding or len(set(self._lengths)) == 1
+        step = _packed_step(prompts, self.device) if packed else _padded_step(prompts, self.device)
+        self._positions = torch.tensor(self._lengths, dtype=torch.int32, device=self.device)
+        return self._run(step)
+
+    def generation(self, ids: torch.Tensor) -> torch.Tensor:
+        longest = max(self._lengths)
+        step = GenerationStep(
+            ids=ids.to(torch.int32),
+            positions=self._positions,
+            max_position=longest,
+            uniform=min(self._lengths) == longest,
+        )
+        logits = self._run(step)
+        self._lengths = [length + 1 for length in self._lengths]
+        self._positions = self._positions + 1
+        return logits
+
+    def _run(self, step: ContextStep | GenerationStep) -> torch.Tensor:
+        with torch.inference_mode():
+            self.ops.begin(step, self._cache)
+            return forward(self.ops, self.model, self.mapping)[:, : self.model.vocab_size]
+
+
+def _packed_step(prompts: Sequence[Sequence[int]], device: torch.device) -> ContextStep:
+    lengths = tuple(len(prompt) for prompt in prompts)
+    positions = list(chain.from_iterable(range(length) for length in lengths))
+    return ContextStep(
+        ids=torch.tensor(list(chain.from_iterable(prompts)), dtype=torch.int32, device=device),
+        positions=torch.tensor(positions, dtype=torch.int32, device=device),
+        last=torch.tensor(lengths, device=device).cumsum(0) - 1,
+        lengths=lengths,
+        padded=len(set(lengths)) == 1,
+    )
+
+
+def _padded_step(prompts: Sequence[Sequence[int]], device: torch.device) -> ContextStep:
+    lengths = tuple(len(prompt) for prompt in prompts)
+    width = max(lengths)
+    rows = [list(prompt) + [0] * (width - len(prompt)) for prompt in prompts]  # any valid id: padding is never looked at
+    row_starts = torch.arange(len(prompts), device=device) * width
+    return ContextStep(
+        ids=torch.tensor(rows, dtype=torch.int32, device=device).flatten(),
+        positions=torch.arange(width, dtype=torch.int32, device=device).repeat(len(prompts)),
+        last=row_starts + torch.tensor(lengths, device=device) - 1,
+        lengths=lengths,
+        padded=True,
+    )

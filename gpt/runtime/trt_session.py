@@ -1,0 +1,237 @@
+"""A session executed by TensorRT: shapes, addresses and the cache of both phases over one execution context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as Dict
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt.config import BuildConfig, ModelConfig
+from gpt.dtypes import torch_dtype
+from gpt.engine import trt_io
+from gpt.engine.trt_layers import to_torch_dtype
+from gpt.engine.trt_library import error_recorder
+from gpt.engine.trt_runtime import load_engine
+from gpt.errors import ConfigError, EngineError, Problems
+from gpt.mapping import Mapping
+from gpt.runtime.limits import check_start
+
+
+class TrtSession:
+    """See gpt.runtime.session.Session.
+
+    The caches are allocated once per batch size, [B, G/R, T, D] with all of the engine's T slots, and are updated in place: each
+    past_* input and its present_* output share an address.  In the generation phase every input has a fixed address too, so a step
+    copies B token ids and starts the engine.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        model: ModelConfig,
+        build: BuildConfig,
+        mapping: Mapping,
+        device: torch.device | str,
+        trt: Any,
+    ):
+        """engine: an ICudaEngine, or `gpt.engine.trt_stand_in.EvaluatorEngine` with a CPU as `device`; trt: its library.
+
+        Raises EngineError where the engine is not one that `gpt.engine.trt_builder` makes for this model and build.
+        """
+        self.model = model
+        self.build = build
+        self.device = torch.device(device)
+        self._engine = engine
+        self._inputs = trt_io.step_inputs(build)
+        self._caches = trt_io.cache_inputs(model, build, mapping)
+        self._outputs = trt_io.outputs(model, build, mapping)
+        _check_engine(engine, trt, self._inputs + self._caches, self._outputs)
+        self._recorder = error_recorder(trt)
+        self._context = engine.create_execution_context()
+        if self._context is None:
+            raise EngineError("TensorRT cannot execute this engine", hint="is there enough free GPU memory?")
+        self._context.error_recorder = self._recorder
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._batch_size = 0
+        self._memory: dict[str, torch.Tensor] = {}  # caches and logits of the batch
+        self._bound: dict[str, torch.Tensor] = {}  # what the engine's step inputs point to
+        self._phase = -1
+        self._lengths: list[int] = []
+
+    @classmethod
+    def from_plan(
+        cls,
+        path: Path,
+        model: ModelConfig,
+        build: BuildConfig,
+        mapping: Mapping,
+        device: torch.device | str,
+        library: str,
+    ) -> TrtSession:
+        """Loads the plan at `path`, built by `library` (a name of gpt.engine.trt_library), on a GPU.
+
+        Raises ConfigError where the library is missing, EngineError where it cannot load the plan here, with the reason.
+        """
+        engine, trt = load_engine(path, torch.device(device), library)
+        return cls(engine, model, build, mapping, device, trt)
+
+    def start(self, batch_size: int, max_seq_len: int) -> None:
+        check_start(self.model, self.build, batch_size, max_seq_len)
+        self._lengths = []
+        self._phase = -1
+        if batch_size == self._batch_size:
+            return
+        self._batch_size = batch_size
+        self._memory = {}
+        for port in (self._outputs[0], *self._caches):
+            # Zeros, since a slot that is masked out still takes part in a product with weight zero.
+            shape = port.shape_for({"B": batch_size})
+            self._memory[port.name] = torch.zeros(shape, dtype=torch_dtype(port.dtype), device=self.device)
+
+    def context(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        self._lengths = [len(prompt) for prompt in prompts]
+        tensors = _packed_inputs(prompts) if self.build.remove_input_padding else _padded_inputs(prompts)
+        self._bind(trt_io.CONTEXT, {name: tensor.to(self.device) for name, tensor in tensors.items()})
+        return self._run()
+
+    def generation(self, ids: torch.Tensor) -> torch.Tensor:
+        if max(self._lengths) >= self.build.max_seq_len:  # the library drops such writes to the cache in silence
+            raise ConfigError(
+                "the cache is full",
+                found=f"a sequence of {max(self._lengths)} tokens",
+                allowed=f"at most {self.build.max_seq_len}",
+            )
+        if self._phase != trt_io.GENERATION:
+            tensors = _generation_inputs(self._lengths, packed=self.build.remove_input_padding)
+            self._bind(trt_io.GENERATION, {name: tensor.to(self.device) for name, tensor in tensors.items()})
+        self._bound["input_ids"].view(-1).copy_(ids)
+        logits = self._run()
+        self._bound["position_ids"] += 1
+        self._bound["cache_write_index"] += 1
+        self._lengths = [length + 1 for length in self._lengths]
+        return logits
+
+    def _bind(self, phase: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Selects the phase's profile and tells the context every shape and address."""
+        handle = self._stream.cuda_stream if self._stream is not None else 0
+        if not self._context.set_optimization_profile_async(phase, handle):
+            raise self._error(f"TensorRT refused the {trt_io.PROFILE_NAMES[phase]} profile")
+        self._phase = phase
+        self._bound = tensors
+        memory = tensors | self._memory
+        for port in self._inputs + self._caches:
+            self._set_shape(port.name, tuple(memory[port.name].shape))
+            self._set_address(port.name, memory[port.name])
+        for port in self._outputs:
+            self._set_address(port.name, memory[port.alias or port.name])
+        unknown = self._context.infer_shapes()
+        if unknown:
+            raise self._error(f"TensorRT knows no shape of {', '.join(unknown)}")
+
+    def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if self._context.set_input_shape(name, shape):
+            return
+        smallest, _, largest = (tuple(limit) for limit in self._engine.get_tensor_profile_shape(name, self._phase))
+        raise EngineError(
+            f"the {trt_io.PROFILE_NAMES[self._phase]} phase of this engine does not take this shape of {name}",
+            found=shape,
+            allowed=f"{smallest} to {largest}",
+            hint="build the engine with larger limits, or shorten the request",
+        )
+
+    def _set_address(self, name: str, tensor: torch.Tensor) -> None:
+        if not self._context.set_tensor_address(name, tensor.data_ptr()):
+            raise self._error(f"TensorRT refused the address of {name}")
+
+    def _run(self) -> torch.Tensor:
+        """Logits [B, V] float32."""
+        if self._stream is None:
+            done = self._context.execute_async_v3(0)
+        else:
+            # The engine waits for the inputs' copies, and whoever reads the logits on the caller's stream for the engine.
+            caller = torch.cuda.current_stream(self.device)
+            self._stream.wait_stream(caller)
+            done = self._context.execute_async_v3(self._stream.cuda_stream)
+            caller.wait_stream(self._stream)
+        if not done:
+            raise self._error("TensorRT could not execute the step")
+        return self._memory["logits"][:, : self.model.vocab_size]
+
+    def _error(self, what: str) -> EngineError:
+        return EngineError(what, found=list(self._recorder.messages) or None)
+
+
+def _padded_inputs(prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    rows = [
+        list(prompt) + [0] * (width - len(prompt)) for prompt in prompts
+    ]  # any valid id: padding is never looked at
+    return _int32(
+        input_ids=rows,
+        position_ids=[list(range(width))] * len(prompts),
+        last_token_ids=[len(prompt) - 1 for prompt in prompts],
+        cache_write_index=[0] * len(prompts),
+    )
+
+
+def _packed_inputs(prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    lengths = [len(prompt) for prompt in prompts]
+    width = max(lengths)
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    starts = [end - length for end, length in zip(ends, lengths, strict=True)]
+    slots = [(row, slot) for row, length in enumerate(lengths) for slot in range(length)]
+    return _int32(
+        input_ids=list(chain.from_iterable(prompts)),
+        position_ids=[slot for _, slot in slots],
+        last_token_ids=[end - 1 for end in ends],
+        cache_write_index=[0] * len(prompts),
+        padded_from_packed=[
+            [min(start + slot, end - 1) for slot in range(width)] for start, end in zip(starts, ends, strict=True)
+        ],
+        packed_from_padded=[row * width + slot for row, slot in slots],
+    )
+
+
+def _generation_inputs(lengths: Sequence[int], *, packed: bool) -> dict[str, torch.Tensor]:
+    """One token per sequence, at the position after those it has; the ids are filled in by each step."""
+    rows = list(range(len(lengths)))
+    tensors = _int32(
+        input_ids=rows,
+        position_ids=lengths,
+        last_token_ids=rows if packed else [0] * len(rows),
+        cache_write_index=lengths,
+    )
+    if packed:
+        return tensors | _int32(padded_from_packed=[[row] for row in rows], packed_from_padded=rows)
+    return tensors | {name: tensors[name][:, None] for name in ("input_ids", "position_ids")}
+
+
+def _int32(**values: Sequence[Any]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(value, dtype=torch.int32) for name, value in values.items()}
+
+
+def _check_engine(engine: Any, trt: Any, inputs: Sequence[trt_io.Port], outputs: Sequence[trt_io.Port]) -> None:
+    """Raises EngineError listing every tensor that is missing, unexpected, of another type or shape, or not in place."""
+    problems = Problems()
+    found = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    expected: Dict[str, tuple[trt_io.Port, Any]] = {port.name: (port, trt.TensorIOMode.INPUT) for port in inputs} | {
+        port.name: (port, trt.TensorIOMode.OUTPUT) for port in outputs
+    }
+    for name in sorted(found - expected.keys()):
+        problems.add(f"{name}: unexpected")
+    for name, (port, mode) in expected.items():
+        if name not in found or engine.get_tensor_mode(name) != mode:
+            problems.add(f"{name}: missing")
+            continue
+        dtype, shape = to_torch_dtype(trt, engine.get_tensor_dtype(name)), tuple(engine.get_tensor_shape(name))
+        if (dtype, shape) != (torch_dtype(port.dtype), port.network_shape):
+            problems.add(f"{name}: found {dtype} {shape}, allowed: {torch_dtype(port.dtype)} {port.network_shape}")
+        if port.alias is not None and engine.get_aliased_input_tensor(name) != port.alias:
+            problems.add(f"{name}: not in the memory of {port.alias}")
+    problems.raise_if_any(
+        EngineError, "the engine does not fit its config.json", hint="build it again with this version's build.py"
+    )

@@ -1,0 +1,156 @@
+"""Articles to summarise: from a local file, from a cache of the `datasets` library, or from the hub."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt.console import log
+from gpt.errors import ConfigError, Problems
+from gpt.text.hub import use_cache_when_offline
+
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_DATASET = ("abisee/cnn_dailymail", "3.0.0")
+_SPLIT = "test"
+_OFFLINE_HINT = "--dataset_path <file> reads articles from a file, for example assets/articles.jsonl"
+
+
+@dataclass(frozen=True)
+class Article:
+    """`number` counts from 0 in the order of the data set."""
+
+    number: int
+    text: str
+    reference: str
+
+
+def load_articles(path: Path | None, article_column: str, highlights_column: str, limit: int) -> list[Article]:
+    """The first `limit` articles of a file, of the `test` split below a folder, or (None) of cnn_dailymail from the hub.
+
+    Raises ConfigError for data that is not there, has no rows, lacks a column or has something other than text in it.
+    """
+    rows = _rows_of_hub(None) if path is None else _rows_of_path(path)
+    source = _DATASET[0] if path is None else str(path)
+    articles: list[Article] = []
+    problems = Problems()
+    for number, row in enumerate(itertools.islice(rows, limit)):
+        _check_columns(row, (article_column, highlights_column), source)
+        values = row[article_column], row[highlights_column]
+        for column, value in zip((article_column, highlights_column), values, strict=True):
+            if not isinstance(value, str) or not value.strip():
+                problems.add(f"row {number}: {column} is {value!r}")
+        articles.append(Article(number, *values))
+    problems.raise_if_any(ConfigError, f"{source} has rows without text")
+    if not articles:
+        raise ConfigError(f"{source} has no rows", allowed="at least one article")
+    log.info("%d articles from %s", len(articles), source)
+    return articles
+
+
+def _check_columns(row: Mapping[str, Any], columns: Iterable[str], source: str) -> None:
+    missing = [column for column in columns if column not in row]
+    if missing:
+        raise ConfigError(
+            f"{source} has no column {' and no column '.join(missing)}",
+            found=", ".join(map(str, row)),
+            hint="--article_column and --highlights_column name the columns to use",
+        )
+
+
+def _rows_of_path(path: Path) -> Iterator[Mapping[str, Any]]:
+    if path.is_dir():
+        return _rows_of_folder(path)
+    if path.suffix.lower() not in FILE_SUFFIXES:
+        allowed = f"{', '.join(FILE_SUFFIXES)} or a folder"
+        raise ConfigError(f"no data set in {path}", found=path.suffix or "no such folder", allowed=allowed)
+    if not path.is_file():
+        raise ConfigError(f"there is no data set {path}", hint="--dataset_path names a file or a folder")
+    return _rows_of_file(path)
+
+
+def _rows_of_file(path: Path) -> Iterator[Mapping[str, Any]]:
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    try:
+        for row in readers[path.suffix.lower()](path):
+            if not isinstance(row, Mapping):
+                raise ConfigError(f"{path} holds no rows with columns", found=type(row).__name__, allowed="objects")
+            yield row
+    except (ValueError, csv.Error) as error:  # covers broken JSON, other encodings and pyarrow's errors
+        raise ConfigError(f"{path} cannot be read as {path.suffix}", found=error) from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8-sig") as file:
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+
+
+def _read_json(path: Path) -> Iterable[Any]:
+    """A list of objects, an object of equally long lists, or either below a key `data`."""
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    if isinstance(content, dict) and "data" in content:
+        content = content["data"]
+    if isinstance(content, dict):
+        if not all(isinstance(column, list) for column in content.values()):
+            return [content]
+        return (dict(zip(content, values, strict=True)) for values in zip(*content.values(), strict=True))
+    return content if isinstance(content, list) else [content]
+
+
+def _read_csv(path: Path) -> Iterator[Any]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # articles are longer than the default of 128 KiB
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+        yield from batch.to_pylist()
+
+
+def _rows_of_folder(path: Path) -> Iterator[Mapping[str, Any]]:
+    """A saved data set, files of the test split somewhere below, or else the cache folder for a download."""
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        from datasets import load_from_disk
+
+        saved = load_from_disk(str(path))
+        return iter(saved[_SPLIT] if _SPLIT in saved else saved)
+    cached = sorted(path.rglob(f"*{_SPLIT}*.arrow"))
+    if cached:
+        from datasets import Dataset
+
+        return itertools.chain.from_iterable(Dataset.from_file(str(file)) for file in cached)
+    for suffix in (".parquet", ".jsonl", ".json", ".csv"):
+        files = sorted(path.rglob(f"*{_SPLIT}*{suffix}"))
+        if files:
+            return itertools.chain.from_iterable(map(_rows_of_file, files))
+    return _rows_of_hub(path)
+
+
+def _rows_of_hub(cache_dir: Path | None) -> Iterator[Mapping[str, Any]]:
+    online = use_cache_when_offline()
+    from datasets import load_dataset
+
+    name, version = _DATASET
+    try:
+        return iter(load_dataset(name, version, split=_SPLIT, cache_dir=None if cache_dir is None else str(cache_dir)))
+    except Exception as error:  # the library raises many kinds, from ConnectionError to its own
+        where = "the default cache" if cache_dir is None else str(cache_dir)
+        raise ConfigError(
+            f"the data set {name} cannot be loaded",
+            found=f"{'the hub refused' if online else 'no hub reachable'}, and it is not in {where}: {_first_line(error)}",
+            hint=_OFFLINE_HINT,
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

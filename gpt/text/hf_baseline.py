@@ -1,0 +1,96 @@
+"""The Hugging Face model that results are compared with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt.console import log
+from gpt.dtypes import torch_dtype
+from gpt.errors import CheckpointError, ConfigError
+from gpt.runtime.generate import Generation
+from gpt.text.hub import use_cache_when_offline
+
+if TYPE_CHECKING:
+    import torch
+
+
+class HfBaseline:
+    """`transformers`' own causal language model with its own `generate`, greedy, on token ids."""
+
+    def __init__(self, location: str, dtype: str, device: torch.device):
+        """`location`: a folder or a name on the hub; `dtype`: float32, float16 or bfloat16.
+
+        Raises ConfigError where there is no such model, CheckpointError where it cannot be loaded.
+        """
+        is_path = Path(location).is_absolute() or location.startswith((".", "~"))
+        if is_path and not Path(location).is_dir():
+            raise ConfigError("no such model folder", found=location, hint="--hf_model_location")
+        if not Path(location).is_dir():
+            use_cache_when_offline()
+        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        begin = time.perf_counter()
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                location, dtype=torch_dtype(dtype), trust_remote_code=False
+            )
+        except Exception as error:  # the library raises many kinds for unusable files
+            raise CheckpointError(
+                f"the Hugging Face model {location} cannot be loaded",
+                found=(str(error).strip().splitlines() or [type(error).__name__])[0],
+                hint="--hf_model_location takes a local folder, or a name on the hub where one can be reached",
+            ) from error
+        # Sampling settings that came with the checkpoint would make the comparison unequal.
+        model.generation_config = GenerationConfig()
+        self.model = model.eval().to(device)
+        self.device = device
+        self.vocab_size: int = model.config.vocab_size
+        self.n_positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        log.info("Hugging Face model loaded: %s, %s on %s, %.2f s", location, dtype, device, time.perf_counter() - begin)
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_id: int | None) -> Generation:
+        """Continues each prompt; prompts of different lengths are padded on the left and masked."""
+        import torch
+        from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+        stamps: list[float] = []
+
+        class Clock(StoppingCriteria):
+            """Called after each token; stops nothing."""
+
+            def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+                stamps.append(time.perf_counter())
+                return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+        pad_id = 0 if end_id is None else end_id
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=end_id, pad_token_id=pad_id
+        )
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            rows = self.model.generate(
+                ids, attention_mask=mask, generation_config=settings, stopping_criteria=StoppingCriteriaList([Clock()])
+            )
+        new = rows[:, width:].tolist()
+        end = time.perf_counter()
+        # A step's time runs from stamp to stamp; what follows the last stamp belongs to the last step.
+        stamps[-1] = end
+        return Generation(
+            tokens=[cut_at_end(row, end_id) for row in new],
+            context_ms=(stamps[0] - begin) * 1e3,
+            step_ms=[(later - earlier) * 1e3 for earlier, later in zip(stamps, stamps[1:], strict=False)],
+        )
+
+
+def cut_at_end(row: list[int], end_id: int | None) -> list[int]:
+    """The row up to and with its first end token; behind it `generate` pads."""
+    return row[: row.index(end_id) + 1] if end_id in row else row

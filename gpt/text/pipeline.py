@@ -1,0 +1,140 @@
+"""Prompts to token ids, through an engine, to text: the steps that run.py and summarize.py share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt.config import ModelConfig
+from gpt.console import log
+from gpt.engine.folder import EngineInfo
+from gpt.errors import ConfigError, Problems
+from gpt.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from gpt.runtime.generate import Generation
+    from gpt.runtime.session import Session
+
+_BUNDLED_TOKENIZER = Path(__file__).parents[2] / "assets" / "gpt2-tiny"
+
+
+def choose_tokenizer(info: EngineInfo, location: str | None, vocab_file: Path | None) -> Tokenizer | None:
+    """The sentencepiece model `vocab_file`, else the tokenizer at `location`, else the engine's own, else None.
+
+    Random weights make no sensible text with any tokenizer, so an engine of them gets the bundled one rather than none.
+    """
+    if vocab_file is not None:
+        return load_tokenizer(vocab_file)
+    if location is not None:
+        return load_tokenizer(location)
+    if info.tokenizer_dir is not None:
+        return load_tokenizer(info.tokenizer_dir)
+    if info.build.seed is not None and (_BUNDLED_TOKENIZER / "tokenizer.json").is_file():
+        log.info("The engine has random weights and no tokenizer: %s is used", _BUNDLED_TOKENIZER.name)
+        return load_tokenizer(_BUNDLED_TOKENIZER)
+    return None
+
+
+def require_tokenizer(tokenizer: Tokenizer | None, info: EngineInfo, what_for: str) -> Tokenizer:
+    """Raises ConfigError where there is no tokenizer."""
+    if tokenizer is None:
+        raise ConfigError(
+            f"no tokenizer to {what_for}",
+            found=f"none in the engine folder {info.folder}",
+            hint="--tokenizer <folder or hub name> or --vocab_file <sentencepiece model>; "
+            "token ids need none: --input_tokens with --output_csv or --output_npy",
+        )
+    return tokenizer
+
+
+def choose_end_id(override: int | None, tokenizer: Tokenizer | None, model: ModelConfig) -> int | None:
+    """The id that ends a text: the user's, else the tokenizer's, else the checkpoint's; None where nobody knows one.
+
+    Raises ConfigError for an `override` outside the vocabulary.
+    """
+    if override is not None:
+        if not 0 <= override < model.vocab_size:
+            raise ConfigError(
+                "--end_id is no token of the model", found=override, allowed=f"0 to {model.vocab_size - 1}"
+            )
+        return override
+    end_id = model.eos_token_id if tokenizer is None or tokenizer.end_id is None else tokenizer.end_id
+    if end_id is None:
+        log.warning("No end token is known: every output has the full length (--end_id sets one)")
+    elif not 0 <= end_id < model.vocab_size:
+        log.warning("The end token %d lies outside the vocabulary of %d and never comes", end_id, model.vocab_size)
+    return end_id
+
+
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], model: ModelConfig) -> list[list[int]]:
+    """Token ids of each text, nothing added.
+
+    Raises ConfigError for texts without tokens, and for a tokenizer whose ids the model's embedding does not have.
+    """
+    prompts = [tokenizer.encode(text) for text in texts]
+    problems = Problems()
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            problems.add(f"prompt {number}: {texts[number]!r}")
+    problems.raise_if_any(ConfigError, "an empty prompt has nothing to continue", hint="give at least one character")
+    largest = max((max(prompt) for prompt in prompts), default=0)
+    if largest >= model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.name} does not belong to this model",
+            found=f"token id {largest} in the prompts; the tokenizer has {tokenizer.vocab_size} tokens",
+            allowed=f"0 to {model.vocab_size - 1}, the model's vocabulary",
+            hint="--tokenizer or --vocab_file names the tokenizer the model was trained with",
+        )
+    return prompts
+
+
+def batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
+    """(index of the first prompt, the prompts) of each batch."""
+    for first in range(0, len(prompts), batch_size):
+        yield first, prompts[first : first + batch_size]
+
+
+def generate_batches(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_id: int | None,
+    on_token: Callable[[int, int], None] | None = None,
+    on_end: Callable[[int], None] | None = None,
+) -> list[Generation]:
+    """Runs any number of prompts in batches that the engine holds.
+
+    on_token: called with (prompt index, new token id) as tokens come; on_end: with each prompt's index at its end.
+    Raises ConfigError for prompts that the engine cannot take.
+    """
+    from gpt.runtime.generate import generate
+
+    results: list[Generation] = []
+    for first, batch in batches(prompts, session.build.max_batch_size):
+
+        def show(tokens: Sequence[int | None], first: int = first) -> None:
+            for row, token in enumerate(tokens, start=first):
+                if token is not None and on_token is not None:
+                    on_token(row, token)
+
+        results.append(generate(session, batch, max_new_tokens=max_new_tokens, end_id=end_id, on_tokens=show))
+        for row in range(first, first + len(batch)):
+            if on_end is not None:
+                on_end(row)
+    return results
+
+
+def without_end(tokens: Sequence[int], end_id: int | None) -> Sequence[int]:
+    """New tokens as generated, less the end token behind them."""
+    return tokens[:-1] if tokens and tokens[-1] == end_id else tokens
+
+
+def describe_speed(results: Sequence[Generation]) -> str:
+    """One line: tokens, seconds, tokens per second of all sequences, milliseconds per step."""
+    num_tokens = sum(result.num_tokens for result in results)
+    total_ms = sum(result.total_ms for result in results)
+    steps = [ms for result in results for ms in result.step_ms]
+    line = f"{num_tokens} new tokens in {total_ms / 1e3:.3f} s, {num_tokens / total_ms * 1e3:.1f} tokens/s"
+    return f"{line}, {sum(steps) / len(steps):.2f} ms per token" if steps else line

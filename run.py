@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Runs an engine: prompts in, text or token files out, greedily."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsupported, run_main
+from gpt.console import setup_logging
+from gpt.errors import ConfigError
+from gpt.text.prompts import TOKEN_SUFFIXES, check_input_file
+from gpt.text.run_prompts import DEFAULT_PROMPT, RunConfig, run_prompts
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--max_output_len", type=positive_int, required=True, help="number of new tokens at most")
+    parser.add_argument("--engine_dir", type=Path, default=Path("gpt_outputs"), help="folder that build.py wrote")
+    source = parser.add_argument_group("prompts, one of")
+    source.add_argument(
+        "--input_text", nargs="+", metavar="TEXT", help=f"one or more prompts (default: {DEFAULT_PROMPT!r})"
+    )
+    source.add_argument(
+        "--input_tokens", type=Path, metavar="FILE", help="token ids: .csv, one prompt per line, or .npy"
+    )
+    source.add_argument(
+        "--input_file", type=Path, metavar="FILE", help=".txt, one prompt per line, or .csv or .npy as above"
+    )
+    result = parser.add_argument_group("results (text on stdout where no file is named)")
+    result.add_argument("--output_csv", type=Path, metavar="FILE", help="token ids of whole rows")
+    result.add_argument("--output_npy", type=Path, metavar="FILE", help="token ids of whole rows, int32")
+    result.add_argument("--streaming", action="store_true", help="print the text while it is generated")
+    words = parser.add_argument_group("tokenizer (default: the one in the engine folder)")
+    words.add_argument("--tokenizer", metavar="PLACE", help="local folder, or name on the model hub")
+    words.add_argument("--vocab_file", type=Path, metavar="FILE", help="sentencepiece model; goes before --tokenizer")
+    words.add_argument(
+        "--end_id", type=int, metavar="ID", help="ends a text (default: the tokenizer's or the checkpoint's)"
+    )
+    parser.add_argument("--num_beams", type=int, default=1, help="1, greedy, is what this version has")
+    parser.add_argument("--prompt_table", type=Path, metavar="FILE", help="virtual tokens; not in this version")
+    parser.add_argument("--tasks", metavar="IDS", help="task of each prompt; not in this version")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_log_level(parser, default="error")
+    return parser
+
+
+def generate(
+    max_output_len: int,
+    log_level: str = "error",
+    engine_dir: str | Path = "gpt_outputs",
+    input_text: str | Sequence[str] = DEFAULT_PROMPT,
+    input_file: str | Path | None = None,
+    output_csv: str | Path | None = None,
+    output_npy: str | Path | None = None,
+    tokenizer_path: str | None = None,
+    vocab_file: str | Path | None = None,
+    num_beams: int = 1,
+    prompt_table: str | Path | None = None,
+    tasks: str | None = None,
+    *,
+    device: str = "auto",
+    end_id: int | None = None,
+    streaming: bool = False,
+) -> list[str]:
+    """Runs the prompts, prints the new texts or writes the token files where one is named, and returns the texts.
+
+    Without a tokenizer, token files can be read and written, and the result is empty.
+    Raises ConfigError or EngineError for what the command line would refuse.
+    """
+    setup_logging(log_level)
+    reject_unsupported(_unsupported(num_beams, prompt_table, tasks, streaming, output_csv or output_npy))
+    config = RunConfig(
+        max_output_len=max_output_len,
+        engine_dir=Path(engine_dir),
+        texts=(input_text,) if isinstance(input_text, str) else tuple(input_text),
+        input_file=_path(input_file),
+        output_csv=_path(output_csv),
+        output_npy=_path(output_npy),
+        tokenizer=tokenizer_path,
+        vocab_file=_path(vocab_file),
+        end_id=end_id,
+        device=device,
+        streaming=streaming,
+    )
+    return run_prompts(config, sys.stdout)
+
+
+def _unsupported(
+    num_beams: int, prompt_table: object, tasks: object, streaming: bool, output_file: object
+) -> list[str]:
+    problems = []
+    if num_beams != 1:
+        problems.append(f"--num_beams {num_beams}: this version has no beam search, 1 (greedy) is allowed")
+    if prompt_table is not None:
+        problems.append("--prompt_table: this version builds no engines for prompt tuning")
+    if tasks is not None:
+        problems.append("--tasks: this version builds no engines for prompt tuning")
+    if streaming and output_file is not None:
+        problems.append("--streaming prints text, --output_csv and --output_npy write token ids instead of it")
+    return problems
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _run(args: Namespace) -> None:
+    given = [flag for flag in ("input_text", "input_tokens", "input_file") if getattr(args, flag) is not None]
+    if len(given) > 1:
+        raise ConfigError("the prompts come from one place", found=", ".join(f"--{flag}" for flag in given))
+    if args.input_tokens is not None:
+        check_input_file(args.input_tokens, TOKEN_SUFFIXES)
+    generate(
+        args.max_output_len,
+        args.log_level,
+        args.engine_dir,
+        DEFAULT_PROMPT if args.input_text is None else args.input_text,
+        args.input_tokens or args.input_file,
+        args.output_csv,
+        args.output_npy,
+        args.tokenizer,
+        args.vocab_file,
+        args.num_beams,
+        args.prompt_table,
+        args.tasks,
+        device=args.device,
+        end_id=args.end_id,
+        streaming=args.streaming,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    setup_logging(args.log_level)
+    return run_main(lambda: _run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

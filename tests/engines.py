@@ -1,0 +1,46 @@
+"""Short ways from a Hugging Face folder to an engine and a session, through the real scripts' functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from hf_gpt_convert import ProgArgs, run_conversion
+
+import build
+from gpt.engine.folder import EngineInfo, open_engine
+from gpt.runtime.load import load_session
+from gpt.runtime.torch_session import TorchSession
+
+
+def convert(hf_folder: Path, out: Path, storage_type: str = "float32", tp: int = 1) -> Path:
+    """Converts and returns the `<tp>-gpu` folder."""
+    run_conversion(
+        ProgArgs(out_dir=str(out), in_file=str(hf_folder), tensor_parallelism=tp, processes=2, storage_type=storage_type)
+    )
+    return out / f"{tp}-gpu"
+
+
+def build_engine(checkpoint: Path | None, out: Path, *flags: str) -> EngineInfo:
+    source = ["--model_dir", str(checkpoint)] if checkpoint else []
+    build.run_build([*source, "--output_dir", str(out), "--log_level", "error", *flags])
+    return open_engine(out)
+
+
+def open_session(info: EngineInfo) -> TorchSession:
+    session = load_session(info, "cpu")
+    if not isinstance(session, TorchSession):
+        raise TypeError(type(session))
+    return session
+
+
+def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2 distance in float64."""
+    difference = (actual.double() - expected.double()).norm()
+    return float(difference / expected.double().norm())

@@ -1,0 +1,258 @@
+"""What every script's command line has in common: spelling of flags, exit codes, what an error shows."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import resource
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gpt.cli import ArgumentParser, positive_int, reject_unsupported, run_main
+from gpt.console import setup_logging
+from gpt.errors import CheckpointError, ConfigError, EngineError, GptError
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("hf_gpt_convert", "build", "run", "summarize")
+HEAVY = ("torch", "numpy", "transformers", "datasets", "matplotlib", "tensorrt_rtx_bindings", "mpi4py")
+SMALLEST = {  # the least that each script accepts
+    "hf_gpt_convert": ["-i", "in", "-o", "out"],
+    "build": [],
+    "run": ["--max_output_len", "8"],
+    "summarize": [],
+}
+
+
+def parser_of(script: str) -> ArgumentParser:
+    parser = importlib.import_module(script).build_parser()
+    assert isinstance(parser, ArgumentParser)
+    return parser
+
+
+def long_flags(script: str) -> Iterator[tuple[argparse.Action, str]]:
+    for action in parser_of(script)._actions:
+        for flag in action.option_strings:
+            if flag.startswith("--") and not isinstance(action, argparse._HelpAction):
+                yield action, flag
+
+
+def value_for(action: argparse.Action) -> list[str]:
+    """Something that `action` accepts on the command line."""
+    if action.nargs == 0:
+        return []
+    if action.choices is not None:
+        return [str(next(iter(action.choices)))]
+    convert = action.type if callable(action.type) else str
+    for text in ("3", "x.csv", "0,1"):
+        try:
+            convert(text)
+        except (ValueError, argparse.ArgumentTypeError, GptError):
+            continue
+        return [text]
+    raise AssertionError(f"no value found for {action.option_strings}")
+
+
+def parse(script: str, *args: str) -> Namespace:
+    return parser_of(script).parse_args([*SMALLEST[script], *args])
+
+
+def run_script(script: str, *args: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *options, str(ROOT / f"{script}.py"), *args], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_loads_no_library(script: str) -> None:
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = run_script(script, "--help", options=("-X", "importtime"))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Processor time, so that tests running beside this one do not count.
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: ")
+    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in result.stderr.splitlines()}
+    assert "gpt" in loaded
+    assert loaded.isdisjoint(HEAVY)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_explained(script: str) -> None:
+    silent = [flag for action, flag in long_flags(script) if not action.help]
+    assert silent == []
+    assert parser_of(script).description
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_dashes_and_underscores_are_the_same_in_every_flag(script: str) -> None:
+    several_words = [(action, flag) for action, flag in long_flags(script) if "-" in flag[2:] or "_" in flag]
+    assert several_words
+    for action, flag in several_words:
+        words = flag[2:].replace("_", "-")
+        spellings = ["--" + words, "--" + words.replace("-", "_"), "--" + words.replace("-", "_", 1)]
+        expected = parse(script, flag, *value_for(action))
+        for spelling in spellings:
+            assert parse(script, spelling, *value_for(action)) == expected, spelling
+            for value in value_for(action):
+                assert parse(script, f"{spelling}={value}") == expected, spelling
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_knows_the_log_levels(script: str) -> None:
+    assert parse(script, "--log-level", "debug").log_level == "debug"
+    assert parse(script, "--log_level", "internal_error").log_level == "internal_error"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_unknown_flag_ends_with_2(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main([*SMALLEST[script], "--no_such_flag"])
+    assert ended.value.code == 2
+    assert "--no_such_flag" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_ambiguous_prefix_ends_with_2_and_an_unambiguous_one_is_enough(
+    script: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = sorted({flag.replace("_", "-") for _, flag in long_flags(script)} | {"--help"})
+    prefixes = (flag[:length] for flag in flags for length in range(3, len(flag)))
+    ambiguous = next(
+        prefix for prefix in prefixes if prefix not in flags and sum(flag.startswith(prefix) for flag in flags) > 1
+    )
+    with pytest.raises(SystemExit) as ended:
+        parse(script, ambiguous, "3")
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert "ambiguous" in message
+    assert ambiguous in message
+    assert parse(script, "--log-l", "error").log_level == "error"
+
+
+def test_an_exact_flag_wins_over_the_longer_one_it_begins() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--enable_fmha", action="store_true")
+    parser.add_argument("--enable_fmha_fp32", action="store_true")
+    assert parser.parse_args(["--enable-fmha"]) == Namespace(enable_fmha=True, enable_fmha_fp32=False)
+    assert parser.parse_args(["--enable_fmha-f"]) == Namespace(enable_fmha=False, enable_fmha_fp32=True)
+
+
+def test_values_keep_their_spelling() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--engine_dir")
+    parser.add_argument("names", nargs="*")
+    args = parser.parse_args(["--engine-dir=my_engine-dir", "a_b", "--", "--engine-dir"])
+    assert args == Namespace(engine_dir="my_engine-dir", names=["a_b", "--engine-dir"])
+
+
+@pytest.mark.parametrize(("text", "error"), [("0", "at least 1"), ("-3", "at least 1"), ("many", "invalid")])
+def test_counts_start_at_1(text: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--batch", type=positive_int)
+    assert parser.parse_args(["--batch", "1"]).batch == 1
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args([f"--batch={text}"])
+    assert ended.value.code == 2
+    assert error in capsys.readouterr().err
+
+
+def test_options_without_effect_are_refused_together() -> None:
+    reject_unsupported([])
+    with pytest.raises(ConfigError, match=r"--a: never[\s\S]*--b: not yet"):
+        reject_unsupported(["--a: never", "--b: not yet"])
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def body() -> int:
+        raise error
+
+    return body
+
+
+@pytest.fixture(params=["error", "info", "debug"])
+def log_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    setup_logging(request.param)
+    yield request.param
+    setup_logging("info")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ConfigError("a wrong flag", found=1), 2, "error: a wrong flag\n  found:   1"),
+        (CheckpointError("a wrong file"), 3, "error: a wrong file"),
+        (EngineError("a wrong engine"), 3, "error: a wrong engine"),
+        (GptError("a wrong day"), 1, "error: a wrong day"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (MemoryError(), 1, "error: out of memory"),
+        (OSError(errno.ENOSPC, "", "c-model/x.bin"), 1, "error: no space left on the device (c-model/x.bin)"),
+        (OSError(errno.EDQUOT, ""), 1, "error: no space left on the device"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "error: Permission denied (/x)"),
+        (KeyError("n_head"), 1, "error: unexpected KeyError: 'n_head'"),
+    ],
+)
+def test_whatever_ends_a_script_is_one_message_and_a_code(
+    error: BaseException, code: int, message: str, log_level: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(raising(error)) == code
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(message)
+    traceback = "Traceback" in output.err
+    assert traceback == (log_level == "debug" and not isinstance(error, KeyboardInterrupt))
+
+
+def test_a_body_that_ends_well_gives_its_own_code() -> None:
+    assert run_main(lambda: None) == 0
+    assert run_main(lambda: 4) == 4
+
+
+PRINTING = """
+import sys
+from gpt.cli import run_main
+def body():
+    for _ in range(int(sys.argv[1])):
+        print("a line of output")
+"""
+FULL_DISK = """
+import errno, io
+class FullDisk(io.RawIOBase):
+    def writable(self):
+        return True
+    def write(self, data):
+        raise OSError(errno.ENOSPC, "")
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(FullDisk()))
+"""
+
+
+def start(source: str, num_lines: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", source + "sys.exit(run_main(body))", str(num_lines)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_reader_that_stops_reading_is_no_error() -> None:
+    process = start(PRINTING, 100_000)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "a line of output\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize("num_lines", [1, 100_000])
+def test_a_full_disk_behind_a_redirection_is_told(num_lines: int) -> None:
+    process = start(PRINTING + FULL_DISK, num_lines)
+    _, message = process.communicate()
+    assert process.returncode == 1
+    assert message.startswith("error: no space left on the device\n")
+    assert "Traceback" not in message
