@@ -37,7 +37,9 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="build.py", usage=usage, description=__doc__)
     model = parser.add_argument_group("model", "sizes describe random weights; with --model_dir the checkpoint decides")
     model.add_argument("--model_dir", metavar="DIR", help="an FT checkpoint (<N>-gpu); without it weights are random")
-    model.add_argument("--dtype", choices=FLOAT_DTYPES, help="type of the engine (default: the checkpoint's, else float16)")
+    model.add_argument(
+        "--dtype", choices=FLOAT_DTYPES, help="type of the engine (default: the checkpoint's, else float16)"
+    )
     model.add_argument("--world_size", type=positive_int, default=1, help="ranks of tensor parallelism")
     for name, default in _RANDOM_DEFAULTS.items():
         model.add_argument(f"--{name}", type=type(default), help=f"random weights (default: {default})")
@@ -50,7 +52,12 @@ def build_parser() -> ArgumentParser:
     limits.add_argument("--max_input_len", type=positive_int, help="tokens of a prompt (default: 200)")
     limits.add_argument("--max_output_len", type=positive_int, help="new tokens (default: 200)")
     limits.add_argument("--max_beam_width", type=positive_int, default=1, help="only 1 in this version")
-    limits.add_argument("--max_prompt_embedding_table_size", type=int, default=0, help="only 0 in this version")
+    limits.add_argument(
+        "--max_prompt_embedding_table_size",
+        type=int,
+        default=0,
+        help="rows of the prompt table at most, tasks x virtual tokens; 0: no prompt tuning",
+    )
     plugins = parser.add_argument_group("kernels; a plugin flag takes the engine's dtype as an optional value")
     for name, text in (
         ("gpt_attention", "fused attention"),
@@ -58,16 +65,33 @@ def build_parser() -> ArgumentParser:
         ("layernorm", "fused layernorm"),
         ("lookup", "embedding kernel"),
     ):
-        plugins.add_argument(f"--use_{name}_plugin", nargs="?", const=_MODEL_DTYPE, choices=(_MODEL_DTYPE, *FLOAT_DTYPES), help=text)
-    plugins.add_argument("--enable_context_fmha", action="store_true", help="fused prompt attention, half-precision sums where possible")
-    plugins.add_argument("--enable_context_fmha_fp32_acc", action="store_true", help="fused prompt attention, float32 sums")
+        plugins.add_argument(
+            f"--use_{name}_plugin", nargs="?", const=_MODEL_DTYPE, choices=(_MODEL_DTYPE, *FLOAT_DTYPES), help=text
+        )
+    plugins.add_argument(
+        "--enable_context_fmha", action="store_true", help="fused prompt attention, half-precision sums where possible"
+    )
+    plugins.add_argument(
+        "--enable_context_fmha_fp32_acc", action="store_true", help="fused prompt attention, float32 sums"
+    )
     plugins.add_argument("--remove_input_padding", action="store_true", help="pack prompts of different lengths")
     plugins.add_argument("--paged_kv_cache", action="store_true", help="not in this version")
     plugins.add_argument("--tokens_per_block", type=positive_int, help="of the paged cache; not in this version")
     plugins.add_argument("--use_inflight_batching", action="store_true", help="not in this version")
     build = parser.add_argument_group("building")
-    build.add_argument("--backend", choices=("auto", "torch", "tensorrt"), default="auto", help="auto: tensorrt if --target is given, else torch")
-    build.add_argument("--target", nargs="+", default=[], metavar="CARD", help="tensorrt: cards to build for, e.g. ampere ada blackwell")
+    build.add_argument(
+        "--backend",
+        choices=("auto", "torch", "tensorrt"),
+        default="auto",
+        help="auto: tensorrt if --target is given, else torch",
+    )
+    build.add_argument(
+        "--target",
+        nargs="+",
+        default=[],
+        metavar="CARD",
+        help="tensorrt: cards to build for, e.g. ampere ada blackwell",
+    )
     build.add_argument("--builder_opt", type=int, help="tensorrt: optimisation level, 0 to 5")
     build.add_argument("--timing_cache", metavar="FILE", help="accepted; no backend of this version uses one")
     build.add_argument("--parallel_build", action="store_true", help="one process per rank; one rank needs none")
@@ -105,17 +129,23 @@ def _unsupported(args: Namespace) -> list[str]:
     checks = (
         (args.world_size > 1, f"--world_size {args.world_size}: this version runs one rank"),
         (args.max_beam_width > 1, f"--max_beam_width {args.max_beam_width}: decoding is greedy in this version"),
-        (
-            args.max_prompt_embedding_table_size != 0,
-            f"--max_prompt_embedding_table_size {args.max_prompt_embedding_table_size}: no prompt tuning in this version",
-        ),
         (args.paged_kv_cache, "--paged_kv_cache: the cache of this version is contiguous, sized to each batch"),
-        (args.use_inflight_batching, "--use_inflight_batching: needs the paged cache, which this version does not have"),
+        (
+            args.use_inflight_batching,
+            "--use_inflight_batching: needs the paged cache, which this version does not have",
+        ),
+        (
+            args.max_prompt_embedding_table_size > 0 and args.use_lookup_plugin is not None,
+            "--max_prompt_embedding_table_size with --use_lookup_plugin: the plugin has no prompt table",
+        ),
         (
             args.enable_context_fmha and args.enable_context_fmha_fp32_acc,
             "--enable_context_fmha and --enable_context_fmha_fp32_acc: give one of the two",
         ),
-        (bool(args.target) and args.backend == "torch", "--target: a torch engine runs anywhere; it goes with --backend tensorrt"),
+        (
+            bool(args.target) and args.backend == "torch",
+            "--target: a torch engine runs anywhere; it goes with --backend tensorrt",
+        ),
     )
     return [reason for present, reason in checks if present]
 
@@ -157,16 +187,21 @@ def _build_config(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | 
     dtype = args.dtype or (checkpoint.storage_dtype if checkpoint else "float16")
     if checkpoint is not None and dtype != checkpoint.storage_dtype:
         log.info("Converting %s weights to %s", checkpoint.storage_dtype, dtype)
-    plugins = {name: _plugin_dtype(args, name, dtype) for name in ("gpt_attention", "gemm", "layernorm", "lookup")}
+    limits = _limits(args, model)
     build = BuildConfig(
         dtype=dtype,
         backend=_backend(args),
         targets=tuple(args.target),
         world_size=args.world_size,
         max_batch_size=args.max_batch_size,
-        **_limits(args, model),
+        max_input_len=limits["max_input_len"],
+        max_output_len=limits["max_output_len"],
         max_beam_width=args.max_beam_width,
-        **{f"{name}_plugin": value for name, value in plugins.items()},
+        max_prompt_embedding_table_size=args.max_prompt_embedding_table_size,
+        gpt_attention_plugin=_plugin_dtype(args, "gpt_attention", dtype),
+        gemm_plugin=_plugin_dtype(args, "gemm", dtype),
+        layernorm_plugin=_plugin_dtype(args, "layernorm", dtype),
+        lookup_plugin=_plugin_dtype(args, "lookup", dtype),
         context_fmha=1 if args.enable_context_fmha else 2 if args.enable_context_fmha_fp32_acc else 0,
         remove_input_padding=args.remove_input_padding,
         builder_opt=args.builder_opt,
@@ -180,7 +215,11 @@ def _backend(args: Namespace) -> str:
     if args.backend != "auto":
         return str(args.backend)
     backend = "tensorrt" if args.target else "torch"
-    log.info("Backend: %s (%s)", backend, "--target was given" if args.target else "runs on any CPU and GPU; --backend chooses")
+    log.info(
+        "Backend: %s (%s)",
+        backend,
+        "--target was given" if args.target else "runs on any CPU and GPU; --backend chooses",
+    )
     return backend
 
 

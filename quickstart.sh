@@ -21,7 +21,7 @@ show "$python" build.py --model_dir quickstart/c-model/1-gpu --output_dir quicks
     --max_batch_size 8 --max_input_len 412 --max_output_len 100
 
 show "$python" run.py --engine_dir quickstart/engine --max_output_len 20 \
-    --input_text "Ark manages various archive formats, including tar, gzip, bzip2, rar and zip, as well as CD-ROM images. TL;DR:"
+    --input_text "The Babeltrace 2 project offers a library with a C API, Python 3 bindings, and a command-line tool. This package provides Python 3 bindings for libbabeltrace2. TL;DR:"
 
 show "$python" summarize.py --engine_dir quickstart/engine --hf_model_location assets/gpt2-tiny \
     --test_hf --test_trt_llm --dataset_path assets/articles.jsonl --batch_size 8 --output_len 40 \

@@ -14,8 +14,9 @@ use_environment requirements-dev.txt "$@"
 show "$python" -m ruff format --check .
 show "$python" -m ruff check .
 show "$python" -m mypy
-# Two processes of one thread each: small tests gain nothing from threads inside an operation.
+# Two processes of one thread each: small tests gain nothing from threads inside an operation. A file's tests stay in one
+# process, so that what they share is made once.
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS HF_HUB_OFFLINE
-show "$python" -m pytest -n 2 -m "not gpu" "$@"
+show "$python" -m pytest -n 2 --dist loadfile "$@"

@@ -2,8 +2,9 @@
 
     python3 benchmarks/bench_decode.py --dtype float32 bfloat16
 
-The model is a random GPT-2 (12 x 768 with 8192 tokens unless told otherwise).  HF runs with its dynamic cache and greedy search; its
-prefill is `generate` with one new token, its time per token the difference to many, divided.  Ours is timed the same way.
+The model is a random GPT-2 (12 x 768 with 8192 tokens unless told otherwise).  HF runs with its dynamic cache and
+greedy search; its prefill is `generate` with one new token, its time per token the difference to many, divided.  Ours
+is timed the same way.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def compare(args: argparse.Namespace, dtype: str, batch_size: int) -> list[dict[
         inter_size=4 * args.n_embd,
         hidden_act="gelu_new",
     )
-    build = BuildConfig(dtype=dtype, max_input_len=args.input_len, max_output_len=args.output_len, gpt_attention_plugin=dtype)
+    build = BuildConfig(
+        dtype=dtype, max_input_len=args.input_len, max_output_len=args.output_len, gpt_attention_plugin=dtype
+    )
     weights = {n: t.to(args.device) for n, t in engine_tensors(model, build, Mapping(), RandomWeights(model, 1))}
     session = TorchSession(model, build, Mapping(), weights, args.device)
     reference = hf_model(model, weights, dtype).to(args.device)
@@ -100,7 +103,9 @@ def compare(args: argparse.Namespace, dtype: str, batch_size: int) -> list[dict[
         hf_ms = Sample([round_[0][position] for round_ in rounds])
         our_ms = Sample([round_[1][position] for round_ in rounds])
         ratio = Sample([round_[1][position] / round_[0][position] for round_ in rounds])
-        print(f"{dtype} batch {batch_size} {name}: ours {our_ms}, HF {hf_ms}, ratio {ratio}, same ids {same}", flush=True)
+        print(
+            f"{dtype} batch {batch_size} {name}: ours {our_ms}, HF {hf_ms}, ratio {ratio}, same ids {same}", flush=True
+        )
         rows.append(
             {
                 "device": describe_device() if args.device == "cpu" else torch.cuda.get_device_name(args.device),
@@ -150,6 +155,7 @@ def hf_model(model: ModelConfig, weights: dict[str, torch.Tensor], dtype: str) -
         for ours, theirs in _FT_TO_HF.items():
             name = name.replace(ours, theirs)
         state[name] = tensor.t() if tensor.dim() == 2 and ".h." in name else tensor
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][: model.vocab_size]
     state["lm_head.weight"] = state["transformer.wte.weight"]
     result = GPT2LMHeadModel(config).to(torch_dtype(dtype))
     result.load_state_dict(state)

@@ -48,7 +48,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return result
 
 
-def add_log_level(parser: argparse.ArgumentParser, default: str = "info") -> None:
+def add_log_level(parser: argparse._ActionsContainer, default: str = "info") -> None:
     parser.add_argument(
         "--log_level", choices=LOG_LEVELS, default=default, help="how much is told; debug adds tracebacks to errors"
     )
@@ -64,6 +64,16 @@ def positive_int(text: str) -> int:
 
 def run_main(body: Callable[[], int | None]) -> int:
     """Runs a script's body and turns whatever ends it into one message and an exit code."""
+    code = _run(body)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # What is left has no taker; the interpreter would try once more at its end and say so in its own words.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _run(body: Callable[[], int | None]) -> int:
     try:
         code = body() or 0
         return close_output() or code
@@ -73,9 +83,7 @@ def run_main(body: Callable[[], int | None]) -> int:
         print_error("interrupted")
         return 130
     except BrokenPipeError:
-        # The reader of our output has gone (`... | head`): nothing is wrong, and nothing can be printed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0  # the reader of our output has what it wanted (`... | head`)
     except MemoryError as error:
         return _fail(GptError("out of memory", hint="a smaller batch, model or --processes needs less"), 1, error)
     except OSError as error:

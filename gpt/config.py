@@ -56,6 +56,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "fast-reglu": Activation("relu", gated=True),
 }
 
+NORMALIZATIONS = ("layernorm", "rmsnorm")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -73,6 +75,8 @@ class ModelConfig:
     layer_norm_epsilon: float = 1e-5
     rotary_pct: float = 0.0
     rotary_base: float = 10000.0
+    rotary_scaling: float = 1.0  # positions are divided by it (linear interpolation, Chen et al. 2023)
+    normalization: str = "layernorm"  # or "rmsnorm" (Zhang and Sennrich 2019), which has no biases
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     tied_head: bool = True
@@ -98,6 +102,10 @@ class ModelConfig:
                 problems.add(f"{rotated} {self.rotary_dim} values, an odd number")
             elif self.rotary_pct > 0 and self.rotary_dim == 0:
                 problems.add(f"{rotated} nothing")
+        if not self.rotary_scaling > 0.0:
+            problems.add(f"rotary_scaling: found {self.rotary_scaling}, allowed: above 0")
+        if self.normalization not in NORMALIZATIONS:
+            problems.add(f"normalization: found {self.normalization!r}, allowed: {', '.join(NORMALIZATIONS)}")
         if not 0.0 < self.layer_norm_epsilon < 1.0:
             problems.add(f"layer_norm_epsilon: found {self.layer_norm_epsilon}, allowed: above 0, below 1")
         if self.hidden_act not in ACTIVATIONS:
@@ -156,6 +164,8 @@ class ModelConfig:
             "intermediate_size": self.inter_size,
             "rotary_pct": self.rotary_pct,
             "rotary_base": self.rotary_base,
+            "rotary_scaling_factor": self.rotary_scaling,
+            "normalization": self.normalization,
             "bias": self.bias,
             "multi_query_mode": self.multi_query,
             "num_kv_heads": self.n_kv_head,
@@ -216,6 +226,8 @@ class ModelConfig:
             "layer_norm_epsilon": read(("layer_norm_epsilon", "layernorm_eps"), float, 1e-5),
             "rotary_pct": read(("rotary_pct",), float, 0.0),
             "rotary_base": read(("rotary_base",), float, 10000.0),
+            "rotary_scaling": read(("rotary_scaling_factor",), float, 1.0),
+            "normalization": read(("normalization",), str, "layernorm"),
             "scale_attn_weights": read(("scale_attn_weights",), bool, True),
             "scale_attn_by_inverse_layer_idx": read(("scale_attn_by_inverse_layer_idx",), bool, False),
             "tied_head": tied if tied_head is None else tied_head,
@@ -291,6 +303,7 @@ class BuildConfig:
     max_input_len: int = 200
     max_output_len: int = 200
     max_beam_width: int = 1
+    max_prompt_embedding_table_size: int = 0
     gpt_attention_plugin: str | None = None
     gemm_plugin: str | None = None
     layernorm_plugin: str | None = None
@@ -307,12 +320,19 @@ class BuildConfig:
             value = getattr(self, name)
             if not 1 <= value < 2**31:
                 problems.add(f"{name}: found {value}, allowed: 1 to {2**31 - 1}")
+        if not 0 <= self.max_prompt_embedding_table_size < 2**31:
+            found = self.max_prompt_embedding_table_size
+            problems.add(f"max_prompt_embedding_table_size: found {found}, allowed: 0 to {2**31 - 1}")
         problems.raise_if_any(ConfigError, "the build configuration is not valid")
 
     @property
     def max_seq_len(self) -> int:
         """Slots of the cache per sequence: prompt and new tokens together."""
         return self.max_input_len + self.max_output_len
+
+    @property
+    def fused_attention(self) -> bool:
+        return self.gpt_attention_plugin is not None or self.context_fmha > 0
 
     def kv_cache_bytes(self, model: ModelConfig, batch_size: int, num_slots: int) -> int:
         """Bytes of one rank's cache, [L, 2, B, G/R, T, D] in the engine's dtype."""
@@ -338,10 +358,11 @@ class BuildConfig:
             "max_input_len": self.max_input_len,
             "max_output_len": self.max_output_len,
             "max_beam_width": self.max_beam_width,
+            "max_prompt_embedding_table_size": self.max_prompt_embedding_table_size,
             "apply_query_key_layer_scaling": False,
             "paged_kv_cache": False,
             "tokens_per_block": 64,
-            "use_prompt_tuning": False,
+            "use_prompt_tuning": self.max_prompt_embedding_table_size > 0,
             "use_parallel_embedding": False,
             "use_refit": False,
             "int8": False,

@@ -18,7 +18,7 @@ _READ_BYTES = 1 << 22
 
 @contextmanager
 def staged_folder(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
-    """Yields a hidden folder beside `target` that becomes `target` when the block ends well and vanishes when it does not.
+    """Yields a hidden folder beside `target` that becomes `target` when the block ends well and vanishes otherwise.
 
     A killed process leaves only the hidden folder; the next call for the same target removes it.  An older target is
     replaced with `force` alone, after the new one is complete, and only if it holds the file `marker` or nothing.

@@ -20,6 +20,6 @@ def make_gpt2(tmp_path: Path) -> Callable[..., Path]:
     """`make_gpt2(name="hf", **overrides)` saves a tiny GPT-2 under the test's folder (see tiny_models.tiny_gpt2)."""
 
     def make(name: str = "hf", **overrides: object) -> Path:
-        return tiny_gpt2(tmp_path / name, **overrides)  # type: ignore[arg-type]
+        return tiny_gpt2(tmp_path / name, **overrides)
 
     return make

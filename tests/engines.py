@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from hf_gpt_convert import ProgArgs, run_conversion
 
 import build
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.runtime.load import load_session
 from gpt.runtime.torch_session import TorchSession
+from hf_gpt_convert import ProgArgs, run_conversion
 
 
 def convert(hf_folder: Path, out: Path, storage_type: str = "float32", tp: int = 1) -> Path:
     """Converts and returns the `<tp>-gpu` folder."""
     run_conversion(
-        ProgArgs(out_dir=str(out), in_file=str(hf_folder), tensor_parallelism=tp, processes=2, storage_type=storage_type)
+        ProgArgs(
+            out_dir=str(out), in_file=str(hf_folder), tensor_parallelism=tp, processes=2, storage_type=storage_type
+        )
     )
     return out / f"{tp}-gpu"
 

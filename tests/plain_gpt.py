@@ -1,5 +1,5 @@
-"""A GPT written down plainly in float64, one sequence at a time, no cache: what the executors are compared with where no other
-implementation of the same architecture is at hand."""
+"""A GPT written down plainly in float64, one sequence at a time, no cache: what the executors are compared with where
+no other implementation of the same architecture is at hand."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def plain_logits(model: ModelConfig, weights: dict[str, torch.Tensor], ids: list
         x = x + w["model.wpe"][: len(ids)]
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        if model.normalization == "rmsnorm":
+            return x / (x.square().mean(-1, keepdim=True) + model.layer_norm_epsilon).sqrt() * w[name + ".weight"]
         centred = x - x.mean(-1, keepdim=True)
         deviation = (centred.square().mean(-1, keepdim=True) + model.layer_norm_epsilon).sqrt()
         return centred / deviation * w[name + ".weight"] + w[name + ".bias"]
@@ -66,11 +68,13 @@ def _attention(model: ModelConfig, qkv: torch.Tensor, layer: int) -> torch.Tenso
 
 
 def _rotate(x: torch.Tensor, model: ModelConfig) -> torch.Tensor:
-    """Value i and value i + R/2 of a head turn together by position * base^(-2i/R)."""
+    """Value i and value i + R/2 of a head turn together by position / scaling * base^(-2i/R)."""
     result = x.clone()
     half = model.rotary_dim // 2
     for i in range(half):
-        angle = torch.arange(x.shape[1]).double() * model.rotary_base ** (-2 * i / model.rotary_dim)
+        angle = (
+            torch.arange(x.shape[1]).double() / model.rotary_scaling * model.rotary_base ** (-2 * i / model.rotary_dim)
+        )
         a, b = x[..., i], x[..., i + half]
         result[..., i] = a * angle.cos() - b * angle.sin()
         result[..., i + half] = b * angle.cos() + a * angle.sin()

@@ -102,7 +102,7 @@ def test_a_wrong_model_is_told_everything_at_once() -> None:
 @pytest.mark.parametrize("value", [0, -1, 2**31])
 def test_sizes_have_bounds(name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"{name}: found {value}"):
-        dataclasses.replace(MODEL, **{name: value})
+        ModelConfig.from_json({**MODEL.to_json(), name: value})
 
 
 @pytest.mark.parametrize(("rotary_pct", "word"), [(0.4, "odd"), (0.01, "nothing")])

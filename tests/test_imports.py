@@ -47,10 +47,10 @@ def _walk(node: ast.AST, *, at_load: bool) -> Iterator[Import]:
         for alias in node.names:
             yield Import(f"{node.module}.{alias.name}", node.lineno, at_load)
     elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-        for child in node.body:
-            yield from _walk(child, at_load=False)
-        for child in node.orelse:
-            yield from _walk(child, at_load=at_load)
+        for statement in node.body:
+            yield from _walk(statement, at_load=False)
+        for statement in node.orelse:
+            yield from _walk(statement, at_load=at_load)
     else:
         inside = at_load and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
         for child in ast.iter_child_nodes(node):

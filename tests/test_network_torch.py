@@ -1,4 +1,5 @@
-"""The network run by PyTorch beside Hugging Face and beside a plain float64 GPT, through converter, build and session."""
+"""The network run by PyTorch beside Hugging Face and beside a plain float64 GPT, through converter, build and
+session."""
 
 from __future__ import annotations
 
@@ -76,7 +77,9 @@ def test_logits_and_ids_are_hf_ones(shape: dict[str, Any], make_gpt2: Callable[.
     same_as_hf(open_session(info), reference, 100)
 
 
-@pytest.mark.parametrize("flags", [[], ["--use_gpt_attention_plugin", "--remove_input_padding"]], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--use_gpt_attention_plugin", "--remove_input_padding"]], ids=["plain", "fused"]
+)
 def test_bundled_model(flags: list[str], tmp_path: Path) -> None:
     info = build_engine(convert(BUNDLED, tmp_path / "ft"), tmp_path / "engine", *flags)
     reference = GPT2LMHeadModel.from_pretrained(BUNDLED, dtype=torch.float32).eval()

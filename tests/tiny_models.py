@@ -22,8 +22,8 @@ def tiny_gpt2(
     """Saves a random GPT-2 with `transformers` and returns `path`.
 
     `config` goes to GPT2Config: n_embd, n_head, n_layer, n_positions, n_inner, vocab_size, activation_function,
-    layer_norm_epsilon, tie_word_embeddings, ...  Every parameter is random, also those that a fresh model has at 0 or 1,
-    so that a mix-up changes the logits.  `tokenizer` adds byte-level BPE files (vocab_size of at least 264).
+    layer_norm_epsilon, tie_word_embeddings, ...  Every parameter is random, also those that a fresh model has at 0 or
+    1, so that a mix-up changes the logits.  `tokenizer` adds byte-level BPE files (vocab_size of at least 264).
     """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel

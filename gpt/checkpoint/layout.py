@@ -46,6 +46,10 @@ def _has_bias(model: ModelConfig) -> bool:
     return model.bias
 
 
+def _centred(model: ModelConfig) -> bool:
+    return model.normalization == "layernorm"
+
+
 def _gated(model: ModelConfig) -> bool:
     return model.activation.gated
 
@@ -54,19 +58,19 @@ _GLOBAL = (
     _Row("model.wpe", "P E", Split.NONE, "embedding", lambda model: model.learned_positions),
     _Row("model.wte", "V E", Split.NONE, "embedding"),
     _Row("model.final_layernorm.weight", "E", Split.NONE, "scale"),
-    _Row("model.final_layernorm.bias", "E", Split.NONE, "bias"),
+    _Row("model.final_layernorm.bias", "E", Split.NONE, "bias", _centred),
     _Row("model.lm_head.weight", "V E", Split.NONE, "embedding", lambda model: not model.tied_head),
 )
 
 _LAYER = (
     _Row("input_layernorm.weight", "E", Split.NONE, "scale"),
-    _Row("input_layernorm.bias", "E", Split.NONE, "bias"),
+    _Row("input_layernorm.bias", "E", Split.NONE, "bias", _centred),
     _Row("attention.query_key_value.weight", "E Q", Split.QKV, "weight"),
     _Row("attention.query_key_value.bias", "Q", Split.QKV, "bias", _has_bias),
     _Row("attention.dense.weight", "A E", Split.ROW, "weight"),
     _Row("attention.dense.bias", "E", Split.NONE, "bias", _has_bias),
     _Row("post_attention_layernorm.weight", "E", Split.NONE, "scale"),
-    _Row("post_attention_layernorm.bias", "E", Split.NONE, "bias"),
+    _Row("post_attention_layernorm.bias", "E", Split.NONE, "bias", _centred),
     _Row("mlp.dense_h_to_4h.weight", "E F", Split.COLUMN, "weight"),
     _Row("mlp.dense_h_to_4h.bias", "F", Split.COLUMN, "bias", _has_bias),
     _Row("mlp.dense_h_to_4h.gate.weight", "E F", Split.COLUMN, "weight", _gated),

@@ -29,9 +29,9 @@ from gpt.mapping import Mapping
 def build_engine(model: ModelConfig, build: BuildConfig, checkpoint: Checkpoint | None, output_dir: Path) -> Path:
     """Builds every rank's file and the configuration; returns the path of config.json.
 
-    Everything is made in a hidden folder inside `output_dir` and moved into place at the end, config.json last; a build that
-    fails or is killed leaves an engine that was there before as it was.
-    Raises ConfigError for options the backend cannot honour, EngineError and GptError from the work itself.
+    Everything is made in a hidden folder inside `output_dir` and moved into place at the end, config.json last; a build
+    that fails or is killed leaves an engine that was there before as it was. Raises ConfigError for options the backend
+    cannot honour, EngineError and GptError from the work itself.
     """
     begin = time.perf_counter()
     source: WeightSource = checkpoint if checkpoint is not None else RandomWeights(model, build.seed or 0)
@@ -46,7 +46,10 @@ def build_engine(model: ModelConfig, build: BuildConfig, checkpoint: Checkpoint 
     staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=".partial-"))
     try:
         build_id = uuid.uuid4().hex
-        files = [_build_rank(model, build, Mapping(build.world_size, r), source, build_id, staging) for r in range(build.world_size)]
+        files = [
+            _build_rank(model, build, Mapping(build.world_size, r), source, build_id, staging)
+            for r in range(build.world_size)
+        ]
         _copy_tokenizer(checkpoint, staging)
         config = engine_config(model, build, library, build_id, files, _describe_source(checkpoint))
         (staging / CONFIG_NAME).write_text(config, encoding="utf-8")
@@ -63,26 +66,29 @@ def _prepare_backend(model: ModelConfig, build: BuildConfig) -> tuple[list[str],
     if build.backend == "tensorrt":
         from gpt.engine import trt_builder
 
-        return trt_builder.check_build(model, build), trt_builder.library_info()
+        return trt_builder.check_build(model, build), trt_builder.library_info(build.targets)
     return torch_notes(build), {"name": "torch", "version": torch.__version__}
 
 
 def torch_notes(build: BuildConfig) -> list[str]:
     """What the plugin flags select in the PyTorch executor."""
     notes = []
-    fused = build.gpt_attention_plugin is not None or build.context_fmha > 0
     notes.append(
         "Attention: "
         + (
             "fused (scaled_dot_product_attention, float32 softmax), cache in place"
-            if fused
+            if build.fused_attention
             else "plain (scores and softmax in float32); --use_gpt_attention_plugin selects the fused one"
         )
     )
     if build.context_fmha:
-        notes.append("Context FMHA Enabled: the fused kernels of PyTorch accumulate in float32, whichever flag asks for them")
+        notes.append(
+            "Context FMHA Enabled: PyTorch's fused kernels accumulate in float32, whichever flag asks"
+        )
     if build.gemm_plugin:
-        notes.append("GEMM plugin: the products of oneDNN and MKL on a CPU, of cuBLAS on a GPU; they are used without the flag too")
+        notes.append(
+            "GEMM plugin: oneDNN and MKL on a CPU, cuBLAS on a GPU; they are used without the flag too"
+        )
     if build.layernorm_plugin:
         notes.append("Layernorm plugin: PyTorch's fused layer_norm; it is used without the flag too")
     if build.lookup_plugin:
@@ -114,7 +120,9 @@ def _build_rank(
         )
     size = path.stat().st_size
     seconds = time.perf_counter() - begin
-    log.info("Engine serialized: %s, %s. Total time: %s (%.1f s)", name, human_bytes(size), human_time(seconds), seconds)
+    log.info(
+        "Engine serialized: %s, %s. Total time: %s (%.1f s)", name, human_bytes(size), human_time(seconds), seconds
+    )
     return EngineFile(name, size, checksum)
 
 
@@ -147,7 +155,8 @@ def _describe_source(checkpoint: Checkpoint | None) -> dict[str, Any]:
 
 
 def _publish(staging: Path, output_dir: Path) -> None:
-    """Moves a complete build into place.  Without config.json the folder counts as unfinished, so it goes first and comes last."""
+    """Moves a complete build into place.  Without config.json the folder counts as unfinished, so it goes first and
+    comes last."""
     (output_dir / CONFIG_NAME).unlink(missing_ok=True)
     shutil.rmtree(output_dir / TOKENIZER_FOLDER, ignore_errors=True)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_NAME):

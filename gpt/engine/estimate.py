@@ -28,15 +28,19 @@ class Estimate:
 
     def describe(self) -> str:
         return (
-            f"weights {human_bytes(self.weights)}, engine file {human_bytes(self.engine_file)}, KV cache at the limits "
-            f"{human_bytes(self.kv_cache)}, activations {human_bytes(self.activations)}, building {human_bytes(self.build_peak)}"
+            f"weights {human_bytes(self.weights)}, engine file {human_bytes(self.engine_file)}, "
+            f"KV cache at the limits {human_bytes(self.kv_cache)}, activations {human_bytes(self.activations)}, "
+            f"building {human_bytes(self.build_peak)}"
         )
 
 
 def estimate(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> Estimate:
     weights = engine_bytes(model, mapping, build.dtype)
     num_tokens = build.max_batch_size * build.max_input_len
-    widest = model.n_embd * 2 + max(model.qkv_size, model.inter_size * (2 if model.activation.gated else 1)) // build.world_size
+    widest = (
+        model.n_embd * 2
+        + max(model.qkv_size, model.inter_size * (2 if model.activation.gated else 1)) // build.world_size
+    )
     activations = num_tokens * widest * ITEMSIZE[build.dtype] + 4 * build.max_batch_size * model.padded_vocab_size()
     if build.backend == "tensorrt":
         from gpt.engine.trt_builder import estimate_build_bytes

@@ -55,7 +55,8 @@ class EngineInfo:
         model = self.model
         size = human_bytes(sum(file.num_bytes for file in self.files))
         weights = "random weights" if self.build.seed is not None else size
-        return f"{self.backend} {self.build.dtype}, {model.n_layer} x {model.n_embd}, vocabulary {model.vocab_size}, {weights}"
+        shape = f"{model.n_layer} x {model.n_embd}, vocabulary {model.vocab_size}"
+        return f"{self.backend} {self.build.dtype}, {shape}, {weights}"
 
 
 def engine_file_name(dtype: str, world_size: int, rank: int) -> str:
@@ -70,7 +71,8 @@ def engine_config(
     files: list[EngineFile],
     source: Dict[str, Any],
 ) -> str:
-    """The text of config.json: the original's two objects, and `engine` with everything needed to run and to explain it."""
+    """The text of config.json: the original's two objects, and `engine` with everything needed to run and to explain
+    it."""
     content = {
         "builder_config": build.builder_config(model),
         "plugin_config": build.plugin_config(),
@@ -110,7 +112,9 @@ def open_engine(folder: Path | str) -> EngineInfo:
     except ConfigError as error:
         raise rethrow_as(error, EngineError, f"{folder / CONFIG_NAME} is damaged") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise EngineError(f"{folder / CONFIG_NAME} is damaged", found=f"{type(error).__name__}: {error}", hint=_REBUILD) from error
+        raise EngineError(
+            f"{folder / CONFIG_NAME} is damaged", found=f"{type(error).__name__}: {error}", hint=_REBUILD
+        ) from error
     _check_files(info)
     return info
 

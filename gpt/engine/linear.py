@@ -1,9 +1,9 @@
 """x @ weight.T + bias, by the fastest call PyTorch has for the shape, dtype and device.
 
-Measured on a CPU with AMX (2 cores, torch 2.13, 48 products of a 12 x 768 model, weights read straight from memory, GB/s of
-weights): a bfloat16 product of a few rows reaches 22 GB/s with the weight as the left operand and 14 as the right one, which
-oneDNN reorders at each call; a single row is fastest as a matrix-vector product.  benchmarks/bench_linear.py measures the
-alternatives again.
+Measured on a CPU with AMX (2 cores, torch 2.13, 48 products of a 12 x 768 model, weights read straight from memory,
+GB/s of weights): a bfloat16 product of a few rows reaches 22 GB/s with the weight as the left operand and 14 as the
+right one, which oneDNN reorders at each call; a single row is fastest as a matrix-vector product.
+benchmarks/bench_linear.py measures the alternatives again.
 """
 
 from __future__ import annotations

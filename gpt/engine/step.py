@@ -26,6 +26,8 @@ class ContextStep:
     last: torch.Tensor
     lengths: tuple[int, ...]
     padded: bool
+    prompt_table: torch.Tensor | None = None
+    first_row: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

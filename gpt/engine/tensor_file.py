@@ -1,8 +1,8 @@
 """A rank's weights in one safetensors file, written as a stream and read through the memory map.
 
-The safetensors package reads what is written here.  It does not do the writing or the reading for two reasons: its writer wants
-every tensor in memory at once, and neither side aligns tensors, while vector loads from a mapped file want 64-byte starts.  The
-format forbids holes, so alignment is reached with filler tensors named `filler.<n>`.
+The safetensors package reads what is written here.  It does not do the writing or the reading for two reasons: its
+writer wants every tensor in memory at once, and neither side aligns tensors, while vector loads from a mapped file want
+64-byte starts.  The format forbids holes, so alignment is reached with filler tensors named `filler.<n>`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def write_tensor_file(
     metadata: dict[str, str],
     what: str,
 ) -> str:
-    """Writes `tensors`, which must come in the order and with the shapes of `shapes`; returns the file's xxh3_128 checksum.
+    """Writes `tensors`, which must come in the order and with the shapes of `shapes`; returns the file's xxh3_128
+    checksum.
 
     One tensor is in memory at a time.  `what` labels the progress bar.
     """
@@ -43,7 +44,11 @@ def write_tensor_file(
         entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
         offset += num_bytes
         if filler := -offset % _ALIGNMENT:
-            entries[f"filler.{len(fillers)}"] = {"dtype": "U8", "shape": [filler], "data_offsets": [offset, offset + filler]}
+            entries[f"filler.{len(fillers)}"] = {
+                "dtype": "U8",
+                "shape": [filler],
+                "data_offsets": [offset, offset + filler],
+            }
             fillers[name] = filler
             offset += filler
     header = json.dumps(entries, separators=(",", ":")).encode()
@@ -60,7 +65,7 @@ def write_tensor_file(
         for name, tensor in tensors:
             if tuple(tensor.shape) != tuple(shapes[name]):
                 raise EngineError(f"{name} has the wrong shape", found=tuple(tensor.shape), allowed=shapes[name])
-            put(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            put(tensor.reshape(-1).view(torch.uint8).numpy().data)
             put(bytes(fillers.get(name, 0)))
             bar.update(tensor.nbytes)
     return digest.hexdigest()
@@ -100,7 +105,11 @@ def _entry(entry: dict) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     dtype = torch_dtype(names[entry["dtype"]])
     shape = tuple(int(size) for size in entry["shape"])
     first, last = (int(offset) for offset in entry["data_offsets"])
-    if not 0 <= first <= last or min(shape, default=0) < 0 or torch.Size(shape).numel() * dtype.itemsize != last - first:
+    if (
+        not 0 <= first <= last
+        or min(shape, default=0) < 0
+        or torch.Size(shape).numel() * dtype.itemsize != last - first
+    ):
         raise ValueError(f"entry of shape {shape} at {first} to {last}")
     return dtype, shape, first, last
 

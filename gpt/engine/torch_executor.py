@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping as Dict
+from collections.abc import Callable
+from collections.abc import Mapping as Dict
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +29,9 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class TorchOps:
     """Ops over packed activations [N, E], for the step in `step`.
 
-    weights: by layout name, in the engine's dtype on one device.  cache: [L, 2, B, G/R, T, D], K and V of every layer; `step` and
-    `cache` are set by the session before each run.  fused: scaled_dot_product_attention, else scores and softmax written out in
-    float32.  trace: where named intermediate results are kept, when given.
+    weights: by layout name, in the engine's dtype on one device.  cache: [L, 2, B, G/R, T, D], K and V of every layer;
+    `step` and `cache` are set by the session before each run.  fused: scaled_dot_product_attention, else scores and
+    softmax written out in float32.  trace: where named intermediate results are kept, when given.
     """
 
     def __init__(self, model: ModelConfig, mapping: Mapping, weights: Dict[str, torch.Tensor], *, fused: bool = True):
@@ -57,7 +58,13 @@ class TorchOps:
             self._mask = (slots <= step.positions[:, None])[:, None, None, :]  # [B, 1, 1, T]
 
     def embedding(self, table: str) -> torch.Tensor:
-        return F.embedding(self.step.ids, self.weights[table])
+        step = self.step
+        if isinstance(step, GenerationStep) or step.prompt_table is None or step.first_row is None:
+            return F.embedding(step.ids, self.weights[table])
+        virtual = step.ids >= self.model.vocab_size
+        words = F.embedding(step.ids.masked_fill(virtual, 0), self.weights[table])
+        rows = (step.ids - self.model.vocab_size + step.first_row).masked_fill(~virtual, 0)
+        return torch.where(virtual[:, None], F.embedding(rows, step.prompt_table), words)
 
     def position_embedding(self, table: str) -> torch.Tensor:
         return F.embedding(self.step.positions, self.weights[table])
@@ -71,6 +78,9 @@ class TorchOps:
     def layer_norm(self, x: torch.Tensor, name: str, epsilon: float) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"], epsilon)
 
+    def rms_norm(self, x: torch.Tensor, name: str, epsilon: float) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weights[name + ".weight"], epsilon)
+
     def linear(self, x: torch.Tensor, name: str, *, activation: str | None = None, bias: bool = True) -> torch.Tensor:
         y = linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias") if bias else None)
         return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
@@ -79,9 +89,9 @@ class TorchOps:
         bias = self.weights.get(name + ".bias")
         return x if bias is None else x.add_(bias)
 
-    def rotary(self, qkv: torch.Tensor, rotary_dim: int, base: float) -> torch.Tensor:
+    def rotary(self, qkv: torch.Tensor, rotary_dim: int, base: float, scaling: float) -> torch.Tensor:
         if self._rotary is None:
-            self._rotary = rotary_tables(self.step.positions, rotary_dim, base)
+            self._rotary = rotary_tables(self.step.positions, rotary_dim, base, scaling)
         cos, sin = (table.to(qkv.dtype)[:, None] for table in self._rotary)  # [N, 1, rotary_dim / 2]
         num_rotated = self.num_heads + self.num_kv_heads
         heads = qkv.view(qkv.shape[0], -1, self.model.head_size)[:, :num_rotated, :rotary_dim]
@@ -100,7 +110,8 @@ class TorchOps:
     def _context_attention(
         self, step: ContextStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Prompts attend to themselves; the cache is written and not read.  q [N, H, D], k and v [N, G, D] -> [N, H*D]."""
+        """Prompts attend to themselves; the cache is written and not read.  q [N, H, D], k and v [N, G, D] -> [N,
+        H*D]."""
         if step.padded:
             batch_size = len(step.lengths)
             q, k, v = (t.unflatten(0, (batch_size, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, S, D]
@@ -147,10 +158,13 @@ class TorchOps:
         return x
 
 
-def rotary_tables(positions: torch.Tensor, rotary_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position * base^(-2i/rotary_dim), each [N, rotary_dim / 2] float32, from positions [N]."""
+def rotary_tables(
+    positions: torch.Tensor, rotary_dim: int, base: float, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position / scaling * base^(-2i/rotary_dim), each [N, rotary_dim / 2] float32, from positions
+    [N]."""
     steps = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = torch.outer(positions.float(), base ** (-steps / rotary_dim))
+    angles = torch.outer(positions.float() / scaling, base ** (-steps / rotary_dim))
     return angles.cos(), angles.sin()
 
 

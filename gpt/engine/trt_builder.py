@@ -1,4 +1,4 @@
-"""Network, profiles and targets in; a TensorRT plan in a file out."""
+"""Network, profiles and targets in, a TensorRT plan in a file out; all that a build needs can be imported from here."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ import torch
 from gpt.config import BuildConfig, ModelConfig
 from gpt.console import progress
 from gpt.engine import trt_io
-from gpt.engine.trt_check import compute_capabilities
+from gpt.engine.trt_check import check_build, compute_capabilities, estimate_build_bytes
 from gpt.engine.trt_layers import Layers
-from gpt.engine.trt_library import error_recorder, load_for_build, logger
+from gpt.engine.trt_library import error_recorder, is_available, library_info, load_for_build, logger
 from gpt.engine.trt_ops import define_network
 from gpt.errors import EngineError
 from gpt.files import whole_file
 from gpt.mapping import Mapping
+
+__all__ = ["NetworkBuild", "build_plan", "check_build", "estimate_build_bytes", "is_available", "library_info"]
 
 
 class NetworkBuild:
@@ -33,7 +35,10 @@ class NetworkBuild:
     def __init__(
         self, trt: Any, model: ModelConfig, build: BuildConfig, mapping: Mapping, weights: Dict[str, torch.Tensor]
     ):
-        """weights: as `gpt.engine.weights.engine_tensors` makes them, on the CPU.  Raises EngineError for a refused layer."""
+        """weights: as `gpt.engine.weights.engine_tensors` makes them, on the CPU.
+
+        Raises EngineError for a layer that the library refuses.
+        """
         self.trt = trt
         self.build = build
         self.recorder = error_recorder(trt)
@@ -97,8 +102,8 @@ def build_plan(
 ) -> None:
     """Builds the engine of one rank and writes its plan to `path`, which appears only when it is complete.
 
-    weights: as `gpt.engine.weights.engine_tensors` makes them.  Call `gpt.engine.trt_check.check_build` first: it explains what
-    would otherwise end here in the library's own words.  Raises what `NetworkBuild` and its `write_plan` raise.
+    weights: as `gpt.engine.weights.engine_tensors` makes them.  Call `check_build` first: it explains what would
+    end here in the library's own words.  Raises what `NetworkBuild` and its `write_plan` raise.
     """
     network = NetworkBuild(load_for_build(build.targets), model, build, mapping, weights)
     with whole_file(path) as file:

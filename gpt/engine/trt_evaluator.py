@@ -1,9 +1,9 @@
 """Executes a TensorRT network with PyTorch, on a CPU, from nothing but the network itself.
 
-The library cannot run here what it builds here.  So that a network is nevertheless checked number by number, it is walked layer by
-layer as the library holds it: types, attributes, weights, connections.  Nothing of how it was made is known to this module, and
-whatever it does not know exactly it refuses.  What this shows: the network computes the model.  What it cannot show: that
-TensorRT's kernels compute the network.
+Without a GPU the library builds and cannot run.  So that a network is nevertheless checked number by number, it is
+walked layer by layer as the library holds it: types, attributes, weights, connections.  Nothing of how it was made is
+known to this module, and whatever it does not know exactly it refuses.  What this shows: the network computes the
+model.  What it cannot show: TensorRT's kernels compute the network.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gpt.errors import EngineError
 class NetworkEvaluator:
     """A network that can be called.
 
-    Arithmetic is in float32 within a layer and rounded to the layer's declared type after it, as a strongly typed network demands;
-    products of half-precision tensors are accumulated in float32.
+    Within a layer everything is float32, products of half-precision tensors included; its result is then rounded to the
+    type that the network declares for it.
     """
 
     def __init__(self, trt: Any, network: Any, side_table: Dict[str, torch.Tensor]):
@@ -57,20 +57,24 @@ class NetworkEvaluator:
             given = inputs.get(tensor.name)
             expected = to_torch_dtype(self.trt, tensor.dtype), tuple(tensor.shape)
             if given is None or given.dtype != expected[0] or not _shape_fits(given.shape, expected[1]):
-                found = None if given is None else (given.dtype, tuple(given.shape))
-                raise EngineError(f"network input {tensor.name} does not fit", found=found, allowed=expected)
+                found = None if given is None else f"{given.dtype} {tuple(given.shape)}"
+                raise EngineError(
+                    f"network input {tensor.name} does not fit", found=found, allowed=f"{expected[0]} {expected[1]}"
+                )
 
     def _as_declared(self, tensor: Any, result: torch.Tensor) -> torch.Tensor:
         """`result` in the declared type; a shape that contradicts the declared one is a mistake of this evaluator."""
         if not _shape_fits(result.shape, tuple(tensor.shape)):
             raise EngineError(
-                f"{tensor.name} came out in another shape", found=tuple(result.shape), allowed=tuple(tensor.shape)
+                f"{tensor.name} came out in another shape",
+                found=str(tuple(result.shape)),
+                allowed=str(tuple(tensor.shape)),
             )
         return result.to(to_torch_dtype(self.trt, tensor.dtype))
 
 
 def evaluate_layer(evaluation: Evaluation, layer: Any) -> list[torch.Tensor]:
-    """The outputs of one layer, before rounding to their types.  Raises EngineError for a type of layer that is not known."""
+    """The outputs of one layer, before rounding to their types.  Raises EngineError for an unknown type of layer."""
     kind = layer.type.name  # read before the cast: an activation's own `type` hides the layer's
     if kind not in LAYERS:
         raise EngineError(

@@ -1,12 +1,13 @@
 """What each TensorRT layer computes, as its documentation says, in PyTorch.
 
-A function takes the running evaluation, the layer cast to its class, and its inputs (None where one is absent) and returns its
-output in any float type.  Settings that are not implemented are refused, never ignored.
+A function takes the running evaluation, the layer cast to its class, and its inputs (None where one is absent) and
+returns its output in any float type.  Settings that are not implemented are refused, never ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping as Dict
+from collections.abc import Callable
+from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from gpt.errors import EngineError
 
 @dataclass
 class Evaluation:
-    """One walk: tensors by name so far, constants that cannot be read back, and what attention's first half leaves its second."""
+    """One walk: tensors by name so far, unreadable constants, and what attention's first half leaves its second."""
 
     trt: Any
     values: dict[str, torch.Tensor]
@@ -56,7 +57,7 @@ def _gather(evaluation: Evaluation, layer: Any, x: torch.Tensor, indices: torch.
 
 
 def _elementwise(evaluation: Evaluation, layer: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    functions = {
+    functions: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
         "SUM": torch.add,
         "PROD": torch.mul,
         "SUB": torch.sub,
@@ -144,6 +145,16 @@ def _normalization(
     return centered / torch.sqrt(variance + layer.epsilon) * _wide(scale) + _wide(bias)
 
 
+def _reduce(evaluation: Evaluation, layer: Any, x: torch.Tensor) -> torch.Tensor:
+    _demand(layer.op == evaluation.trt.ReduceOperation.AVG, layer, str(layer.op))
+    return _wide(x).mean(_axis(layer), keepdim=layer.keep_dims)
+
+
+def _unary(evaluation: Evaluation, layer: Any, x: torch.Tensor) -> torch.Tensor:
+    _demand(layer.op == evaluation.trt.UnaryOperation.SQRT, layer, str(layer.op))
+    return torch.sqrt(_wide(x))
+
+
 def _axis(layer: Any) -> int:
     """The one axis of a layer's bit mask."""
     _demand(layer.axes.bit_count() == 1, layer, "several axes")
@@ -203,7 +214,7 @@ def _attention_input(evaluation: Evaluation, layer: Any, *inputs: torch.Tensor |
 
 
 def _attention_output(evaluation: Evaluation, layer: Any, link: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T, masked) v without a scale: q [B, H, S, D], k and v [B, G, T, D], H / G query heads in turn per key head."""
+    """softmax(q k^T, masked) v, not scaled: q [B, H, S, D], k and v [B, G, T, D]; H / G heads in a row share a key."""
     trt, attention = evaluation.trt, layer.attention
     q, k, v, *_ = evaluation.attention_inputs[attention.name]
     _demand(attention.norm_op == trt.AttentionNormalizationOp.SOFTMAX, layer, "attention normalization")
@@ -216,7 +227,9 @@ def _attention_output(evaluation: Evaluation, layer: Any, link: torch.Tensor) ->
         layer,
         "lengths or scales",
     )
-    assert q is not None and k is not None and v is not None
+    assert q is not None
+    assert k is not None
+    assert v is not None
     repeats = q.shape[1] // k.shape[1]
     scores = _wide(q) @ _wide(k).repeat_interleave(repeats, 1).mT  # [B, H, S, T]
     if attention.mask is not None:
@@ -240,6 +253,8 @@ LAYERS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
     "SELECT": ("ISelectLayer", _select),
     "SOFTMAX": ("ISoftMaxLayer", _softmax),
     "NORMALIZATION": ("INormalizationLayer", _normalization),
+    "REDUCE": ("IReduceLayer", _reduce),
+    "UNARY": ("IUnaryLayer", _unary),
     "ROTARY_EMBEDDING": ("IRotaryEmbeddingLayer", _rotary_embedding),
     "KV_CACHE_UPDATE": ("IKVCacheUpdateLayer", _kv_cache_update),
     "ATTENTION_INPUT": ("IAttentionInputLayer", _attention_input),

@@ -1,7 +1,8 @@
 """What goes into and comes out of the TensorRT network: one table for the network, its profiles and the session.
 
-The network is one for both phases; a phase is an optimization profile of it.  Letters: B sequences, S slots per sequence in this
-step (1 when generating), N packed tokens of this step, T slots of the cache, G key/value heads, D head size.
+The network is one for both phases; a phase is an optimization profile of it.  Letters: B sequences, S slots per
+sequence in this step (1 when generating), N packed tokens of this step, T slots of the cache, G key/value heads, D head
+size.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ class Port:
 def step_inputs(build: BuildConfig) -> list[Port]:
     """The inputs that change from step to step, all int32.
 
-    last_token_ids: where each sequence ends, an index into S, or into N when packed.  cache_write_index: the slot of each
-    sequence's first token of this step.  padded_from_packed: for every slot of the padded form the packed token it shows (padding
-    shows some token of its own sequence).  packed_from_padded: for every packed token its place b * S + s.
+    last_token_ids: where each sequence ends, an index into S, or into N when packed.  cache_write_index: the slot of
+    each sequence's first token of this step.  padded_from_packed: for every slot of the padded form the packed token it
+    shows (padding shows some token of its own sequence).  packed_from_padded: for every packed token its place b * S +
+    s.
     """
     tokens = ("N",) if build.remove_input_padding else ("B", "S")
     ports = [

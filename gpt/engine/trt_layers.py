@@ -1,8 +1,8 @@
 """Adds layers to a TensorRT network and finds out at once when the library disagrees.
 
-Left alone, TensorRT reports most mistakes late or never: a wrong layer is returned as if it were right until somebody reads its
-shape, and a refused setter keeps the old value without an exception.  Here every layer's shape is read, every setting that can be
-refused is read back, and the library's own messages go into the error.
+Left alone, TensorRT reports most mistakes late or never: a wrong layer is returned as if it were right until somebody
+reads its shape, and a refused setter keeps the old value without an exception.  Here every layer's shape is read, every
+setting that can be refused is read back, and the library's own messages go into the error.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from gpt.errors import EngineError
 class Layers:
     """The layers used here, by what they do.  Tensors are the library's ITensor; constants come as torch tensors.
 
-    side_table: the values of every constant by the name of its tensor.  It keeps the memory alive that the network refers to
-    (TensorRT copies weights only while it builds), and answers for the types that cannot be read back from a network.
+    side_table: the values of every constant by the name of its tensor.  It keeps the memory alive that the network
+    refers to (TensorRT copies weights only while it builds), and answers for the types that cannot be read back from a
+    network.
     """
 
     def __init__(self, trt: Any, network: Any, recorder: Any):
@@ -76,7 +77,7 @@ class Layers:
     def shuffle(
         self, x: Any, shape: Sequence[int] | None = None, *, before: Sequence[int] = (), after: Sequence[int] = ()
     ) -> Any:
-        """Transposes by `before`, reshapes to `shape` (0 keeps a dimension, one -1 is worked out), transposes by `after`."""
+        """Transposes by `before`, reshapes to `shape` (0 keeps a size, one -1 is worked out), transposes by `after`."""
         layer = self.network.add_shuffle(x)
         if before:
             layer.first_transpose = tuple(before)
@@ -126,8 +127,23 @@ class Layers:
         layer.epsilon = epsilon
         return self._add(layer, "layer normalization", name)
 
+    def rms_norm(self, x: Any, weight: torch.Tensor, epsilon: float) -> Any:
+        """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, in the type of x; TensorRT has no layer for it."""
+        rank = len(x.shape)
+        dtype = self.torch_type(x)
+        average, axes = self.trt.ReduceOperation.AVG, 1 << (rank - 1)
+        squares = self.elementwise(x, x, "PROD")
+        mean = self._add(self.network.add_reduce(squares, average, axes, True), "mean")
+        shifted = self.elementwise(mean, self.scalar(epsilon, dtype, rank), "SUM")
+        root = self._add(self.network.add_unary(shifted, self.trt.UnaryOperation.SQRT), "square root")
+        scale = self.constant(weight.to(dtype), (1,) * (rank - 1) + tuple(weight.shape))
+        return self.elementwise(self.elementwise(x, root, "DIV"), scale, "PROD")
+
     def rotary(self, x: Any, cos: Any, sin: Any, positions: Any, rotary_dim: int) -> Any:
-        """Rotate-half on the first `rotary_dim` values: x [B, heads, S, D], cos and sin [T, rotary_dim / 2], positions [B, S]."""
+        """Rotate-half on the first `rotary_dim` values.
+
+        x [B, heads, S, D], cos and sin [T, rotary_dim / 2], positions [B, S].
+        """
         layer = self.network.add_rotary_embedding(x, cos, sin, False, rotary_dim)
         if layer is not None:
             layer.set_input(3, positions)
@@ -139,10 +155,10 @@ class Layers:
         return self._add(layer, "cache update")
 
     def attention(self, q: Any, k: Any, v: Any, mask: Any) -> Any:
-        """softmax(q k^T where mask) v, unscaled: q [B, H, S, D], k and v [B, G, T, D], mask bool [B, 1, S, T] -> q's shape."""
+        """softmax(q k^T) v, not scaled: q [B, H, S, D], k and v [B, G, T, D], mask bool [B, 1, S, T] -> as q."""
         kinds = self.trt.AttentionNormalizationOp, self.trt.CausalMaskKind
         attention = self.network.add_attention_v2(q, k, v, kinds[0].SOFTMAX, kinds[1].NONE)
-        self._checked(attention, "attention")
+        self._check_taken(attention, "attention")
         # Without a fused kernel for the type or head size (float32 has none) the library may write the same out.
         attention.decomposable = True
         attention.mask = mask
@@ -167,23 +183,25 @@ class Layers:
         return to_torch_dtype(self.trt, x.dtype)
 
     def _add(self, layer: Any, what: str, name: str | None = None) -> Any:
-        self._checked(layer, what)
+        self._check_taken(layer, what)
         if name is not None:
             layer.name = name
             if layer.name != name:
                 raise self._error(f"a layer could not be named {name}")
         return self._checked(layer.get_output(0), what)
 
-    def _checked(self, thing: Any, what: str) -> Any:
-        if thing is None:
-            raise self._error(f"TensorRT refused a layer: {what}")
+    def _checked(self, tensor: Any, what: str) -> Any:
+        self._check_taken(tensor, what)
         try:
-            getattr(thing, "shape", None)  # reading a tensor's shape is what makes the library check the layer
+            _ = tensor.shape  # reading it is what makes the library check the layer
         except RuntimeError as error:
             raise self._error(f"TensorRT refused a layer: {what}") from error
-        if self.recorder.messages:
+        self._check_taken(tensor, what)
+        return tensor
+
+    def _check_taken(self, thing: Any, what: str) -> None:
+        if thing is None or self.recorder.messages:
             raise self._error(f"TensorRT refused a layer: {what}")
-        return thing
 
     def _error(self, what: str) -> EngineError:
         return EngineError(

@@ -1,7 +1,7 @@
-"""Which TensorRT there is: `tensorrt` for data-centre GPUs, or TensorRT-RTX, which also builds on machines without a GPU.
+"""Which TensorRT there is: `tensorrt` for data-centre GPUs, or TensorRT-RTX, which also builds where there is no GPU.
 
-No other module imports either of them.  Both have the same Python interface as far as this package uses it, so the rest takes the
-module as an argument called `trt` (typed Any: neither library comes with annotations for all of it).
+No other module imports either of them.  Both have the same Python interface as far as this package uses it, so the rest
+takes the module as an argument called `trt` (typed Any: neither library comes with annotations for all of it).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from gpt.errors import ConfigError
 TENSORRT = "tensorrt"
 TENSORRT_RTX = "tensorrt_rtx"
 _MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx_bindings"}
+LIBRARIES = tuple(_MODULES)
 _INSTALL = {
     TENSORRT: "pip install -r requirements-tensorrt.txt (needs an NVIDIA GPU)",
     TENSORRT_RTX: "pip install -r requirements.txt",
@@ -30,10 +31,10 @@ def load(names: Sequence[str] = (TENSORRT_RTX, TENSORRT)) -> Any:
     """
     reasons = []
     for name in names:
-        try:
-            return importlib.import_module(_MODULES[name])
-        except (ImportError, OSError) as error:  # OSError: the bindings are there, the shared libraries are not
-            reasons.append(f"{name}: {error}")
+        trt, reason = _import(name)
+        if trt is not None:
+            return trt
+        reasons.append(f"{name}: {reason}")
     raise ConfigError(
         "TensorRT is not installed",
         found=reasons,
@@ -42,9 +43,20 @@ def load(names: Sequence[str] = (TENSORRT_RTX, TENSORRT)) -> Any:
     )
 
 
+def _import(name: str) -> tuple[Any, str]:
+    """The module, or None and why it cannot be had."""
+    try:
+        return importlib.import_module(_MODULES[name]), ""
+    except (ImportError, OSError) as error:  # OSError: the bindings are there, the shared libraries are not
+        return None, str(error)
+
+
 def load_for_build(targets: Sequence[str]) -> Any:
-    """The library that builds for `targets`: `tensorrt` where it is installed beside a GPU, which is then the only target it
-    has; else TensorRT-RTX.  Raises ConfigError where the one that is needed is not installed."""
+    """The library that builds for `targets`.
+
+    `tensorrt` where it is installed, a GPU is there and no target is named, since that GPU is the only one it builds
+    for; else TensorRT-RTX.  Raises ConfigError where the one that is needed is not installed.
+    """
     import torch
 
     if targets or not torch.cuda.is_available():
@@ -65,9 +77,9 @@ def library_name(trt: Any) -> str:
     return next(name for name, module in _MODULES.items() if trt.__name__ == module)
 
 
-def library_info() -> dict[str, str]:
-    """Name and version of the library that builds by default; raises ConfigError where there is none."""
-    trt = load_for_build(())
+def library_info(targets: Sequence[str] = ()) -> dict[str, str]:
+    """Name and version of the library that builds for `targets`; raises ConfigError where there is none."""
+    trt = load_for_build(targets)
     return {"name": library_name(trt), "version": trt.__version__}
 
 
@@ -77,7 +89,7 @@ def logger(trt: Any) -> Any:
 
     class Log(trt.ILogger):
         def log(self, severity: Any, message: str) -> None:
-            # Errors come through the error recorder too, and end in an exception; here they are only kept for the curious.
+            # Errors come through the error recorder too, and end in an exception; here they are kept for the curious.
             if severity in (trt.Logger.VERBOSE, trt.Logger.INFO):
                 log.debug("%s", message)
             else:

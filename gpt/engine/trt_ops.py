@@ -1,7 +1,7 @@
 """The operations of gpt.network.ops as TensorRT layers.
 
-Activations are ITensors [B, S, E], or [N, E] when the input is packed; attention always works on [B, heads, S, D], since
-TensorRT-RTX has no packed attention.  Shape letters: gpt.engine.trt_io.
+Activations are ITensors [B, S, E], or [N, E] when the input is packed; attention always works on [B, heads, S, D],
+because TensorRT-RTX has no packed attention.  Shape letters: gpt.engine.trt_io.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ class Heads:
 def define_network(
     layers: Layers, model: ModelConfig, build: BuildConfig, mapping: Mapping, weights: Dict[str, torch.Tensor]
 ) -> None:
-    """Adds the whole network, inputs and outputs as in gpt.engine.trt_io.  weights: see `gpt.engine.weights.engine_tensors`.
+    """Adds the whole network, inputs and outputs as in gpt.engine.trt_io.
 
+    weights: as `gpt.engine.weights.engine_tensors` makes them.
     Raises EngineError with the library's messages where it refuses a layer.
     """
     ops = TrtOps(layers, model, build, mapping, weights)
-    logits = forward(ops, model, mapping)
+    logits: Any = forward(ops, model, mapping)
     layers.output(logits, "logits")
 
 
@@ -66,7 +67,7 @@ class TrtOps:
         self.num_kv_heads = mapping.local_kv_heads(model)
         self.num_slots = build.max_seq_len
         self.packed = build.remove_input_padding
-        self.fused = build.gpt_attention_plugin is not None or build.context_fmha > 0
+        self.fused = build.fused_attention
         ports = trt_io.step_inputs(build) + trt_io.cache_inputs(model, build, mapping)
         self.inputs = {port.name: layers.input(port.name, port.dtype, port.network_shape) for port in ports}
         self.positions = self._padded_positions()  # [B, S]
@@ -83,7 +84,7 @@ class TrtOps:
     def _causal_mask(self) -> Any:
         """True where a token may look: at the slots up to its own position.
 
-        Covers context, generation and rows of different lengths alike, and keeps the slots that padding wrote out of sight.
+        Covers context, generation and rows of different lengths alike, and hides the slots that padding wrote.
         """
         slots = torch.arange(self.num_slots, dtype=torch.int32)
         positions = self.layers.shuffle(self.positions, (0, 1, -1, 1))  # [B, 1, S, 1]
@@ -123,6 +124,10 @@ class TrtOps:
         weight, bias = self.weights[name + ".weight"], self.weights[name + ".bias"]
         return self.layers.cast(self.layers.layer_norm(wide, weight, bias, epsilon, name), self.dtype)
 
+    def rms_norm(self, x: Any, name: str, epsilon: float) -> Any:
+        wide = self.layers.cast(x, torch.float32)
+        return self.layers.cast(self.layers.rms_norm(wide, self.weights[name + ".weight"], epsilon), self.dtype)
+
     def linear(self, x: Any, name: str, *, activation: str | None = None, bias: bool = True) -> Any:
         weight = self.weights[name + ".weight"]
         y = self._product(x, weight, name)
@@ -154,9 +159,9 @@ class TrtOps:
     def _scaled(self, x: Any, factor: float) -> Any:
         return self.multiply(x, self.layers.scalar(factor, self.dtype, len(x.shape)))
 
-    def rotary(self, qkv: Any, rotary_dim: int, base: float) -> Heads:
+    def rotary(self, qkv: Any, rotary_dim: int, base: float, scaling: float) -> Heads:
         if self._rotary_tables is None:
-            cos, sin = rotary_tables(torch.arange(self.num_slots), rotary_dim, base)
+            cos, sin = rotary_tables(torch.arange(self.num_slots), rotary_dim, base, scaling)
             self._rotary_tables = self.layers.constant(cos.to(self.dtype)), self.layers.constant(sin.to(self.dtype))
         heads = self._split(qkv)
         q, k = (self.layers.rotary(x, *self._rotary_tables, self.positions, rotary_dim) for x in (heads.q, heads.k))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gpt.engine.trt_library import TENSORRT_RTX, error_recorder, library_name, load, logger
+from gpt.engine.trt_library import LIBRARIES, TENSORRT_RTX, error_recorder, library_name, load, logger
 from gpt.errors import EngineError
 
 
@@ -17,6 +17,8 @@ def load_engine(path: Path, device: torch.device, library: str) -> tuple[Any, An
 
     Raises ConfigError where `library` is not installed, EngineError where it cannot load the plan on this machine.
     """
+    if library not in LIBRARIES:
+        raise EngineError("unknown library in config.json", found=repr(library), allowed=", ".join(LIBRARIES))
     trt = load([library])
     _check_device(trt, device)
     recorder = error_recorder(trt)

@@ -1,7 +1,7 @@
 """Engine and execution context that need no GPU: the library's interface over the evaluator and CPU memory.
 
-They have those members of ICudaEngine and IExecutionContext that the session uses, take plain memory addresses as the library
-does, check profile ranges, and return False with a message in the error recorder where the library would.
+They have those members of ICudaEngine and IExecutionContext that the session uses, take plain memory addresses as the
+library does, check profile ranges, and return False with a message in the error recorder where the library would.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gpt.mapping import Mapping
 def stand_in_engine(
     model: ModelConfig, build: BuildConfig, mapping: Mapping, weights: Dict[str, torch.Tensor]
 ) -> EvaluatorEngine:
-    """The network that `gpt.engine.trt_builder.build_plan` would compile, ready to be executed by a TrtSession on the CPU."""
+    """The network that `gpt.engine.trt_builder.build_plan` would compile, ready for a TrtSession on the CPU."""
     return EvaluatorEngine(NetworkBuild(load(), model, build, mapping, weights))
 
 

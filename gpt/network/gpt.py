@@ -4,8 +4,8 @@
     for each layer:  x = x + attention(ln(x));  x = x + mlp(ln(x))
     logits = ln(last token of x) @ head.T
 
-Families differ by the ModelConfig alone: positions learned or rotary, MLP gated or not, biases or none, head tied or
-not, one key/value head or many.
+Families differ by the ModelConfig alone: positions learned or rotary, normalisation centred or not, MLP gated or not,
+biases or none, head tied or not, one key/value head or many.
 """
 
 from __future__ import annotations
@@ -23,25 +23,31 @@ def forward(ops: Ops[X], model: ModelConfig, mapping: Mapping) -> X:
     x = ops.name(x, "embedding")
     for layer in range(model.n_layer):
         x = _block(ops, model, mapping, x, layer)
-    # The last token first: the final layernorm works row by row, so this is the same and costs one row per sequence.
-    x = ops.gather_last(x)  # [B, E]
-    x = ops.layer_norm(x, "model.final_layernorm", model.layer_norm_epsilon)
+    x = _norm(ops, model, x, "model.final_layernorm")
     x = ops.name(x, "final_layernorm")
     return ops.name(ops.logits(x, "model.wte" if model.tied_head else "model.lm_head.weight"), "logits")
 
 
 def _block(ops: Ops[X], model: ModelConfig, mapping: Mapping, x: X, layer: int) -> X:
     prefix = f"model.layers.{layer}."
-    h = ops.layer_norm(x, prefix + "input_layernorm", model.layer_norm_epsilon)
+    h = _norm(ops, model, x, prefix + "input_layernorm")
     qkv = ops.linear(h, prefix + "attention.query_key_value")  # [..., (H+2G)*D/R]
     if not model.learned_positions:
-        qkv = ops.rotary(qkv, model.rotary_dim, model.rotary_base)
+        qkv = ops.rotary(qkv, model.rotary_dim, model.rotary_base, model.rotary_scaling)
     h = ops.attention(qkv, layer, model.attention_scale(layer))  # [..., H*D/R]
     h = ops.name(h, f"layers.{layer}.attention")
+    if layer == model.n_layer - 1:
+        # Nothing after the last attention looks across tokens, and only the last token of a prompt is asked for.
+        x, h = ops.gather_last(x), ops.gather_last(h)  # [B, E], [B, H*D/R]
     x = ops.add(x, _row_parallel(ops, mapping, h, prefix + "attention.dense"))
-    h = ops.layer_norm(x, prefix + "post_attention_layernorm", model.layer_norm_epsilon)
+    h = _norm(ops, model, x, prefix + "post_attention_layernorm")
     h = ops.name(_mlp(ops, model, mapping, h, prefix + "mlp."), f"layers.{layer}.mlp")
     return ops.name(ops.add(x, h), f"layers.{layer}")
+
+
+def _norm(ops: Ops[X], model: ModelConfig, x: X, name: str) -> X:
+    normalize = ops.rms_norm if model.normalization == "rmsnorm" else ops.layer_norm
+    return normalize(x, name, model.layer_norm_epsilon)
 
 
 def _mlp(ops: Ops[X], model: ModelConfig, mapping: Mapping, h: X, prefix: str) -> X:

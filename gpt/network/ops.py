@@ -19,7 +19,8 @@ class Ops(Protocol[X]):
     """What an executor has to know."""
 
     def embedding(self, table: str) -> X:
-        """table[ids]: [..., E] from `table` [V, E] and the step's token ids."""
+        """table[ids]: [..., E] from `table` [V, E] and the step's token ids; with prompt tuning an id of V + k is row k
+        of the prompt table's part for the sequence's task."""
         ...
 
     def position_embedding(self, table: str) -> X:
@@ -34,6 +35,10 @@ class Ops(Protocol[X]):
         """(x - mean) / sqrt(var + epsilon) * weight + bias over the last axis, moments in float32 (Ba et al. 2016)."""
         ...
 
+    def rms_norm(self, x: X, name: str, epsilon: float) -> X:
+        """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, the mean in float32 (Zhang and Sennrich 2019)."""
+        ...
+
     def linear(self, x: X, name: str, *, activation: str | None = None, bias: bool = True) -> X:
         """activation(x @ weight.T + bias): [..., in] -> [..., out].  `bias` adds `name.bias` where the model has it.
         `activation` is an `Activation.function` name."""
@@ -43,9 +48,9 @@ class Ops(Protocol[X]):
         """a * b, elementwise: the gate of a gated MLP."""
         ...
 
-    def rotary(self, qkv: X, rotary_dim: int, base: float) -> X:
+    def rotary(self, qkv: X, rotary_dim: int, base: float, scaling: float) -> X:
         """Rotate-half position embedding (Su et al. 2021, GPT-NeoX order) on the first `rotary_dim` values of each
-        query and key head of qkv [..., (H+2G)*D/R]; V is left as it is."""
+        query and key head of qkv [..., (H+2G)*D/R]; V is left as it is.  Positions are divided by `scaling`."""
         ...
 
     def attention(self, qkv: X, layer: int, scale: float) -> X:

@@ -12,14 +12,15 @@ import torch
 from gpt.errors import ConfigError, GptError
 from gpt.runtime.limits import check_prompts
 from gpt.runtime.session import Session
+from gpt.runtime.virtual_tokens import VirtualTokens, check_virtual_tokens
 
 
 @dataclass
 class Generation:
     """What one batch produced.
 
-    tokens: the new tokens of each prompt, the end token included where it was generated.  context_ms: the prompts' step with the
-    choice of the first token.  step_ms: one value per later token of the batch.
+    tokens: the new tokens of each prompt, the end token included where it was generated.  context_ms: the prompts' step
+    with the choice of the first token.  step_ms: one value per later token of the batch.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -42,15 +43,21 @@ def generate(
     max_new_tokens: int,
     end_id: int | None,
     on_tokens: Callable[[Sequence[int | None]], None] | None = None,
+    virtual: VirtualTokens | None = None,
 ) -> Generation:
     """Continues each prompt greedily until `end_id` or `max_new_tokens`.
+
+    virtual: the embeddings behind token ids V and above, for engines built for prompt tuning.
 
     on_tokens: called after each step with one new token per prompt, None for prompts that have ended.
     Raises ConfigError for prompts the engine cannot take, GptError where the logits are no numbers.
     """
     if max_new_tokens < 1:
         raise ConfigError("nothing to generate", found=f"{max_new_tokens} new tokens", allowed="at least 1")
-    check_prompts(session.model, session.build, prompts, max_new_tokens)
+    if virtual is not None:
+        check_virtual_tokens(session.model, session.build, virtual, len(prompts))
+    num_virtual = virtual.num_tokens if virtual is not None else 0
+    check_prompts(session.model, session.build, prompts, max_new_tokens, num_virtual=num_virtual)
     longest = max(len(prompt) for prompt in prompts)
     session.start(len(prompts), longest + max_new_tokens)
     result = Generation(tokens=[[] for _ in prompts])
@@ -58,7 +65,7 @@ def generate(
     chosen = torch.empty(0)
     begin = time.perf_counter()
     for step in range(max_new_tokens):
-        logits = session.context(prompts) if step == 0 else session.generation(chosen)
+        logits = session.context(prompts, virtual) if step == 0 else session.generation(chosen)
         chosen, values = logits.max(dim=-1)[::-1]
         tokens = chosen.tolist()  # waits for the device
         _check_finite(values, step)

@@ -28,30 +28,43 @@ def check_start(model: ModelConfig, build: BuildConfig, batch_size: int, max_seq
 
 
 def check_prompts(
-    model: ModelConfig, build: BuildConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, max_reported: int = 20
+    model: ModelConfig,
+    build: BuildConfig,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    num_virtual: int = 0,
 ) -> None:
-    """Raises ConfigError listing every prompt that is empty, too long, or has token ids the model does not know."""
+    """Raises ConfigError listing every prompt that is empty, too long, or has token ids that nothing stands for.
+
+    num_virtual: virtual tokens per task, whose ids follow the vocabulary.
+    """
     problems = Problems()
     for row, prompt in enumerate(prompts):
         if not prompt:
             problems.add(f"prompt {row}: no tokens")
             continue
         if len(prompt) > build.max_input_len:
-            problems.add(f"prompt {row}: {len(prompt)} tokens, the engine was built with --max_input_len {build.max_input_len}")
+            problems.add(
+                f"prompt {row}: {len(prompt)} tokens, the engine was built with --max_input_len {build.max_input_len}"
+            )
         elif len(prompt) + max_new_tokens > build.max_seq_len:
             problems.add(
                 f"prompt {row}: {len(prompt)} + {max_new_tokens} new tokens, the engine holds {build.max_seq_len} "
                 f"(--max_input_len {build.max_input_len} + --max_output_len {build.max_output_len})"
             )
         elif model.learned_positions and len(prompt) + max_new_tokens > model.n_positions:
-            problems.add(f"prompt {row}: {len(prompt)} + {max_new_tokens} new tokens, the model has {model.n_positions} positions")
-        unknown = sorted({token for token in prompt if not 0 <= token < model.vocab_size})
+            num_tokens = f"{len(prompt)} + {max_new_tokens} new tokens"
+            problems.add(f"prompt {row}: {num_tokens}, the model has {model.n_positions} positions")
+        unknown = sorted({token for token in prompt if not 0 <= token < model.vocab_size + num_virtual})
         if unknown:
             shown = ", ".join(map(str, unknown[:5]))
-            problems.add(f"prompt {row}: token ids {shown} outside the vocabulary, allowed: 0 to {model.vocab_size - 1}")
+            allowed = f"0 to {model.vocab_size - 1}"
+            if num_virtual:
+                allowed += f", virtual tokens {model.vocab_size} to {model.vocab_size + num_virtual - 1}"
+            problems.add(f"prompt {row}: token ids {shown} outside the vocabulary, allowed: {allowed}")
     problems.raise_if_any(
         ConfigError,
         "the prompts do not fit the engine",
         hint="shorten them, or build the engine with a larger --max_input_len / --max_output_len",
-        limit=max_reported,
     )

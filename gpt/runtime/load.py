@@ -34,7 +34,10 @@ def load_session(info: EngineInfo, device: str = "auto") -> Session:
     if info.backend == "tensorrt":
         from gpt.runtime.trt_session import TrtSession
 
-        session = TrtSession.from_plan(info.engine_path(0), info.model, info.build, mapping, device)
+        library = info.library.get("name", "")
+        session = TrtSession.from_plan(
+            info.engine_path(0), info.model, info.build, mapping, pick_device(device), library=library
+        )
     else:
         target = pick_device(device)
         weights = load_torch_weights(info, mapping, target)
@@ -44,7 +47,8 @@ def load_session(info: EngineInfo, device: str = "auto") -> Session:
 
 
 def load_torch_weights(info: EngineInfo, mapping: Mapping, device: torch.device) -> dict[str, torch.Tensor]:
-    """One rank's weights on `device`: on a CPU views of the mapped file, or made from the seed of a random-weight engine."""
+    """One rank's weights on `device`: on a CPU views of the mapped file, or made from the seed of a random-weight
+    engine."""
     if info.build.seed is not None:
         source = RandomWeights(info.model, info.build.seed)
         return {name: tensor.to(device) for name, tensor in engine_tensors(info.model, info.build, mapping, source)}
@@ -92,6 +96,8 @@ def pick_device(device: str) -> torch.device:
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= num_gpus:
             raise ConfigError(
-                f"there is no {device} here", found=f"{num_gpus} usable GPUs", allowed="auto, cpu, cuda:N with N below that"
+                f"there is no {device} here",
+                found=f"{num_gpus} usable GPUs",
+                allowed="auto, cpu, cuda:N with N below that",
             )
     return chosen

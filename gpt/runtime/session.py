@@ -10,6 +10,8 @@ from gpt.config import BuildConfig, ModelConfig
 if TYPE_CHECKING:
     import torch
 
+    from gpt.runtime.virtual_tokens import VirtualTokens
+
 
 class Session(Protocol):
     """One rank of an engine with the cache of the batch it works on.
@@ -27,8 +29,9 @@ class Session(Protocol):
         earlier batch left is forgotten.  Raises ConfigError above the engine's limits."""
         ...
 
-    def context(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Runs the prompts (token ids, one sequence each, none empty): logits after the last token of each."""
+    def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
+        """Runs the prompts (token ids, one sequence each, none empty): logits after the last token of each.
+        `virtual` gives the ids behind the vocabulary their embeddings."""
         ...
 
     def generation(self, ids: torch.Tensor) -> torch.Tensor:

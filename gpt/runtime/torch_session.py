@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping as Dict
 from collections.abc import Sequence
 from itertools import chain
@@ -14,6 +15,7 @@ from gpt.engine.torch_executor import TorchOps
 from gpt.mapping import Mapping
 from gpt.network.gpt import forward
 from gpt.runtime.limits import check_start
+from gpt.runtime.virtual_tokens import VirtualTokens
 
 
 class TorchSession:
@@ -32,8 +34,7 @@ class TorchSession:
         self.build = build
         self.mapping = mapping
         self.device = torch.device(device)
-        fused = build.gpt_attention_plugin is not None or build.context_fmha > 0
-        self.ops = TorchOps(model, mapping, weights, fused=fused)
+        self.ops = TorchOps(model, mapping, weights, fused=build.fused_attention)
         self._dtype = weights["model.wte"].dtype
         self._cache = torch.empty(0)
         self._lengths: list[int] = []
@@ -48,10 +49,12 @@ class TorchSession:
             self._cache = torch.zeros(shape, dtype=self._dtype, device=self.device)
         self._lengths = []
 
-    def context(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
         self._lengths = [len(prompt) for prompt in prompts]
         packed = self.build.remove_input_padding or len(set(self._lengths)) == 1
         step = _packed_step(prompts, self.device) if packed else _padded_step(prompts, self.device)
+        if virtual is not None:
+            step = self._with_table(step, virtual)
         self._positions = torch.tensor(self._lengths, dtype=torch.int32, device=self.device)
         return self._run(step)
 
@@ -67,6 +70,14 @@ class TorchSession:
         self._lengths = [length + 1 for length in self._lengths]
         self._positions = self._positions + 1
         return logits
+
+    def _with_table(self, step: ContextStep, virtual: VirtualTokens) -> ContextStep:
+        table = virtual.table.to(self.device, self._dtype).flatten(0, 1)
+        first_rows = torch.tensor(virtual.tasks, dtype=torch.int32, device=self.device) * virtual.num_tokens
+        counts = torch.tensor(step.lengths, device=self.device)
+        if step.padded:
+            counts.fill_(max(step.lengths))
+        return dataclasses.replace(step, prompt_table=table, first_row=first_rows.repeat_interleave(counts))
 
     def _run(self, step: ContextStep | GenerationStep) -> torch.Tensor:
         with torch.inference_mode():
@@ -89,7 +100,9 @@ def _packed_step(prompts: Sequence[Sequence[int]], device: torch.device) -> Cont
 def _padded_step(prompts: Sequence[Sequence[int]], device: torch.device) -> ContextStep:
     lengths = tuple(len(prompt) for prompt in prompts)
     width = max(lengths)
-    rows = [list(prompt) + [0] * (width - len(prompt)) for prompt in prompts]  # any valid id: padding is never looked at
+    rows = [
+        list(prompt) + [0] * (width - len(prompt)) for prompt in prompts
+    ]  # any valid id: padding is never looked at
     row_starts = torch.arange(len(prompts), device=device) * width
     return ContextStep(
         ids=torch.tensor(rows, dtype=torch.int32, device=device).flatten(),

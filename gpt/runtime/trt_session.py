@@ -14,19 +14,20 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.dtypes import torch_dtype
 from gpt.engine import trt_io
 from gpt.engine.trt_layers import to_torch_dtype
-from gpt.engine.trt_library import error_recorder
+from gpt.engine.trt_library import TENSORRT_RTX, error_recorder
 from gpt.engine.trt_runtime import load_engine
 from gpt.errors import ConfigError, EngineError, Problems
 from gpt.mapping import Mapping
 from gpt.runtime.limits import check_start
+from gpt.runtime.virtual_tokens import VirtualTokens
 
 
 class TrtSession:
     """See gpt.runtime.session.Session.
 
-    The caches are allocated once per batch size, [B, G/R, T, D] with all of the engine's T slots, and are updated in place: each
-    past_* input and its present_* output share an address.  In the generation phase every input has a fixed address too, so a step
-    copies B token ids and starts the engine.
+    The caches are allocated once per batch size, [B, G/R, T, D] with all of the engine's T slots, and are updated in
+    place: each past_* input and its present_* output share an address.  In the generation phase every input has a fixed
+    address too, so a step copies B token ids and starts the engine.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class TrtSession:
         device: torch.device | str,
         trt: Any,
     ):
-        """engine: an ICudaEngine, or `gpt.engine.trt_stand_in.EvaluatorEngine` with a CPU as `device`; trt: its library.
+        """engine: an ICudaEngine, or a `gpt.engine.trt_stand_in.EvaluatorEngine` with `device` cpu; trt: its library.
 
         Raises EngineError where the engine is not one that `gpt.engine.trt_builder` makes for this model and build.
         """
@@ -69,12 +70,14 @@ class TrtSession:
         model: ModelConfig,
         build: BuildConfig,
         mapping: Mapping,
-        device: torch.device | str,
-        library: str,
+        device: torch.device | str = "cuda",
+        *,
+        library: str = TENSORRT_RTX,
     ) -> TrtSession:
-        """Loads the plan at `path`, built by `library` (a name of gpt.engine.trt_library), on a GPU.
+        """Loads the plan at `path` on a GPU; `library` built it, a name as in `gpt.engine.trt_library.library_info`.
 
-        Raises ConfigError where the library is missing, EngineError where it cannot load the plan here, with the reason.
+        Raises ConfigError where that library is missing, EngineError where it cannot load the plan here, with the
+        reason.
         """
         engine, trt = load_engine(path, torch.device(device), library)
         return cls(engine, model, build, mapping, device, trt)
@@ -82,7 +85,6 @@ class TrtSession:
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)
         self._lengths = []
-        self._phase = -1
         if batch_size == self._batch_size:
             return
         self._batch_size = batch_size
@@ -92,7 +94,9 @@ class TrtSession:
             shape = port.shape_for({"B": batch_size})
             self._memory[port.name] = torch.zeros(shape, dtype=torch_dtype(port.dtype), device=self.device)
 
-    def context(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
+        if virtual is not None:
+            raise ConfigError("TensorRT engines do no prompt tuning", hint="build with --backend torch")
         self._lengths = [len(prompt) for prompt in prompts]
         tensors = _packed_inputs(prompts) if self.build.remove_input_padding else _padded_inputs(prompts)
         self._bind(trt_io.CONTEXT, {name: tensor.to(self.device) for name, tensor in tensors.items()})
@@ -138,7 +142,7 @@ class TrtSession:
         smallest, _, largest = (tuple(limit) for limit in self._engine.get_tensor_profile_shape(name, self._phase))
         raise EngineError(
             f"the {trt_io.PROFILE_NAMES[self._phase]} phase of this engine does not take this shape of {name}",
-            found=shape,
+            found=str(shape),
             allowed=f"{smallest} to {largest}",
             hint="build the engine with larger limits, or shorten the request",
         )
@@ -152,7 +156,7 @@ class TrtSession:
         if self._stream is None:
             done = self._context.execute_async_v3(0)
         else:
-            # The engine waits for the inputs' copies, and whoever reads the logits on the caller's stream for the engine.
+            # The engine waits for the copies of the inputs; whoever reads the logits waits for the engine.
             caller = torch.cuda.current_stream(self.device)
             self._stream.wait_stream(caller)
             done = self._context.execute_async_v3(self._stream.cuda_stream)
@@ -215,7 +219,7 @@ def _int32(**values: Sequence[Any]) -> dict[str, torch.Tensor]:
 
 
 def _check_engine(engine: Any, trt: Any, inputs: Sequence[trt_io.Port], outputs: Sequence[trt_io.Port]) -> None:
-    """Raises EngineError listing every tensor that is missing, unexpected, of another type or shape, or not in place."""
+    """Raises EngineError listing every tensor that is missing, unexpected or of another type, shape or place."""
     problems = Problems()
     found = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     expected: Dict[str, tuple[trt_io.Port, Any]] = {port.name: (port, trt.TensorIOMode.INPUT) for port in inputs} | {

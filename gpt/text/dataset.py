@@ -31,7 +31,7 @@ class Article:
 
 
 def load_articles(path: Path | None, article_column: str, highlights_column: str, limit: int) -> list[Article]:
-    """The first `limit` articles of a file, of the `test` split below a folder, or (None) of cnn_dailymail from the hub.
+    """The first `limit` articles of a file, of the `test` split in a folder, or (None) of cnn_dailymail from the hub.
 
     Raises ConfigError for data that is not there, has no rows, lacks a column or has something other than text in it.
     """
@@ -120,10 +120,14 @@ def _read_parquet(path: Path) -> Iterator[Any]:
 def _rows_of_folder(path: Path) -> Iterator[Mapping[str, Any]]:
     """A saved data set, files of the test split somewhere below, or else the cache folder for a download."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        from datasets import load_from_disk
+        from datasets import DatasetDict, load_from_disk
 
         saved = load_from_disk(str(path))
-        return iter(saved[_SPLIT] if _SPLIT in saved else saved)
+        if not isinstance(saved, DatasetDict):
+            return iter(saved)
+        if _SPLIT not in saved:
+            raise ConfigError(f"{path} has no split {_SPLIT!r}", found=", ".join(map(str, saved)))
+        return iter(saved[_SPLIT])
     cached = sorted(path.rglob(f"*{_SPLIT}*.arrow"))
     if cached:
         from datasets import Dataset
@@ -145,9 +149,10 @@ def _rows_of_hub(cache_dir: Path | None) -> Iterator[Mapping[str, Any]]:
         return iter(load_dataset(name, version, split=_SPLIT, cache_dir=None if cache_dir is None else str(cache_dir)))
     except Exception as error:  # the library raises many kinds, from ConnectionError to its own
         where = "the default cache" if cache_dir is None else str(cache_dir)
+        reason = "the hub refused" if online else "no hub reachable"
         raise ConfigError(
             f"the data set {name} cannot be loaded",
-            found=f"{'the hub refused' if online else 'no hub reachable'}, and it is not in {where}: {_first_line(error)}",
+            found=f"{reason}, and it is not in {where}: {_first_line(error)}",
             hint=_OFFLINE_HINT,
         ) from error
 

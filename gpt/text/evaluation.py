@@ -11,7 +11,7 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.console import progress
 from gpt.errors import ConfigError
 from gpt.text.dataset import Article
-from gpt.text.pipeline import batches, without_end
+from gpt.text.pipeline import batches, check_vocabulary, without_end
 from gpt.text.rouge import Scores, aggregate, score_texts
 from gpt.text.tokenizer import Tokenizer
 
@@ -83,11 +83,11 @@ def max_prompt_tokens(
         slots = f"the engine's --max_input_len + --max_output_len {build.max_seq_len} less --output_len {output_len}"
         limits[slots] = build.max_seq_len - output_len
     if model is not None and model.learned_positions:
-        limits[f"the model's {model.n_positions} positions less --output_len {output_len}"] = model.n_positions - output_len
+        room = model.n_positions - output_len
+        limits[f"the model's {model.n_positions} positions less --output_len {output_len}"] = room
     if hf_positions is not None:
-        limits[f"the Hugging Face model's {hf_positions} positions less --output_len {output_len}"] = (
-            hf_positions - output_len
-        )
+        room = hf_positions - output_len
+        limits[f"the Hugging Face model's {hf_positions} positions less --output_len {output_len}"] = room
     reason, limit = min(limits.items(), key=lambda item: item[1])
     if limit < 1:
         raise ConfigError("no room for an article", found=f"{reason}: {limit} tokens", hint="a smaller --output_len")
@@ -100,14 +100,7 @@ def encode_articles(tokenizer: Tokenizer, articles: Sequence[Article], vocab_siz
     Raises ConfigError for a tokenizer whose ids the model does not have.
     """
     prompts = [tokenizer.encode(prompt_text(article.text))[-limit:] for article in articles]
-    largest = max(map(max, prompts))
-    if largest >= vocab_size:
-        raise ConfigError(
-            f"the tokenizer {tokenizer.name} does not belong to this model",
-            found=f"token id {largest}",
-            allowed=f"0 to {vocab_size - 1}",
-            hint="--tokenizer or --vocab_file names the tokenizer the model was trained with",
-        )
+    check_vocabulary(tokenizer, prompts, vocab_size)
     return prompts
 
 

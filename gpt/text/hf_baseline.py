@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,8 @@ class HfBaseline:
         self.device = device
         self.vocab_size: int = model.config.vocab_size
         self.n_positions: int | None = getattr(model.config, "max_position_embeddings", None)
-        log.info("Hugging Face model loaded: %s, %s on %s, %.2f s", location, dtype, device, time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        log.info("Hugging Face model loaded: %s, %s on %s, %.2f s", location, dtype, device, seconds)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_id: int | None) -> Generation:
         """Continues each prompt; prompts of different lengths are padded on the left and masked."""
@@ -87,7 +89,7 @@ class HfBaseline:
         return Generation(
             tokens=[cut_at_end(row, end_id) for row in new],
             context_ms=(stamps[0] - begin) * 1e3,
-            step_ms=[(later - earlier) * 1e3 for earlier, later in zip(stamps, stamps[1:], strict=False)],
+            step_ms=[(later - earlier) * 1e3 for earlier, later in itertools.pairwise(stamps)],
         )
 
 

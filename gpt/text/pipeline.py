@@ -78,15 +78,20 @@ def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], model: ModelConfi
         if not prompt:
             problems.add(f"prompt {number}: {texts[number]!r}")
     problems.raise_if_any(ConfigError, "an empty prompt has nothing to continue", hint="give at least one character")
-    largest = max((max(prompt) for prompt in prompts), default=0)
-    if largest >= model.vocab_size:
+    check_vocabulary(tokenizer, prompts, model.vocab_size)
+    return prompts
+
+
+def check_vocabulary(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises ConfigError where the tokenizer made ids that the model's embedding does not have."""
+    largest = max(map(max, prompts))
+    if largest >= vocab_size:
         raise ConfigError(
             f"the tokenizer {tokenizer.name} does not belong to this model",
             found=f"token id {largest} in the prompts; the tokenizer has {tokenizer.vocab_size} tokens",
-            allowed=f"0 to {model.vocab_size - 1}, the model's vocabulary",
+            allowed=f"0 to {vocab_size - 1}, the model's vocabulary",
             hint="--tokenizer or --vocab_file names the tokenizer the model was trained with",
         )
-    return prompts
 
 
 def batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:

@@ -1,7 +1,7 @@
 """ROUGE as summarisation papers report it, computed here: no metric script, no download.
 
-F-measures in per cent, without stemming.  The score of a set is the median of 1000 bootstrap means with a fixed seed, close to but
-not exactly the mean of its members.
+F-measures in per cent, without stemming.  The score of a set is the median of 1000 bootstrap means with a fixed seed,
+close to but not exactly the mean of its members.
 """
 
 from __future__ import annotations

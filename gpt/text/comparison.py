@@ -1,0 +1,227 @@
+"""The evaluation that summarize.py runs: articles in, ROUGE and speed of each side out, side by side."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from gpt.console import log
+from gpt.engine.folder import EngineInfo, open_engine
+from gpt.errors import ConfigError, GptError
+from gpt.files import write_text
+from gpt.text.dataset import Article, load_articles
+from gpt.text.evaluation import Side, SideResult, count_identical, encode_articles, evaluate, max_prompt_tokens
+from gpt.text.pipeline import choose_end_id, choose_tokenizer, without_end
+from gpt.text.prompts import check_output_file
+from gpt.text.rouge import ROUGE_KEYS
+from gpt.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpt.runtime.session import Session
+    from gpt.text.hf_baseline import HfBaseline
+
+_RULE = "-" * 57
+
+
+@dataclass(frozen=True)
+class SummarizeConfig:
+    """What to compare.
+
+    dataset_path: see `load_articles`.  hf_model: None leaves the Hugging Face side out.  threshold: ROUGE-1 that the
+    engine must exceed, None for no check.  report: HTML file to write.  command: what the report says it was made by.
+    """
+
+    engine_dir: Path
+    test_engine: bool
+    hf_model: str | None
+    hf_dtype: str = "float32"
+    tokenizer: str | None = None
+    vocab_file: Path | None = None
+    dataset_path: Path | None = None
+    article_column: str = "article"
+    highlights_column: str = "highlights"
+    batch_size: int = 1
+    max_batches: int = 20
+    output_len: int = 100
+    device: str = "auto"
+    threshold: float | None = None
+    report: Path | None = None
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything a report shows."""
+
+    config: SummarizeConfig
+    engine: EngineInfo | None
+    device: str
+    tokenizer_name: str
+    prompt_limit: int
+    articles: list[Article]
+    prompts: list[list[int]]
+    results: list[SideResult]
+
+
+def compare(config: SummarizeConfig, out: TextIO) -> Comparison:
+    """Runs the sides that are asked for, prints their results to `out` and writes the report.
+
+    Raises ConfigError for input that cannot be used, EngineError or CheckpointError for a bad engine or model, and
+    GptError where the engine's ROUGE-1 is not above the threshold.
+    """
+    if config.report is not None:
+        check_output_file(config.report)
+    info = _open_engine(config)
+    tokenizer = _choose_tokenizer(config, info)
+    limit = config.batch_size * config.max_batches
+    articles = load_articles(config.dataset_path, config.article_column, config.highlights_column, limit)
+    comparison = _run_sides(config, info, tokenizer, articles, out)
+    for result in comparison.results:
+        _print_result(result, out)
+    if len(comparison.results) == 2:
+        _print_differences(comparison.results[0], comparison.results[1], out)
+    if config.report is not None:
+        from gpt.text.report import render
+
+        write_text(config.report, render(comparison))
+        log.info("Report written: %s", config.report)
+    if config.threshold is not None:
+        check_threshold(comparison.results[0].rouge["rouge1"], config.threshold)
+    return comparison
+
+
+def check_threshold(rouge1: float, threshold: float) -> None:
+    """Raises GptError (exit code 1) unless `rouge1` is above the threshold."""
+    if not rouge1 > threshold:
+        raise GptError(
+            "the engine's summaries are not good enough",
+            found=f"ROUGE-1 {rouge1:.3f}",
+            allowed=f"above {threshold:g} (--tensorrt_llm_rouge1_threshold)",
+        )
+
+
+def _open_engine(config: SummarizeConfig) -> EngineInfo | None:
+    """The engine; without --test_trt_llm only its limits are used, so that both sides get the same prompts."""
+    if not config.test_engine and not (config.engine_dir / "config.json").is_file():
+        return None
+    info = open_engine(config.engine_dir)
+    if config.test_engine and config.batch_size > info.build.max_batch_size:
+        raise ConfigError(
+            "the batch is larger than the engine",
+            found=f"--batch_size {config.batch_size}",
+            allowed=f"at most {info.build.max_batch_size}, the engine's --max_batch_size",
+        )
+    return info
+
+
+def _choose_tokenizer(config: SummarizeConfig, info: EngineInfo | None) -> Tokenizer:
+    """As the flags say, else the engine's own, else the Hugging Face model's."""
+    tokenizer = None
+    if info is not None:
+        tokenizer = choose_tokenizer(info, config.tokenizer, config.vocab_file)
+    elif config.vocab_file is not None or config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.vocab_file or config.tokenizer or "")
+    if tokenizer is None and config.hf_model is not None:
+        tokenizer = load_tokenizer(config.hf_model)
+    if tokenizer is None:
+        raise ConfigError(
+            "no tokenizer to read the articles",
+            found=f"none in the engine folder {config.engine_dir}",
+            hint="--tokenizer <folder or hub name> or --vocab_file <sentencepiece model>",
+        )
+    return tokenizer
+
+
+def _run_sides(
+    config: SummarizeConfig, info: EngineInfo | None, tokenizer: Tokenizer, articles: list[Article], out: TextIO
+) -> Comparison:
+    from gpt.runtime.load import load_session, pick_device
+
+    session: Session | None = None
+    baseline: HfBaseline | None = None
+    if config.test_engine and info is not None:
+        session = load_session(info, config.device)
+    device = session.device if session is not None else pick_device(config.device)
+    if config.hf_model is not None:
+        from gpt.text.hf_baseline import HfBaseline
+
+        baseline = HfBaseline(config.hf_model, config.hf_dtype, device)
+    model, build = (None, None) if info is None else (info.model, info.build)
+    positions = None if baseline is None else baseline.n_positions
+    limit = max_prompt_tokens(config.output_len, model, build, positions)
+    vocab_sizes = [side.vocab_size for side in (model, baseline) if side is not None]
+    prompts = encode_articles(tokenizer, articles, min(vocab_sizes), limit)
+    end_id = tokenizer.end_id if model is None else choose_end_id(None, tokenizer, model)
+
+    sides = _make_sides(session, baseline, config.output_len, end_id)
+    for side in sides:
+        _print_demo(side, prompts[0], articles[0], tokenizer, end_id, out)
+    references = [article.reference for article in articles]
+    results = [evaluate(side, prompts, references, tokenizer, end_id, config.batch_size) for side in sides]
+    return Comparison(config, info, _describe_device(device), tokenizer.name, limit, articles, prompts, results)
+
+
+def _describe_device(device: torch.device) -> str:
+    """The device with what timings on it depend on."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{device}, {names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _make_sides(
+    session: Session | None, baseline: HfBaseline | None, output_len: int, end_id: int | None
+) -> list[Side]:
+    from gpt.runtime.generate import generate
+
+    sides: list[Side] = []
+    if session is not None:
+        running = session
+        sides.append(
+            Side("Engine", "Engine", lambda batch: generate(running, batch, max_new_tokens=output_len, end_id=end_id))
+        )
+    if baseline is not None:
+        reference = baseline
+        sides.append(Side("Hugging Face", "HF", lambda batch: reference.generate(batch, output_len, end_id)))
+    return sides
+
+
+def _print_demo(
+    side: Side, prompt: Sequence[int], article: Article, tokenizer: Tokenizer, end_id: int | None, out: TextIO
+) -> None:
+    """The first article, once, before anything is timed: it also warms the side up."""
+    tokens = side.generate([prompt]).tokens[0]
+    text = tokenizer.decode(without_end(tokens, end_id))
+    lines = (_RULE, f"{side.label} Generated : ", f" Input : {article.text}", f"\n Reference : {article.reference}")
+    print(*lines, f"\n Output : {text}", _RULE, sep="\n", file=out, flush=True)
+
+
+def _print_result(result: SideResult, out: TextIO) -> None:
+    print(f"{result.side.name} (total latency: {result.latency_s:.3f} sec)", file=out)
+    print(f"{result.side.label} beam 0 result", file=out)
+    for key in ROUGE_KEYS:
+        print(f"  {key} : {result.rouge[key]}", file=out)
+    print(f"  tokens/s : {result.tokens_per_second:.1f}", file=out)
+    if result.ms_per_token is not None:
+        print(f"  ms per token : {result.ms_per_token:.3f}", file=out)
+
+
+def _print_differences(ours: SideResult, theirs: SideResult, out: TextIO) -> None:
+    rows = [(key, ours.rouge[key], theirs.rouge[key]) for key in ROUGE_KEYS]
+    rows.append(("tokens/s", ours.tokens_per_second, theirs.tokens_per_second))
+    if ours.ms_per_token is not None and theirs.ms_per_token is not None:
+        rows.append(("ms per token", ours.ms_per_token, theirs.ms_per_token))
+    print(f"\n{'':14}{ours.side.name:>14}{theirs.side.name:>14}{'difference':>14}", file=out)
+    for name, left, right in rows:
+        print(f"{name:14}{left:14.3f}{right:14.3f}{left - right:+14.3f}", file=out)
+    identical = count_identical([ours, theirs])
+    print(f"identical output ids: {identical} of {len(ours.tokens)} articles", file=out, flush=True)

@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Summarises articles with an engine and with Hugging Face, and compares quality (ROUGE) and speed."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsupported, run_main
+from gpt.console import setup_logging
+from gpt.dtypes import canonical_dtype
+from gpt.errors import ConfigError
+from gpt.text.comparison import SummarizeConfig, compare
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    sides = parser.add_argument_group("what to test, at least one")
+    sides.add_argument("--test_trt_llm", "--test_engine", action="store_true", dest="test_engine", help="our engine")
+    sides.add_argument("--test_hf", action="store_true", help="Hugging Face's own generate, on the same token ids")
+    sides.add_argument("--engine_dir", type=Path, default=Path("gpt_outputs"), help="folder that build.py wrote")
+    sides.add_argument("--hf_model_location", metavar="PLACE", help="local folder, or name on the model hub")
+    sides.add_argument("--data_type", default="fp32", help="of the Hugging Face model: fp32, fp16 or bf16")
+    sides.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    words = parser.add_argument_group("tokenizer (default: the engine's, else that of --hf_model_location)")
+    words.add_argument("--tokenizer", metavar="PLACE", help="local folder, or name on the model hub")
+    words.add_argument("--vocab_file", type=Path, metavar="FILE", help="sentencepiece model; goes before --tokenizer")
+    data = parser.add_argument_group("articles (default: cnn_dailymail from the hub)")
+    data.add_argument("--dataset_path", metavar="PATH", help="json, jsonl, csv or parquet file, or a data set's folder")
+    data.add_argument("--article_column", default="article", metavar="NAME", help="column of the texts")
+    data.add_argument("--highlights_column", default="highlights", metavar="NAME", help="column of the references")
+    data.add_argument("--batch_size", type=positive_int, default=1, help="articles at a time")
+    data.add_argument("--max_ite", type=positive_int, default=20, help="number of batches")
+    data.add_argument("--output_len", type=positive_int, default=100, help="new tokens at most")
+    data.add_argument("--eval_type", choices=("summarize", "code_completion"), default="summarize", help="the task")
+    parser.add_argument("--num_beams", type=int, default=1, help="1, greedy, is what this version has")
+    parser.add_argument("--top_k", type=int, default=1, help="1, greedy, is what this version has")
+    check = parser.add_argument_group("results")
+    check.add_argument("--check_accuracy", action="store_true", help="exit code 1 unless ROUGE-1 exceeds the threshold")
+    threshold = ("--tensorrt_llm_rouge1_threshold", "--rouge1_threshold")
+    check.add_argument(*threshold, type=float, default=15.0, dest="threshold", help="for --check_accuracy")
+    check.add_argument("--report", type=Path, metavar="FILE", help="write a self-contained HTML page")
+    add_log_level(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    setup_logging(args.log_level)
+    command = shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    return run_main(lambda: _run(args, command))
+
+
+def _run(args: Namespace, command: str) -> None:
+    reject_unsupported(_unsupported(args))
+    if not args.test_engine and not args.test_hf:
+        raise ConfigError("nothing to test", allowed="--test_trt_llm (our engine), --test_hf, or both")
+    if args.test_hf and args.hf_model_location is None:
+        raise ConfigError("--test_hf needs a model", hint="--hf_model_location <folder or name on the hub>")
+    config = SummarizeConfig(
+        engine_dir=args.engine_dir,
+        test_engine=args.test_engine,
+        hf_model=args.hf_model_location if args.test_hf else None,
+        hf_dtype=canonical_dtype(args.data_type),
+        tokenizer=args.tokenizer,
+        vocab_file=args.vocab_file,
+        dataset_path=Path(args.dataset_path) if args.dataset_path else None,
+        article_column=args.article_column,
+        highlights_column=args.highlights_column,
+        batch_size=args.batch_size,
+        max_batches=args.max_ite,
+        output_len=args.output_len,
+        device=args.device,
+        threshold=args.threshold if args.check_accuracy else None,
+        report=args.report,
+        command=command,
+    )
+    compare(config, sys.stdout)
+
+
+def _unsupported(args: Namespace) -> list[str]:
+    checks = (
+        (args.num_beams != 1, f"--num_beams {args.num_beams}: this version has no beam search, 1 (greedy) is allowed"),
+        (args.top_k != 1, f"--top_k {args.top_k}: this version does not sample, 1 (greedy) is allowed"),
+        (args.eval_type != "summarize", "--eval_type code_completion: this version has no model of program code"),
+        (
+            args.check_accuracy and not args.test_engine,
+            "--check_accuracy: it checks the engine's summaries, so it goes with --test_trt_llm",
+        ),
+    )
+    return [reason for present, reason in checks if present]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

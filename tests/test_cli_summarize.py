@@ -1,0 +1,214 @@
+"""summarize.py from the command line: both sides from the same ids, scores, report, threshold, bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from engines import build_engine, convert
+from tiny_models import tiny_gpt2
+
+import summarize
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "assets" / "gpt2-tiny"
+ARTICLES = ROOT / "assets" / "articles.jsonl"
+Main = Callable[..., tuple[int, str, str]]
+
+
+@dataclass(frozen=True)
+class Engine:
+    hf: Path
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    base = tmp_path_factory.mktemp("summarize")
+    hf = tiny_gpt2(base / "hf", vocab_size=264)
+    limits = ["--max_batch_size", "4", "--max_input_len", "40", "--max_output_len", "20"]
+    build_engine(convert(hf, base / "ft"), base / "engine", *limits)
+    return Engine(hf, base / "engine")
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    base = tmp_path_factory.mktemp("bundled")
+    limits = ["--max_batch_size", "8", "--max_input_len", "412", "--max_output_len", "100"]
+    build_engine(convert(MODEL, base / "ft"), base / "engine", *limits)
+    return Engine(MODEL, base / "engine")
+
+
+@pytest.fixture
+def articles(tmp_path: Path) -> Path:
+    """Five articles, one of them longer than the tiny model's positions."""
+    path = tmp_path / "articles.jsonl"
+    rows = [
+        {"article": f"the text {n} in the north" + " on and on" * 9 * n, "highlights": f"text {n}"} for n in range(5)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def main(capsys: pytest.CaptureFixture[str]) -> Main:
+    def call(*flags: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = summarize.main([*map(str, flags), "--device", "cpu", "--log_level", "error"])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def _both(engine: Engine, articles: Path) -> list[object]:
+    sides = ["--test_trt_llm", "--test_hf", "--engine_dir", engine.folder, "--hf_model_location", engine.hf]
+    return [*sides, "--dataset_path", articles]
+
+
+def _rouge(out: str, label: str) -> dict[str, float]:
+    block = out[out.index(f"{label} beam 0 result") :]
+    return {key: float(value) for key, value in re.findall(r"^  (rouge\w+) : (\S+)$", block, flags=re.MULTILINE)[:4]}
+
+
+def test_bundled_model_on_bundled_articles_equals_hugging_face(bundled: Engine, main: Main, tmp_path: Path) -> None:
+    """fp32, 100 articles: the same ids everywhere, hence a difference of exactly 0."""
+    report = tmp_path / "deep" / "report.html"
+    work = ("--batch_size", 8, "--max_ite", 13, "--output_len", 24, "--report", report)
+    check = ("--check_accuracy", "--tensorrt_llm_rouge1_threshold=14")
+    code, out, err = main(*_both(bundled, ARTICLES), *work, *check)
+    assert (code, err) == (0, "")
+    assert "identical output ids: 100 of 100 articles" in out
+    ours, theirs = _rouge(out, "Engine"), _rouge(out, "HF")
+    assert ours == theirs
+    assert list(ours) == ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    assert ours["rouge1"] > 14
+    assert len(re.findall(r"^(rouge\w+) +[\d.]+ +[\d.]+ +\+0\.000$", out, flags=re.MULTILINE)) == 4
+    text = report.read_text(encoding="utf-8")
+    assert text.count("<article") == 100
+    assert "identical token ids for 100" in text
+    assert [item.name for item in report.parent.iterdir()] == ["report.html"]
+
+
+def test_log_has_the_lines_of_the_original(tiny: Engine, articles: Path, main: Main) -> None:
+    code, out, _ = main(*_both(tiny, articles), "--batch_size", 2, "--output_len", 10)
+    assert code == 0
+    for label, name in (("Engine", "Engine"), ("HF", "Hugging Face")):
+        assert re.search(
+            rf"^-+\n{label} Generated : \n Input : the text 0 in the north\n\n Reference : text 0\n", out, re.M
+        )
+        assert re.search(
+            rf"^{name} \(total latency: [\d.]+ sec\)\n{label} beam 0 result\n  rouge1 : [\d.]+$", out, re.M
+        )
+    assert re.search(r"^  tokens/s : [\d.]+\n  ms per token : [\d.]+$", out, re.M)
+    assert "identical output ids: 5 of 5 articles" in out
+
+
+@pytest.mark.parametrize("side", [["--test_engine"], ["--test_hf"]])
+def test_one_side_alone(tiny: Engine, articles: Path, main: Main, side: list[str]) -> None:
+    location = ["--hf_model_location", tiny.hf] if side == ["--test_hf"] else []
+    flags = (*side, *location, "--engine_dir", tiny.folder, "--dataset_path", articles, "--output_len", 5)
+    code, out, _ = main(*flags, "--max_ite", 3)
+    assert code == 0
+    assert out.count("beam 0 result") == 1
+    assert "difference" not in out
+
+
+def test_hugging_face_alone_needs_no_engine(tiny: Engine, articles: Path, main: Main, tmp_path: Path) -> None:
+    flags = (
+        "--test_hf",
+        "--hf_model_location",
+        tiny.hf,
+        "--engine_dir",
+        tmp_path / "absent",
+        "--dataset_path",
+        articles,
+    )
+    code, out, _ = main(*flags, "--output_len", 5, "--data_type", "bf16")
+    assert code == 0
+    assert "HF beam 0 result" in out
+
+
+def test_batch_size_changes_nothing_but_the_time(tiny: Engine, articles: Path, main: Main) -> None:
+    results = []
+    for batch_size, max_ite in ((1, 5), (4, 2)):
+        flags = ("--batch_size", batch_size, "--max_ite", max_ite, "--output_len", 10)
+        code, out, _ = main(*_both(tiny, articles), *flags)
+        assert code == 0
+        results.append((_rouge(out, "Engine"), _rouge(out, "HF")))
+    assert results[0] == results[1]
+
+
+def test_a_low_score_ends_with_1_after_everything_was_written(
+    tiny: Engine, articles: Path, main: Main, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.html"
+    flags = ("--output_len", 5, "--check-accuracy", "--rouge1_threshold", 99.5, "--report", report)
+    code, out, err = main(*_both(tiny, articles), *flags)
+    assert code == 1
+    assert "not good enough" in err
+    assert "above 99.5" in err
+    assert "Engine beam 0 result" in out
+    assert report.is_file()
+
+
+def test_the_threshold_itself_is_not_enough() -> None:
+    from gpt.errors import GptError
+    from gpt.text.comparison import check_threshold
+
+    check_threshold(15.001, 15.0)
+    for score in (15.0, float("nan")):
+        with pytest.raises(GptError):
+            check_threshold(score, 15.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], ["nothing to test", "--test_trt_llm", "--test_hf"]),
+        (["--test_hf"], ["--test_hf needs a model", "--hf_model_location"]),
+        (["--test_engine", "--num_beams", 2, "--top_k", 5], ["--num_beams 2", "--top_k 5"]),
+        (["--test_engine", "--eval_type", "code_completion"], ["no model of program code"]),
+        (["--test_hf", "--hf_model_location", "x", "--check_accuracy"], ["--check_accuracy", "--test_trt_llm"]),
+        (["--test_engine", "--data_type", "int8"], ["unknown dtype 'int8'"]),
+        (["--test_engine", "--dataset_path", "absent.jsonl"], ["there is no data set absent.jsonl"]),
+        (["--test_engine", "--article_column", "text"], ["no column text", "article, highlights", "--article_column"]),
+        (["--test_engine", "--highlights_column", "s"], ["no column s"]),
+        (["--test_engine", "--batch_size", 5], ["--batch_size 5", "at most 4"]),
+        (["--test_engine", "--output_len", 60], ["no room for an article"]),
+        (["--test_engine", "--report", ROOT], ["is a folder"]),
+        (["--test_engine", "--report", __file__ + "/below/report.html"], ["cannot be made"]),
+        (["--test_engine", "--tokenizer", "/absent"], ["no such tokenizer folder"]),
+        (["--test_engine", "--output_len", 5, "--tokenizer", MODEL], ["does not belong to this model", "0 to 263"]),
+        (["--test_engine", "--test_hf", "--hf_model_location", "/absent"], ["no such model folder"]),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(
+    tiny: Engine, articles: Path, main: Main, flags: list[object], expected: list[str]
+) -> None:
+    code, out, err = main("--engine_dir", tiny.folder, "--dataset_path", articles, *flags)
+    assert (code, out) == (2, "")
+    for part in expected:
+        assert part in err
+    assert "Traceback" not in err
+
+
+def test_an_empty_data_set_is_explained(tiny: Engine, main: Main, tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("article,highlights\n")
+    code, _, err = main("--test_engine", "--engine_dir", tiny.folder, "--dataset_path", tmp_path / "empty.csv")
+    assert code == 2
+    assert "has no rows" in err
+
+
+def test_a_bad_engine_or_model_is_exit_code_3(tiny: Engine, articles: Path, main: Main, tmp_path: Path) -> None:
+    code, _, err = main("--test_engine", "--engine_dir", tmp_path / "absent", "--dataset_path", articles)
+    assert (code, "no engine folder" in err) == (3, True)
+    flags = ("--test_hf", "--hf_model_location", tmp_path, "--tokenizer", tiny.hf, "--engine_dir", tmp_path / "absent")
+    code, _, err = main(*flags, "--dataset_path", articles)
+    assert (code, "cannot be loaded" in err) == (3, True)
