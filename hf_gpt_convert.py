@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Converts a Hugging Face GPT-2 into FasterTransformer binaries: `<out-dir>/<ranks>-gpu/`, described in
-docs/checkpoint-format.md."""
+"""Converts a Hugging Face GPT-2, SantaCoder or StarCoder into FasterTransformer binaries: `<out-dir>/<ranks>-gpu/`,
+described in docs/checkpoint-format.md."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 import shlex
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gpt
-from gpt.checkpoint import hf, hf_files
+from gpt.checkpoint import hf, hf_families, hf_files
 from gpt.checkpoint.store import CONFIG_NAME
 from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsupported, run_main
 from gpt.config import ModelConfig
@@ -68,7 +67,7 @@ def run_conversion(args: ProgArgs) -> Path:
 
         write_target = Target(staging, model, storage_dtype, args.tensor_parallelism)
         files = write_tensors(write_target, pairs, in_flight=args.processes)
-        write_config(staging, _ini_section(dataclasses.replace(args, model=family.name), config, model))
+        write_config(staging, _ini_section(dataclasses.replace(args, model=args.model or family.name), config, model))
         for path in tokenizer_files:
             shutil.copyfile(path, staging / path.name)
         Manifest(
@@ -122,14 +121,6 @@ def _command(args: ProgArgs) -> str:
     return shlex.join(words)
 
 
-def _family(name: str) -> str:
-    if name not in hf.FAMILIES:
-        raise argparse.ArgumentTypeError(
-            f"found {name!r}, allowed: {', '.join(hf.FAMILIES)}; families come from config.json, leave --model out"
-        )
-    return name
-
-
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
@@ -139,7 +130,7 @@ def build_parser() -> ArgumentParser:
     add("-p", "--processes", type=positive_int, default=4, help="tensors in flight, about 20 MiB of memory each")
     add("-kv", "--calibrate-kv-cache", action="store_true", help="not available in this version")
     add("-sq", "--smoothquant", type=float, help="not available in this version")
-    add("--model", type=_family, metavar="{" + ",".join(hf.FAMILIES) + "}", help="family, if not as in config.json")
+    add("--model", choices=hf_families.FAMILY_NAMES, help="what the model must be; left out, config.json tells")
     add("-t", "--storage-type", choices=FLOAT_DTYPES, default="float32", help="dtype of the files")
     add("--dataset-cache-dir", help="accepted, no effect without calibration")
     add("--load-model-on-cpu", action="store_true", help="accepted, no effect: no model is loaded")

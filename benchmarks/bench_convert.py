@@ -3,8 +3,8 @@
     python3 benchmarks/bench_convert.py --work-dir /tmp
 
 The model is a random GPT-2, 1.5B unless sizes are given, made once per run and deleted at the end.  Before each timed
-command the disk's queue is emptied; the source stays in the page cache.  Two times are taken: until the command ends, when
-much of its output is still in the page cache, and until the disk has all of it.
+command the disk's queue is emptied; the source stays in the page cache.  Two times are taken: until the command ends,
+when much of its output is still in the page cache, and until the disk has all of it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,27 +115,38 @@ def timed(command: list[str]) -> Timing:
 
 def make_model(args: argparse.Namespace, folder: Path) -> None:
     """A Hugging Face folder with config.json and one file of normal values."""
-    sys.path.insert(0, str(ROOT))
     import torch
     from safetensors.torch import save_file
 
-    from gpt.checkpoint.hf import FAMILIES
-    from gpt.checkpoint.layout import tensors
-    from gpt.config import ModelConfig
-
-    sizes = {name: getattr(args, name) for name in ("vocab_size", "n_positions", "n_embd", "n_head", "n_layer")}
-    model = ModelConfig(**sizes, n_kv_head=args.n_head, inter_size=4 * args.n_embd)
     generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for tensor in tensors(model):
-        values = torch.empty(tensor.shape).normal_(0.0, 0.02, generator=generator)
-        weights["transformer." + FAMILIES["gpt2"].source_name(tensor)] = values.to(getattr(torch, args.source_dtype))
+    weights = {
+        f"transformer.{name}": torch.empty(shape)
+        .normal_(0.0, 0.02, generator=generator)
+        .to(getattr(torch, args.source_dtype))
+        for name, shape in gpt2_tensors(args.vocab_size, args.n_positions, args.n_embd, args.n_layer)
+    }
     folder.mkdir()
     if args.source_format == "bin":
         torch.save(weights, folder / "pytorch_model.bin")
     else:
         save_file(weights, folder / "model.safetensors")
+    sizes = {name: getattr(args, name) for name in ("vocab_size", "n_positions", "n_embd", "n_head", "n_layer")}
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}), encoding="utf-8")
+
+
+def gpt2_tensors(vocab_size: int, n_positions: int, n_embd: int, n_layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes as Hugging Face saves them."""
+    yield "wte.weight", (vocab_size, n_embd)
+    yield "wpe.weight", (n_positions, n_embd)
+    linears = {"attn.c_attn": (1, 3), "attn.c_proj": (1, 1), "mlp.c_fc": (1, 4), "mlp.c_proj": (4, 1)}
+    norms = [f"h.{layer}.{name}" for layer in range(n_layer) for name in ("ln_1", "ln_2")]
+    for norm in [*norms, "ln_f"]:
+        yield f"{norm}.weight", (n_embd,)
+        yield f"{norm}.bias", (n_embd,)
+    for layer in range(n_layer):
+        for name, (rows, columns) in linears.items():
+            yield f"h.{layer}.{name}.weight", (rows * n_embd, columns * n_embd)
+            yield f"h.{layer}.{name}.bias", (columns * n_embd,)
 
 
 if __name__ == "__main__":

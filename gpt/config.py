@@ -52,6 +52,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "fast-swiglu": Activation("silu", gated=True),
     "geglu": Activation("gelu_tanh", gated=True),
     "fast-geglu": Activation("gelu_tanh", gated=True),
+    "geglu_erf": Activation("gelu_erf", gated=True),
     "reglu": Activation("relu", gated=True),
     "fast-reglu": Activation("relu", gated=True),
 }

@@ -45,7 +45,7 @@ def staged_folder(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write that becomes `path` when the block ends well: a reader sees the old file or the new one."""
+    """A binary file to write that becomes `path` when the block ends well: readers see the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with open(partial, "wb") as file:

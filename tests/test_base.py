@@ -116,7 +116,7 @@ def test_the_meaning_of_activation_names() -> None:
     assert functions["gelu"] == "gelu_erf"  # in HF's sense
     assert {functions[name] for name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")} == {"gelu_tanh"}
     assert {name for name, activation in ACTIVATIONS.items() if activation.gated} == {
-        *("swiglu", "fast-swiglu", "geglu", "fast-geglu", "reglu", "fast-reglu")
+        *("swiglu", "fast-swiglu", "geglu", "fast-geglu", "geglu_erf", "reglu", "fast-reglu")
     }
 
 

@@ -60,9 +60,9 @@ def unpack(source: Path, folder: Path) -> int:
         file.seek(0)
         size = source.stat().st_size
         allowed = max(_ALWAYS_ALLOWED_BYTES, size * (_MAX_EXPANSION if compressed else 1))
-        stream: Any = gzip.GzipFile(fileobj=file) if compressed else file
+        stream: Any = _SmallHeaders(gzip.GzipFile(fileobj=file) if compressed else file)
         try:
-            with tarfile.open(fileobj=_SmallHeaders(stream), mode="r:") as archive:
+            with tarfile.open(fileobj=stream, mode="r:") as archive:
                 for count, member in enumerate(archive):
                     total += member.size
                     _check_member(source, member, count)
@@ -76,7 +76,7 @@ def unpack(source: Path, folder: Path) -> int:
 class _SmallHeaders:
     """A stream for tarfile, which reads data in small parts but a header, whatever length it claims, in one."""
 
-    def __init__(self, stream: IO[bytes]):
+    def __init__(self, stream: IO[bytes] | gzip.GzipFile):
         self._stream = stream
         self.seek = stream.seek
         self.tell = stream.tell
@@ -121,7 +121,7 @@ def _check_size(source: Path, total: int, allowed: int, folder: Path, size: int)
     if size > free:
         raise GptError(
             f"not enough space to unpack {source}",
-            found=f"{human_bytes(free)} free where the output goes",
+            found=f"{human_bytes(free)} free at {folder.parent}",
             allowed=f"{human_bytes(size)} for the next file in it",
             hint="free space, choose another output folder, or unpack it elsewhere and name that folder",
         )
@@ -156,9 +156,17 @@ def _not_an_archive(source: Path, error: Exception) -> CheckpointError:
     )
 
 
-def find_config(folder: Path) -> Path | None:
-    """The only model_config.yaml at or below `folder`; None where there is none.  Raises CheckpointError for several."""
+def find_config(folder: Path) -> Path:
+    """The only model_config.yaml at or below `folder`.  Raises CheckpointError where there is none, or another."""
     found = sorted(path for path in folder.rglob(CONFIG_NAME) if path.is_file())
+    if not found:
+        names = sorted(path.name for path in folder.iterdir())
+        raise CheckpointError(
+            f"no {CONFIG_NAME} in the archive",
+            found=", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing",
+            hint="a training checkpoint keeps its configuration as pickled objects, which are not loaded: unpack it, "
+            f"write the configuration into {CONFIG_NAME} beside the weights, and name the folder",
+        )
     if len(found) > 1:
         raise CheckpointError(
             "several configurations in one archive",
@@ -166,11 +174,11 @@ def find_config(folder: Path) -> Path | None:
             allowed=f"one {CONFIG_NAME}",
             hint="name the folder of one model",
         )
-    return found[0] if found else None
+    return found[0]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a yaml file of plain values.  Raises CheckpointError for tags, which ask for objects, and damage."""
+    """The keys and values of a yaml file.  Raises CheckpointError for damage, and for tags, which ask for objects."""
     import yaml
 
     size = path.stat().st_size
@@ -186,6 +194,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"no list of keys and values: {path.name}", found=type(content).__name__)
+    log.debug("%s: %s", path.name, content)
     return content
 
 

@@ -54,7 +54,7 @@ def _span(entry: dict[str, Any]) -> tuple[int, int, tuple[int, ...], str]:
         raise ValueError(f"no sizes: {entry}")
     if dtype in _ITEMSIZE and end - begin != math.prod(shape) * _ITEMSIZE[dtype]:
         raise ValueError(f"{end - begin} bytes do not hold {list(shape)} in {dtype}")
-    return begin, end, shape, _DTYPES.get(dtype, str(dtype))
+    return begin, end, shape, _DTYPES.get(dtype, str(dtype).lower())
 
 
 def _corrupt(path: Path, found: str) -> CheckpointError:

@@ -1,8 +1,8 @@
 """Tensors of a `pytorch_model.bin`.
 
 torch unpickles it with `weights_only`, which builds tensors and refuses everything else, and maps the file instead of
-reading it.  Where the kernel tells at which byte of the file a tensor lies, its values are read from there, so that mapped
-pages do not pile up.
+reading it.  Where the kernel tells at which byte of the file a tensor lies, its values are read from there, so that
+mapped pages do not pile up.
 """
 
 from __future__ import annotations

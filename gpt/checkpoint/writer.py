@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -168,7 +168,7 @@ class _ValueCheck:
     storage_dtype: str
     nan_or_inf: int = 0
     out_of_range: int = 0
-    largest: float = field(default=0.0)
+    largest: float = 0.0
 
     def look(self, values: torch.Tensor, stored: torch.Tensor) -> None:
         import torch

@@ -43,9 +43,9 @@ def estimate(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> Estima
     )
     activations = num_tokens * widest * ITEMSIZE[build.dtype] + 4 * build.max_batch_size * model.padded_vocab_size()
     if build.backend == "tensorrt":
-        from gpt.engine.trt_builder import estimate_build_bytes
+        from gpt.engine.trt_builder import estimate_build_bytes, estimate_plan_bytes
 
-        peak, engine_file = estimate_build_bytes(weights), weights
+        peak, engine_file = estimate_build_bytes(weights), estimate_plan_bytes(model, build, weights)
     else:
         # One tensor at a time: as it is read, and as the engine wants it.
         largest = max(math.prod(tensor.shape) for tensor in engine_layout(model, mapping))

@@ -24,3 +24,23 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     else:
         y = (weight @ x.t()).t().contiguous()
     return y if bias is None else y.add_(bias)
+
+
+NUM_REFINED = 16
+
+
+def wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [N, in] @ weight [out, in].T as float32 [N, out], for logits.
+
+    A bfloat16 product rounds a logit of 20 to a multiple of 1/8, and ties decide a greedy text.  A GPU adds and stores
+    in float32.  PyTorch has no such product on a CPU, so there the largest few of each row are computed again in
+    float32, from the weights as they are; the rest keep their rounding.
+    """
+    if x.dtype == torch.float32:
+        return linear(x, weight, None)
+    if x.is_cuda:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    y = linear(x, weight, None).float()
+    largest = y.topk(min(NUM_REFINED, y.shape[1]), dim=-1, sorted=False).indices  # [N, refined]
+    exact = weight[largest].float() @ x.float()[:, :, None]  # [N, refined, 1]
+    return y.scatter_(1, largest, exact.squeeze(-1))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt.config import ModelConfig
-from gpt.engine.linear import linear
+from gpt.engine.linear import linear, wide_linear
 from gpt.engine.step import ContextStep, GenerationStep, Step
 from gpt.errors import EngineError
 from gpt.mapping import Mapping
@@ -40,6 +40,9 @@ class TorchOps:
         self.weights = weights
         self.num_heads = mapping.local_heads(model)
         self.num_kv_heads = mapping.local_kv_heads(model)
+        self.dtype = weights["model.wte"].dtype
+        # A few vectors, kept wide because what they scale is wide: see `embedding`.
+        self._norms = {name: tensor.float() for name, tensor in weights.items() if "layernorm." in name}
         self.attend = _fused_attention if fused else _plain_attention
         self.trace: dict[str, torch.Tensor] | None = None
         self.step: Step
@@ -58,6 +61,11 @@ class TorchOps:
             self._mask = (slots <= step.positions[:, None])[:, None, None, :]  # [B, 1, 1, T]
 
     def embedding(self, table: str) -> torch.Tensor:
+        """float32, and with it the whole residual stream: sums of half-precision terms stay exact between the products,
+        which keeps greedy text near float32's.  Layernorms hand the engine's dtype to the products."""
+        return self._rows(table).float()
+
+    def _rows(self, table: str) -> torch.Tensor:
         step = self.step
         if isinstance(step, GenerationStep) or step.prompt_table is None or step.first_row is None:
             return F.embedding(step.ids, self.weights[table])
@@ -76,10 +84,11 @@ class TorchOps:
         return a.mul_(b)
 
     def layer_norm(self, x: torch.Tensor, name: str, epsilon: float) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"], epsilon)
+        weight, bias = self._norms[name + ".weight"], self._norms[name + ".bias"]
+        return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon).to(self.dtype)
 
     def rms_norm(self, x: torch.Tensor, name: str, epsilon: float) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weights[name + ".weight"], epsilon)
+        return F.rms_norm(x, x.shape[-1:], self._norms[name + ".weight"], epsilon).to(self.dtype)
 
     def linear(self, x: torch.Tensor, name: str, *, activation: str | None = None, bias: bool = True) -> torch.Tensor:
         y = linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias") if bias else None)
@@ -150,7 +159,7 @@ class TorchOps:
         return x[self.step.last] if isinstance(self.step, ContextStep) else x
 
     def logits(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return linear(x, self.weights[name], None).float()
+        return wide_linear(x, self.weights[name])
 
     def name(self, x: torch.Tensor, name: str) -> torch.Tensor:
         if self.trace is not None:

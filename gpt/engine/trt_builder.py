@@ -15,7 +15,7 @@ import torch
 from gpt.config import BuildConfig, ModelConfig
 from gpt.console import progress
 from gpt.engine import trt_io
-from gpt.engine.trt_check import check_build, compute_capabilities, estimate_build_bytes
+from gpt.engine.trt_check import check_build, compute_capabilities, estimate_build_bytes, estimate_plan_bytes
 from gpt.engine.trt_layers import Layers
 from gpt.engine.trt_library import error_recorder, is_available, library_info, load_for_build, logger
 from gpt.engine.trt_ops import define_network
@@ -23,7 +23,15 @@ from gpt.errors import EngineError
 from gpt.files import whole_file
 from gpt.mapping import Mapping
 
-__all__ = ["NetworkBuild", "build_plan", "check_build", "estimate_build_bytes", "is_available", "library_info"]
+__all__ = [
+    "NetworkBuild",
+    "build_plan",
+    "check_build",
+    "estimate_build_bytes",
+    "estimate_plan_bytes",
+    "is_available",
+    "library_info",
+]
 
 
 class NetworkBuild:

@@ -22,6 +22,10 @@ _LARGEST_DIMENSION = 2**31 - 1
 # MiB of weights, in a process without PyTorch, took 3796 MiB.
 _BASE_BYTES = 700 * 2**20
 _BYTES_PER_WEIGHT_BYTE = 2.4
+# What plans of 1 to 24 layers held besides weights stays below these lines, for every target and number of targets.
+_PLAN_BASE_BYTES = 3 * 2**20
+_PLAN_BYTES_PER_FUSED_LAYER = int(1.5 * 2**20)
+_PLAN_BYTES_PER_PLAIN_LAYER = int(2.7 * 2**20)
 
 
 def compute_capabilities(targets: tuple[str, ...]) -> list[str]:
@@ -52,8 +56,6 @@ def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
     capabilities = compute_capabilities(build.targets)
     if build.world_size > 1:
         problems.add(f"world_size {build.world_size}: TensorRT engines are built for one rank")
-    if build.max_prompt_embedding_table_size:
-        problems.add("max_prompt_embedding_table_size: prompt tuning works with --backend torch only")
     if "SM75" in capabilities and build.dtype != "float16":
         problems.add(f"target SM75 (Turing) with dtype {build.dtype}: it multiplies in float16 only")
     if build.max_batch_size * build.max_input_len > _LARGEST_DIMENSION:
@@ -76,6 +78,12 @@ def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
 def estimate_build_bytes(weight_bytes: int) -> int:
     """Peak memory of the process while it builds, weights included, from a line above measured builds."""
     return _BASE_BYTES + int(_BYTES_PER_WEIGHT_BYTE * weight_bytes)
+
+
+def estimate_plan_bytes(model: ModelConfig, build: BuildConfig, weight_bytes: int) -> int:
+    """Size of the plan: the weights and the code of each layer, from a line above measured builds."""
+    per_layer = _PLAN_BYTES_PER_FUSED_LAYER if build.fused_attention else _PLAN_BYTES_PER_PLAIN_LAYER
+    return weight_bytes + _PLAN_BASE_BYTES + model.n_layer * per_layer
 
 
 def _fused_head_size_builds(head_size: int, dtype: str) -> bool:

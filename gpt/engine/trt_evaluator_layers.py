@@ -64,6 +64,8 @@ def _elementwise(evaluation: Evaluation, layer: Any, a: torch.Tensor, b: torch.T
         "DIV": torch.div,
         "GREATER": torch.gt,
         "LESS": torch.lt,
+        "MIN": torch.minimum,
+        "MAX": torch.maximum,
     }
     _demand(layer.op.name in functions, layer, layer.op.name)
     return functions[layer.op.name](_wide(a), _wide(b))

@@ -1,8 +1,8 @@
 """What goes into and comes out of the TensorRT network: one table for the network, its profiles and the session.
 
 The network is one for both phases; a phase is an optimization profile of it.  Letters: B sequences, S slots per
-sequence in this step (1 when generating), N packed tokens of this step, T slots of the cache, G key/value heads, D head
-size.
+sequence in this step (1 when generating), N packed tokens of this step, P rows of the prompt table, T slots of the
+cache, G key/value heads, D head size, E hidden size.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Port:
         return tuple(-1 if isinstance(size, str) else size for size in self.shape)
 
 
-def step_inputs(build: BuildConfig) -> list[Port]:
-    """The inputs that change from step to step, all int32.
+def step_inputs(model: ModelConfig, build: BuildConfig) -> list[Port]:
+    """The inputs that change from step to step: those below, all int32, and `prompt_inputs`.
 
     last_token_ids: where each sequence ends, an index into S, or into N when packed.  cache_write_index: the slot of
     each sequence's first token of this step.  padded_from_packed: for every slot of the padded form the packed token it
@@ -52,7 +52,22 @@ def step_inputs(build: BuildConfig) -> list[Port]:
     ]
     if build.remove_input_padding:
         ports += [Port("padded_from_packed", "int32", ("B", "S")), Port("packed_from_padded", "int32", ("N",))]
-    return ports
+    return ports + prompt_inputs(model, build)
+
+
+def prompt_inputs(model: ModelConfig, build: BuildConfig) -> list[Port]:
+    """What engines for prompt tuning take besides, none without it.
+
+    prompt_embedding_table: the virtual tokens of all tasks, one task after the other, in the engine's dtype.
+    prompt_vocab_size: virtual tokens per task.  tasks: of each sequence, or of each token when packed.
+    """
+    if build.max_prompt_embedding_table_size == 0:
+        return []
+    return [
+        Port("prompt_embedding_table", build.dtype, ("P", model.n_embd)),
+        Port("tasks", "int32", ("N",) if build.remove_input_padding else ("B", 1)),
+        Port("prompt_vocab_size", "int32", (1,)),
+    ]
 
 
 def cache_inputs(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> list[Port]:
@@ -73,11 +88,12 @@ def outputs(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> list[Po
 def profile_sizes(build: BuildConfig, profile: int) -> list[dict[str, int]]:
     """The letters' values in a profile: smallest, the one to optimise for, largest."""
     batch, tokens = build.max_batch_size, build.max_input_len if profile == CONTEXT else 1
+    rows = build.max_prompt_embedding_table_size
     middle_batch, middle_tokens = (batch + 1) // 2, (tokens + 1) // 2
     return [
-        {"B": 1, "S": 1, "N": 1},
-        {"B": middle_batch, "S": middle_tokens, "N": middle_batch * middle_tokens},
-        {"B": batch, "S": tokens, "N": batch * tokens},
+        {"B": 1, "S": 1, "N": 1, "P": 1},
+        {"B": middle_batch, "S": middle_tokens, "N": middle_batch * middle_tokens, "P": (rows + 1) // 2},
+        {"B": batch, "S": tokens, "N": batch * tokens, "P": rows},
     ]
 
 
@@ -86,5 +102,5 @@ def profile_shapes(
 ) -> dict[str, list[tuple[int, ...]]]:
     """Per network input its smallest, optimal and largest shape in `profile`."""
     sizes = profile_sizes(build, profile)
-    ports = step_inputs(build) + cache_inputs(model, build, mapping)
+    ports = step_inputs(model, build) + cache_inputs(model, build, mapping)
     return {port.name: [port.shape_for(values) for values in sizes] for port in ports}

@@ -67,8 +67,9 @@ class TrtOps:
         self.num_kv_heads = mapping.local_kv_heads(model)
         self.num_slots = build.max_seq_len
         self.packed = build.remove_input_padding
+        self.prompt_tuning = build.max_prompt_embedding_table_size > 0
         self.fused = build.fused_attention
-        ports = trt_io.step_inputs(build) + trt_io.cache_inputs(model, build, mapping)
+        ports = trt_io.step_inputs(model, build) + trt_io.cache_inputs(model, build, mapping)
         self.inputs = {port.name: layers.input(port.name, port.dtype, port.network_shape) for port in ports}
         self.positions = self._padded_positions()  # [B, S]
         self.mask = self._causal_mask()  # [B, 1, S, T]
@@ -107,7 +108,26 @@ class TrtOps:
     # gpt.network.ops.Ops
 
     def embedding(self, table: str) -> Any:
-        return self.layers.gather(self.layers.constant(self.weights[table]), self.inputs["input_ids"], 0)
+        words = self.layers.constant(self.weights[table])
+        ids = self.inputs["input_ids"]
+        return self._words_or_prompts(words, ids) if self.prompt_tuning else self.layers.gather(words, ids, 0)
+
+    def _words_or_prompts(self, words: Any, ids: Any) -> Any:
+        """id < V ? words[id] : prompt_embedding_table[id - V + task * prompt_vocab_size].
+
+        Both tables are read for every token: an id that stands for a row of one of them is moved to some row of the
+        other, for the prompts one of the token's own task.
+        """
+        layers, rank = self.layers, len(ids.shape)
+        zero, one, last_word = (layers.scalar(n, torch.int32, rank) for n in (0, 1, self.model.vocab_size - 1))
+        word = layers.gather(words, layers.elementwise(ids, last_word, "MIN"), 0)
+        beyond = layers.elementwise(ids, last_word, "SUB")  # of a virtual token, 1 to prompt_vocab_size
+        per_task = layers.shuffle(self.inputs["prompt_vocab_size"], (1,) * rank)
+        offset = layers.elementwise(layers.elementwise(beyond, one, "MAX"), per_task, "MIN")
+        first = layers.elementwise(self.multiply(self.inputs["tasks"], per_task), one, "SUB")
+        prompt = layers.gather(self.inputs["prompt_embedding_table"], self.add(first, offset), 0)
+        is_virtual = layers.shuffle(layers.elementwise(beyond, zero, "GREATER"), (0,) * rank + (1,))
+        return layers.select(is_virtual, prompt, word)
 
     def position_embedding(self, table: str) -> Any:
         return self.layers.gather(self.layers.constant(self.weights[table]), self.inputs["position_ids"], 0)

@@ -3,7 +3,8 @@
 `X` is an executor's own handle: a torch tensor, or a TensorRT ITensor.  Activations are in the engine's dtype with the
 hidden size last; what stands before it (packed tokens [N, E] or padded [B, S, E]) is the executor's business, as are
 the step's inputs (token ids, positions, lengths), the cache and the weights, which are named as in
-`gpt.checkpoint.layout`.  A linear weight reaches an executor as [out, in] (see `gpt.engine.weights`).
+`gpt.checkpoint.layout`.  A linear weight reaches an executor as [out, in] (see `gpt.engine.weights`).  An executor may
+keep the residual stream wider.
 
 Every operation raises what the executor's library raises; shapes were settled when the engine was built.
 """

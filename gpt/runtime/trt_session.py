@@ -19,7 +19,7 @@ from gpt.engine.trt_runtime import load_engine
 from gpt.errors import ConfigError, EngineError, Problems
 from gpt.mapping import Mapping
 from gpt.runtime.limits import check_start
-from gpt.runtime.virtual_tokens import VirtualTokens
+from gpt.runtime.virtual_tokens import VirtualTokens, check_virtual_tokens
 
 
 class TrtSession:
@@ -47,7 +47,7 @@ class TrtSession:
         self.build = build
         self.device = torch.device(device)
         self._engine = engine
-        self._inputs = trt_io.step_inputs(build)
+        self._inputs = trt_io.step_inputs(model, build)
         self._caches = trt_io.cache_inputs(model, build, mapping)
         self._outputs = trt_io.outputs(model, build, mapping)
         _check_engine(engine, trt, self._inputs + self._caches, self._outputs)
@@ -96,10 +96,10 @@ class TrtSession:
 
     def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
         if virtual is not None:
-            raise ConfigError("TensorRT engines do no prompt tuning", hint="build with --backend torch")
+            check_virtual_tokens(self.model, self.build, virtual, len(prompts))
         self._lengths = [len(prompt) for prompt in prompts]
         tensors = _packed_inputs(prompts) if self.build.remove_input_padding else _padded_inputs(prompts)
-        self._bind(trt_io.CONTEXT, {name: tensor.to(self.device) for name, tensor in tensors.items()})
+        self._bind(trt_io.CONTEXT, tensors | self._prompt_inputs(virtual, self._lengths))
         return self._run()
 
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,8 @@ class TrtSession:
             )
         if self._phase != trt_io.GENERATION:
             tensors = _generation_inputs(self._lengths, packed=self.build.remove_input_padding)
-            self._bind(trt_io.GENERATION, {name: tensor.to(self.device) for name, tensor in tensors.items()})
+            # Tokens that were chosen are words: the table of the prompts is not needed any more.
+            self._bind(trt_io.GENERATION, tensors | self._prompt_inputs(None, [1] * len(self._lengths)))
         self._bound["input_ids"].view(-1).copy_(ids)
         logits = self._run()
         self._bound["position_ids"] += 1
@@ -119,8 +120,23 @@ class TrtSession:
         self._lengths = [length + 1 for length in self._lengths]
         return logits
 
+    def _prompt_inputs(self, virtual: VirtualTokens | None, counts: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What an engine for prompt tuning takes besides, from the number of tokens of each sequence in this step."""
+        if self.build.max_prompt_embedding_table_size == 0:
+            return {}
+        if virtual is None:  # the inputs may not be left out: one row that nothing refers to
+            virtual = VirtualTokens(torch.zeros(1, 1, self.model.n_embd), (0,) * len(counts))
+        tasks = torch.tensor(virtual.tasks, dtype=torch.int32)
+        per_token = tasks.repeat_interleave(torch.tensor(counts))
+        return {
+            "prompt_embedding_table": virtual.table.to(torch_dtype(self.build.dtype)).flatten(0, 1).contiguous(),
+            "tasks": per_token if self.build.remove_input_padding else tasks[:, None],
+            **_int32(prompt_vocab_size=[virtual.num_tokens]),
+        }
+
     def _bind(self, phase: int, tensors: dict[str, torch.Tensor]) -> None:
         """Selects the phase's profile and tells the context every shape and address."""
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         handle = self._stream.cuda_stream if self._stream is not None else 0
         if not self._context.set_optimization_profile_async(phase, handle):
             raise self._error(f"TensorRT refused the {trt_io.PROFILE_NAMES[phase]} profile")

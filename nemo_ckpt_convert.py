@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""Converts a NeMo GPT (.nemo archive or its unpacked folder) into FasterTransformer binaries: `<out-dir>/<ranks>-gpu/`;
+see docs/nemo.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gpt
+from gpt.checkpoint.nemo import NemoConfig, read_config
+from gpt.checkpoint.nemo_archive import find_config, read_yaml, unpacked
+from gpt.checkpoint.nemo_tokenizer import find_tokenizer
+from gpt.checkpoint.store import CONFIG_NAME
+from gpt.cli import ArgumentParser, add_log_level, positive_int, run_main
+from gpt.config import ModelConfig
+from gpt.console import human_bytes, log, print_banner, setup_logging
+from gpt.dtypes import FLOAT_DTYPES, canonical_dtype
+from gpt.errors import ConfigError, Problems
+from gpt.files import staged_folder
+from gpt.mapping import check_divides
+
+if TYPE_CHECKING:
+    from gpt.checkpoint.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class ProgArgs:
+    """One field per flag."""
+
+    out_dir: str
+    in_file: str
+    tensor_parallelism: int = 1
+    processes: int = 4
+    storage_type: str = "float32"
+    load_checkpoints_on_gpu: bool = False
+    verbose: bool = False
+    force: bool = False
+
+
+def run_conversion(args: ProgArgs) -> Path:
+    """Converts `args.in_file` and returns the folder written, `<out_dir>/<tensor_parallelism>-gpu`.
+
+    Raises ConfigError for arguments that cannot be honoured, CheckpointError for a model that cannot be converted;
+    either way, and whatever else goes wrong, the output folder is as it was before.
+    """
+    started = time.perf_counter()
+    _check(args)
+    source = Path(args.in_file)
+    target = Path(args.out_dir) / f"{args.tensor_parallelism}-gpu"
+    # The archive is unpacked where the output goes: that is where there is space, and what goes wrong vanishes with it.
+    with staged_folder(target, force=args.force, marker=CONFIG_NAME) as staging:
+        with unpacked(source, staging / "unpacked") as folder:
+            manifest = _convert(args, folder, staging)
+        manifest.save(staging)
+    num_bytes = sum(record.bytes for record in manifest.files.values())
+    seconds = time.perf_counter() - started
+    log.info("%d files, %s, in %.1f s: %s", len(manifest.files), human_bytes(num_bytes), seconds, target)
+    return target
+
+
+def _convert(args: ProgArgs, folder: Path, staging: Path) -> Manifest:
+    # Here and not above: --help and wrong arguments need no torch.
+    from gpt.checkpoint.manifest import Manifest
+    from gpt.checkpoint.nemo_weights import match_tensors, model_config, open_weights
+    from gpt.checkpoint.writer import Target, write_config, write_tensors
+
+    path = find_config(folder)
+    config = read_config(read_yaml(path))
+    tokenizer = find_tokenizer(path.parent, config.tokenizer)
+    weights = open_weights(path.parent, config.training)
+    model = model_config(config, weights, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    tokenizer.check_against(model.vocab_size)
+    check_divides(model, args.tensor_parallelism)
+    pairs = match_tensors(model, weights)
+    storage_dtype = canonical_dtype(args.storage_type)
+    write_target = Target(staging, model, storage_dtype, args.tensor_parallelism)
+    files = write_tensors(write_target, pairs, in_flight=args.processes)
+    write_config(staging, _ini_section(args, config, model))
+    for name, path in tokenizer.files.items():
+        shutil.copyfile(path, staging / name)
+    return Manifest(
+        tool=Path(__file__).name,
+        tool_version=gpt.__version__,
+        command=_command(args),
+        source=str(Path(args.in_file).resolve()),
+        model=model,
+        storage_dtype=storage_dtype,
+        tensor_parallelism=args.tensor_parallelism,
+        files=files,
+        tokenizer_files=tuple(tokenizer.files),
+    )
+
+
+def _check(args: ProgArgs) -> None:
+    """Raises ConfigError for what cannot be honoured."""
+    problems = Problems()
+    for name in ("tensor_parallelism", "processes"):
+        value = getattr(args, name)
+        if value < 1:
+            problems.add(f"{name}: found {value}, allowed: 1 or more")
+    problems.raise_if_any(ConfigError, "these arguments are not valid")
+    canonical_dtype(args.storage_type)
+    if args.load_checkpoints_on_gpu:
+        log.info("--load-checkpoints-on-gpu has no effect: the files are converted as a stream, on the CPU")
+
+
+def _ini_section(args: ProgArgs, config: NemoConfig, model: ModelConfig) -> dict[str, object]:
+    """What readers use, and the tokenizer's names, which tell where to find one that is not in the archive."""
+    names = {f"tokenizer_{key}": config.tokenizer[key] for key in ("library", "type") if config.tokenizer.get(key)}
+    own = {"storage_dtype": canonical_dtype(args.storage_type), "tensor_parallelism": args.tensor_parallelism}
+    return {**model.to_ini(), **own, **names}
+
+
+def _command(args: ProgArgs) -> str:
+    """The command line that does the same again."""
+    words = ["python", Path(__file__).name, "-i", args.in_file, "-o", args.out_dir]
+    words += ["-tp", str(args.tensor_parallelism), "-t", canonical_dtype(args.storage_type)]
+    return shlex.join(words)
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("-o", "--out-dir", required=True, help="where <ranks>-gpu/ is made; the archive is unpacked there")
+    add("-i", "--in-file", required=True, help="the .nemo archive, or a folder with its content")
+    add("-tp", "--tensor-parallelism", type=positive_int, default=1, help="number of ranks to cut the weights for")
+    add("-p", "--processes", type=positive_int, default=4, help="tensors in flight, each in memory whole")
+    add("-t", "--storage-type", choices=FLOAT_DTYPES, default="float32", help="dtype of the files")
+    add("--load-checkpoints-on-gpu", action="store_true", help="accepted, no effect: no GPU is needed")
+    add("--verbose", action="store_true", help="the same as --log_level debug")
+    add("--force", action="store_true", help="replace a checkpoint that is already there")
+    add_log_level(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = vars(build_parser().parse_args(argv))
+    level = options.pop("log_level")
+    setup_logging("debug" if options["verbose"] else level)
+    args = ProgArgs(**options)
+
+    def convert() -> None:
+        print_banner("Argument", dataclasses.asdict(args))
+        run_conversion(args)
+
+    return run_main(convert)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
