@@ -11,6 +11,7 @@ from pathlib import Path
 from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsupported, run_main
 from gpt.console import setup_logging
 from gpt.errors import ConfigError
+from gpt.text.prompt_tuning import parse_tasks
 from gpt.text.prompts import TOKEN_SUFFIXES, check_input_file
 from gpt.text.run_prompts import DEFAULT_PROMPT, RunConfig, run_prompts
 
@@ -40,8 +41,13 @@ def build_parser() -> ArgumentParser:
         "--end_id", type=int, metavar="ID", help="ends a text (default: the tokenizer's or the checkpoint's)"
     )
     parser.add_argument("--num_beams", type=int, default=1, help="1, greedy, is what this version has")
-    parser.add_argument("--prompt_table", type=Path, metavar="FILE", help="virtual tokens; not in this version")
-    parser.add_argument("--tasks", metavar="IDS", help="task of each prompt; not in this version")
+    tuning = parser.add_argument_group("prompt tuning")
+    tuning.add_argument(
+        "--prompt_table", type=Path, metavar="FILE", help="virtual tokens, .npy [tasks, tokens, hidden size]"
+    )
+    tuning.add_argument(
+        "--tasks", metavar="IDS", help="task of each prompt, comma-separated, or one for all (default: 0)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_log_level(parser, default="error")
     return parser
@@ -59,7 +65,7 @@ def generate(
     vocab_file: str | Path | None = None,
     num_beams: int = 1,
     prompt_table: str | Path | None = None,
-    tasks: str | None = None,
+    tasks: str | Sequence[int] | None = None,
     *,
     device: str = "auto",
     end_id: int | None = None,
@@ -68,10 +74,11 @@ def generate(
     """Runs the prompts, prints the new texts or writes the token files where one is named, and returns the texts.
 
     Without a tokenizer, token files can be read and written, and the result is empty.
-    Raises ConfigError or EngineError for what the command line would refuse.
+    prompt_table, tasks: virtual tokens, and the task of each prompt or one for all, "0,1" or (0, 1).
+    Raises ConfigError, CheckpointError (the table) or EngineError for what the command line would refuse.
     """
     setup_logging(log_level)
-    reject_unsupported(_unsupported(num_beams, prompt_table, tasks, streaming, output_csv or output_npy))
+    reject_unsupported(_unsupported(num_beams, streaming, output_csv or output_npy))
     config = RunConfig(
         max_output_len=max_output_len,
         engine_dir=Path(engine_dir),
@@ -82,22 +89,18 @@ def generate(
         tokenizer=tokenizer_path,
         vocab_file=_path(vocab_file),
         end_id=end_id,
+        prompt_table=_path(prompt_table),
+        tasks=parse_tasks(tasks) if isinstance(tasks, str) else None if tasks is None else tuple(tasks),
         device=device,
         streaming=streaming,
     )
     return run_prompts(config, sys.stdout)
 
 
-def _unsupported(
-    num_beams: int, prompt_table: object, tasks: object, streaming: bool, output_file: object
-) -> list[str]:
+def _unsupported(num_beams: int, streaming: bool, output_file: object) -> list[str]:
     problems = []
     if num_beams != 1:
         problems.append(f"--num_beams {num_beams}: this version has no beam search, 1 (greedy) is allowed")
-    if prompt_table is not None:
-        problems.append("--prompt_table: this version builds no engines for prompt tuning")
-    if tasks is not None:
-        problems.append("--tasks: this version builds no engines for prompt tuning")
     if streaming and output_file is not None:
         problems.append("--streaming prints text, --output_csv and --output_npy write token ids instead of it")
     return problems

@@ -115,15 +115,15 @@ def test_words_alone_need_no_table(packed: bool) -> None:
 
 
 def test_a_view_of_another_table() -> None:
-    """Every second task of a wider float64 table: its values and not its memory are what the engine gets."""
+    """The columns of a wider table: its values, and not what lies between them in memory, are what the engine gets."""
     model = MODELS[LEARNED]
     virtual, prompts = virtual_tokens(model), virtual_prompts(model)
-    spread = torch.zeros(2 * NUM_TASKS, NUM_VIRTUAL, model.n_embd + 5, dtype=torch.float64)
-    spread[::2, :, 5:] = virtual.table
+    wide = torch.zeros(NUM_TASKS, NUM_VIRTUAL, model.n_embd + 5)
+    wide[..., 5:] = virtual.table
     session, _ = both_sessions(model, prompt_build())
     session.start(len(prompts), 12)
     expected = session.context(prompts, virtual).clone()
-    actual = session.context(prompts, replace(virtual, table=spread[::2, :, 5:]))
+    actual = session.context(prompts, replace(virtual, table=wide[..., 5:]))
     assert torch.equal(actual, expected)
 
 

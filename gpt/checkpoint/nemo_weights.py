@@ -263,15 +263,17 @@ class _Merge:
 
     def _part(self, stage: int, rank: int, name: str, shape: tuple[int, ...]) -> SourceTensor | None:
         part = self.ranks[stage][rank].get(name)
-        label = self._label(stage, rank)
         if part is None:
-            self.problems.add(f"{label}{name}: missing")
+            problem = "missing"
         elif part.shape != shape:
-            self.problems.add(f"{label}{name}: found {list(part.shape)}, expected {list(shape)}")
+            problem = f"found {list(part.shape)}, expected {list(shape)}"
         elif part.dtype not in FLOAT_DTYPES:
-            self.problems.add(f"{label}{name}: found {part.dtype}, allowed: {', '.join(FLOAT_DTYPES)}")
+            problem = f"found {part.dtype}, allowed: {', '.join(FLOAT_DTYPES)}"
         else:
             return part
+        problem = f"{self._label(stage, rank)}{name}: {problem}"
+        if problem not in self.problems.items:  # a fused matrix is asked for twice
+            self.problems.add(problem)
         return None
 
     def _label(self, stage: int, rank: int | None = None) -> str:

@@ -45,9 +45,8 @@ def check_prompts(
             problems.add(f"prompt {row}: no tokens")
             continue
         if len(prompt) > build.max_input_len:
-            problems.add(
-                f"prompt {row}: {len(prompt)} tokens, the engine was built with --max_input_len {build.max_input_len}"
-            )
+            num_tokens = _describe_length(prompt, model.vocab_size, num_virtual)
+            problems.add(f"prompt {row}: {num_tokens}, the engine was built with --max_input_len {build.max_input_len}")
         elif len(prompt) + max_new_tokens > build.max_seq_len:
             problems.add(
                 f"prompt {row}: {len(prompt)} + {max_new_tokens} new tokens, the engine holds {build.max_seq_len} "
@@ -68,3 +67,9 @@ def check_prompts(
         "the prompts do not fit the engine",
         hint="shorten them, or build the engine with a larger --max_input_len / --max_output_len",
     )
+
+
+def _describe_length(prompt: Sequence[int], vocab_size: int, num_virtual: int) -> str:
+    """Virtual tokens count like all others, which somebody who typed only the text may not expect."""
+    in_front = sum(vocab_size <= token < vocab_size + num_virtual for token in prompt)
+    return f"{len(prompt)} tokens" + (f", {in_front} of them virtual" if in_front else "")

@@ -50,8 +50,8 @@ def load_torch_weights(info: EngineInfo, mapping: Mapping, device: torch.device)
     """One rank's weights on `device`: on a CPU views of the mapped file, or made from the seed of a random-weight
     engine."""
     if info.build.seed is not None:
-        source = RandomWeights(info.model, info.build.seed)
-        return {name: tensor.to(device) for name, tensor in engine_tensors(info.model, info.build, mapping, source)}
+        source = RandomWeights(info.model, info.build.seed, device)
+        return dict(engine_tensors(info.model, info.build, mapping, source))
     path = info.engine_path(mapping.rank)
     weights, metadata = map_tensor_file(path)
     if metadata.get("build_id") != info.build_id:

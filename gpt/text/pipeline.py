@@ -15,6 +15,7 @@ from gpt.text.tokenizer import Tokenizer, load_tokenizer
 if TYPE_CHECKING:
     from gpt.runtime.generate import Generation
     from gpt.runtime.session import Session
+    from gpt.runtime.virtual_tokens import VirtualTokens
 
 _BUNDLED_TOKENIZER = Path(__file__).parents[2] / "assets" / "gpt2-tiny"
 
@@ -108,9 +109,11 @@ def generate_batches(
     end_id: int | None,
     on_token: Callable[[int, int], None] | None = None,
     on_end: Callable[[int], None] | None = None,
+    virtual: VirtualTokens | None = None,
 ) -> list[Generation]:
     """Runs any number of prompts in batches that the engine holds.
 
+    virtual: the embeddings behind token ids V and above, with one task per prompt.
     on_token: called with (prompt index, new token id) as tokens come; on_end: with each prompt's index at its end.
     Raises ConfigError for prompts that the engine cannot take.
     """
@@ -124,7 +127,10 @@ def generate_batches(
                 if token is not None and on_token is not None:
                     on_token(row, token)
 
-        results.append(generate(session, batch, max_new_tokens=max_new_tokens, end_id=end_id, on_tokens=show))
+        part = None if virtual is None else virtual.of_rows(first, len(batch))
+        results.append(
+            generate(session, batch, max_new_tokens=max_new_tokens, end_id=end_id, on_tokens=show, virtual=part)
+        )
         for row in range(first, first + len(batch)):
             if on_end is not None:
                 on_end(row)

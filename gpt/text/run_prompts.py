@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from gpt.console import log
-from gpt.engine.folder import open_engine
+from gpt.engine.folder import EngineInfo, open_engine
 from gpt.runtime.limits import check_prompts
 from gpt.text.pipeline import (
     choose_end_id,
@@ -19,6 +20,7 @@ from gpt.text.pipeline import (
     require_tokenizer,
     without_end,
 )
+from gpt.text.prompt_tuning import PromptTuning, load_prompt_tuning
 from gpt.text.prompts import (
     TEXT_SUFFIXES,
     TOKEN_SUFFIXES,
@@ -45,7 +47,8 @@ class RunConfig:
     """What to run.
 
     input_file: prompts as .txt, .csv or .npy, in place of `texts`.  output_csv, output_npy: token files written in
-    place of the text on stdout.  tokenizer, vocab_file, end_id: None takes what the engine folder knows.
+    place of the text on stdout.  tokenizer, vocab_file, end_id: None takes what the engine folder knows.  prompt_table,
+    tasks: see `load_prompt_tuning`.
     """
 
     max_output_len: int
@@ -57,6 +60,8 @@ class RunConfig:
     tokenizer: str | None = None
     vocab_file: Path | None = None
     end_id: int | None = None
+    prompt_table: Path | None = None
+    tasks: tuple[int, ...] | None = None
     device: str = "auto"
     streaming: bool = False
 
@@ -69,21 +74,19 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     """Runs all prompts; returns the texts of the new tokens (none of them where only token files go in and out).
 
     Everything that can be refused is refused before the engine is loaded.
-    Raises ConfigError for input, options or output that cannot be used, EngineError for a bad engine.
+    Raises ConfigError for input, options or output that cannot be used, CheckpointError for a damaged prompt table,
+    EngineError for a bad engine.
     """
     if config.input_file is not None:
         check_input_file(config.input_file, (*TEXT_SUFFIXES, *TOKEN_SUFFIXES))
     info = open_engine(config.engine_dir)
     tokenizer = choose_tokenizer(info, config.tokenizer, config.vocab_file)
     end_id = choose_end_id(config.end_id, tokenizer, info.model)
-    if config.input_file is not None and config.input_file.suffix.lower() in TOKEN_SUFFIXES:
-        prompts = read_tokens(config.input_file, end_id)
-    else:
-        texts = config.texts if config.input_file is None else read_texts(config.input_file)
-        prompts = encode_prompts(require_tokenizer(tokenizer, info, "read the prompts"), texts, info.model)
+    prompts, tuning = _read_prompts(config, info, tokenizer, end_id)
     if not config.writes_files:
         require_tokenizer(tokenizer, info, "print the result")
-    check_prompts(info.model, info.build, prompts, config.max_output_len)
+    num_virtual = 0 if tuning is None else tuning.virtual.num_tokens
+    check_prompts(info.model, info.build, prompts, config.max_output_len, num_virtual=num_virtual)
     for path in (config.output_csv, config.output_npy):
         if path is not None:
             check_output_file(path)
@@ -91,10 +94,11 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     from gpt.runtime.load import load_session
 
     session = load_session(info, config.device)
+    readable = [[token for token in prompt if token < info.model.vocab_size] for prompt in prompts]
     printer = None
     if config.streaming and tokenizer is not None:
-        printer = _stream_printer(tokenizer, prompts, end_id, out)
-    results = _generate(session, prompts, config.max_output_len, end_id, printer)
+        printer = _stream_printer(tokenizer, readable, end_id, out)
+    results = _generate(session, prompts, config.max_output_len, end_id, tuning, printer)
     log.info(describe_speed(results))
     outputs = [tokens for result in results for tokens in result.tokens]
     if config.writes_files:
@@ -103,9 +107,26 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
         return []
     decoded = [tokenizer.decode(without_end(tokens, end_id), skip_special=False) for tokens in outputs]
     if printer is None and not config.writes_files:
-        for prompt, text in zip(prompts, decoded, strict=True):
+        for prompt, text in zip(readable, decoded, strict=True):
             print_pair(tokenizer.decode(prompt, skip_special=False), text, out)
     return decoded
+
+
+def _read_prompts(
+    config: RunConfig, info: EngineInfo, tokenizer: Tokenizer | None, end_id: int | None
+) -> tuple[list[list[int]], PromptTuning | None]:
+    """The prompts with their virtual tokens: text gets those of its task in front, token files have them already."""
+    vocab_size = info.model.vocab_size
+    if config.input_file is not None and config.input_file.suffix.lower() in TOKEN_SUFFIXES:
+        prompts = read_tokens(config.input_file, end_id)
+        tuning = load_prompt_tuning(config.prompt_table, config.tasks, info, len(prompts))
+        if tuning is not None:
+            tuning.check_ids(prompts, vocab_size)
+        return prompts, tuning
+    texts = config.texts if config.input_file is None else read_texts(config.input_file)
+    prompts = encode_prompts(require_tokenizer(tokenizer, info, "read the prompts"), texts, info.model)
+    tuning = load_prompt_tuning(config.prompt_table, config.tasks, info, len(prompts))
+    return prompts if tuning is None else tuning.prepend(prompts, vocab_size), tuning
 
 
 def _stream_printer(
@@ -120,14 +141,21 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     end_id: int | None,
+    tuning: PromptTuning | None,
     printer: StreamPrinter | None,
 ) -> list[Generation]:
+    run = partial(
+        generate_batches,
+        session,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        end_id=end_id,
+        virtual=None if tuning is None else tuning.virtual,
+    )
     if printer is None:
-        return generate_batches(session, prompts, max_new_tokens=max_new_tokens, end_id=end_id)
+        return run()
     try:
-        return generate_batches(
-            session, prompts, max_new_tokens=max_new_tokens, end_id=end_id, on_token=printer.add, on_end=printer.end
-        )
+        return run(on_token=printer.add, on_end=printer.end)
     except BaseException:  # an interrupt as well as an error: what follows on the terminal starts on a line of its own
         printer.interrupt()
         raise
