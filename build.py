@@ -14,6 +14,8 @@ from gpt.config import BuildConfig, ModelConfig, check_against_positions
 from gpt.console import log, setup_logging
 from gpt.dtypes import FLOAT_DTYPES
 from gpt.errors import ConfigError
+from gpt.launch import read_launch
+from gpt.mapping import check_divides
 
 if TYPE_CHECKING:
     from gpt.checkpoint.store import Checkpoint
@@ -41,6 +43,15 @@ def build_parser() -> ArgumentParser:
         "--dtype", choices=FLOAT_DTYPES, help="type of the engine (default: the checkpoint's, else float16)"
     )
     model.add_argument("--world_size", type=positive_int, default=1, help="ranks of tensor parallelism")
+    model.add_argument(
+        "--use_parallel_embedding", action="store_true", help="divide the embedding table among the ranks"
+    )
+    model.add_argument(
+        "--embedding_sharding_dim", type=int, choices=(0, 1), default=0, help="0: by vocabulary, 1: by hidden size"
+    )
+    model.add_argument(
+        "--use_embedding_sharing", action="store_true", help="one table for embedding and tied head; always so"
+    )
     for name, default in _RANDOM_DEFAULTS.items():
         model.add_argument(f"--{name}", type=type(default), help=f"random weights (default: {default})")
     model.add_argument("--inter_size", type=int, help="random weights: MLP width (default: 4 * n_embd)")
@@ -94,7 +105,7 @@ def build_parser() -> ArgumentParser:
     )
     build.add_argument("--builder_opt", type=int, help="tensorrt: optimisation level, 0 to 5")
     build.add_argument("--timing_cache", metavar="FILE", help="accepted; no backend of this version uses one")
-    build.add_argument("--parallel_build", action="store_true", help="one process per rank; one rank needs none")
+    build.add_argument("--parallel_build", action="store_true", help="one process per rank, if there is room")
     build.add_argument("--gpus_per_node", type=positive_int, default=8, help="used with several ranks only")
     build.add_argument("--output_dir", default="gpt_outputs", metavar="DIR", help="the engine folder")
     add_log_level(build)
@@ -113,13 +124,23 @@ def run_build(args: Sequence[str] | None = None) -> None:
 
 
 def _run(args: Namespace) -> None:
+    if read_launch().size > 1:
+        raise ConfigError(
+            "build.py builds all ranks in one process",
+            found=f"{read_launch().size} processes started by mpirun or srun",
+            hint="start it once; --parallel_build uses several processes",
+        )
     reject_unsupported(_unsupported(args))
     from gpt.checkpoint.store import Checkpoint
     from gpt.engine.builder import build_engine
 
     checkpoint = Checkpoint.open(Path(args.model_dir)) if args.model_dir else None
+    if checkpoint is not None:
+        checkpoint.check_world_size(args.world_size)
     model = _model_of_checkpoint(args, checkpoint) if checkpoint else _model_of_flags(args)
+    check_divides(model, args.world_size)
     build = _build_config(args, model, checkpoint)
+    _check_embedding(model, build)
     _explain_idle_flags(args)
     build_engine(model, build, checkpoint, Path(args.output_dir))
 
@@ -127,7 +148,10 @@ def _run(args: Namespace) -> None:
 def _unsupported(args: Namespace) -> list[str]:
     """Every flag that this version cannot honour, with the reason."""
     checks = (
-        (args.world_size > 1, f"--world_size {args.world_size}: this version runs one rank"),
+        (
+            args.world_size > 1 and (args.backend == "tensorrt" or bool(args.target)),
+            f"--world_size {args.world_size} with --backend tensorrt: TensorRT engines are built for one rank",
+        ),
         (args.max_beam_width > 1, f"--max_beam_width {args.max_beam_width}: decoding is greedy in this version"),
         (args.paged_kv_cache, "--paged_kv_cache: the cache of this version is contiguous, sized to each batch"),
         (
@@ -198,6 +222,9 @@ def _build_config(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | 
         max_output_len=limits["max_output_len"],
         max_beam_width=args.max_beam_width,
         max_prompt_embedding_table_size=args.max_prompt_embedding_table_size,
+        use_parallel_embedding=args.use_parallel_embedding and args.world_size > 1,
+        embedding_sharding_dim=args.embedding_sharding_dim,
+        parallel_build=args.parallel_build and args.world_size > 1,
         gpt_attention_plugin=_plugin_dtype(args, "gpt_attention", dtype),
         gemm_plugin=_plugin_dtype(args, "gemm", dtype),
         layernorm_plugin=_plugin_dtype(args, "layernorm", dtype),
@@ -209,6 +236,15 @@ def _build_config(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | 
     )
     check_against_positions(model, build)
     return build
+
+
+def _check_embedding(model: ModelConfig, build: BuildConfig) -> None:
+    if build.use_parallel_embedding and build.embedding_sharding_dim == 1 and model.tied_head:
+        raise ConfigError(
+            "the embedding table cannot be cut by hidden size: it is the head too, which is cut by vocabulary",
+            found="--use_parallel_embedding --embedding_sharding_dim 1, tied head",
+            allowed="--embedding_sharding_dim 0, or a model with a head of its own",
+        )
 
 
 def _backend(args: Namespace) -> str:
@@ -266,7 +302,12 @@ def _explain_idle_flags(args: Namespace) -> None:
     for given, text in (
         (args.tokens_per_block is not None, "--tokens_per_block belongs to the paged cache"),
         (args.timing_cache is not None, "--timing_cache: PyTorch has none and TensorRT-RTX ignores it"),
-        (args.parallel_build, "--parallel_build: one rank is built in this process"),
+        (args.parallel_build and args.world_size == 1, "--parallel_build: one rank is built in this process"),
+        (args.use_parallel_embedding and args.world_size == 1, "--use_parallel_embedding: there is one rank"),
+        (
+            args.embedding_sharding_dim == 1 and not args.use_parallel_embedding,
+            "--embedding_sharding_dim goes with --use_parallel_embedding",
+        ),
     ):
         if given:
             log.warning("%s; it has no effect", text)

@@ -48,6 +48,9 @@ def build_parser() -> ArgumentParser:
     tuning.add_argument(
         "--tasks", metavar="IDS", help="task of each prompt, comma-separated, or one for all (default: 0)"
     )
+    parser.add_argument(
+        "--spawn", action="store_true", help="start all ranks of the engine here, as mpirun -np N run.py ... would"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_log_level(parser, default="error")
     return parser
@@ -135,10 +138,19 @@ def _run(args: Namespace) -> None:
     )
 
 
+def _spawn(args: Namespace, argv: Sequence[str]) -> int | None:
+    from gpt.runtime.ranks import spawn_ranks
+
+    code = spawn_ranks(args.engine_dir, __file__, argv)
+    if code is None:
+        _run(args)
+    return code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging(args.log_level)
-    return run_main(lambda: _run(args))
+    return run_main(lambda: _spawn(args, sys.argv[1:] if argv is None else argv) if args.spawn else _run(args))
 
 
 if __name__ == "__main__":

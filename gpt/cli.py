@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
+from gpt import comm
 from gpt.console import LOG_LEVELS, close_output, get_level, print_error
 from gpt.errors import ConfigError, GptError
+from gpt.launch import let_lower_ranks_speak, read_launch
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -31,6 +35,12 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         args = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(self._normalise(args), namespace)
+
+    def error(self, message: str) -> NoReturn:
+        if read_launch().rank > 0:
+            let_lower_ranks_speak()
+            self.exit(2)
+        super().error(message)
 
     def _normalise(self, args: Sequence[str]) -> list[str]:
         spelled = {name.replace("_", "-"): name for name in self._option_string_actions if name.startswith("--")}
@@ -63,7 +73,10 @@ def positive_int(text: str) -> int:
 
 
 def run_main(body: Callable[[], int | None]) -> int:
-    """Runs a script's body and turns whatever ends it into one message and an exit code."""
+    """Runs a script's body and turns whatever ends it into one message and an exit code.
+
+    Among several ranks, the one that fails ends all of them with its message and its code.
+    """
     code = _run(body)
     try:
         sys.stdout.flush()
@@ -76,13 +89,15 @@ def run_main(body: Callable[[], int | None]) -> int:
 def _run(body: Callable[[], int | None]) -> int:
     try:
         code = body() or 0
-        return close_output() or code
+        code = close_output() or code
+        comm.active().barrier()  # a rank that left early would end the others
+        return code
     except GptError as error:
         return _fail(error, error.exit_code)
     except KeyboardInterrupt:
-        print_error("interrupted")
-        return 130
+        return _fail(GptError("interrupted"), 130)
     except BrokenPipeError:
+        comm.active().abort(0)
         return 0  # the reader of our output has what it wanted (`... | head`)
     except MemoryError as error:
         return _fail(GptError("out of memory", hint="a smaller batch, model or --processes needs less"), 1, error)
@@ -96,11 +111,20 @@ def _run(body: Callable[[], int | None]) -> int:
 
 
 def _fail(error: GptError, code: int, cause: BaseException | None = None) -> int:
-    print_error(str(error))
+    ranks = comm.active()
+    let_lower_ranks_speak()
+    where = comm.describe_rank(ranks)
+    # Before they have joined, ranks have read nothing but the same command line.
+    if ranks.size > 1 or read_launch().rank == 0 or not isinstance(error, ConfigError):
+        print_error(f"{where}: {error}" if where else str(error))
     if get_level() == "debug":
         import traceback
 
         traceback.print_exception(cause or error)
+    if ranks.size > 1:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        ranks.abort(code)
     return code
 
 

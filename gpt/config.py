@@ -293,7 +293,8 @@ class BuildConfig:
     """How an engine is built: the options of build.py after defaults and the checkpoint have been taken in.
 
     A plugin field holds a dtype name, or None where the plugin is off.  `context_fmha` is 0 off, 1 half-precision
-    accumulation, 2 fp32 accumulation.  `seed` is set for random weights only.
+    accumulation, 2 fp32 accumulation.  `embedding_sharding_dim` is 0 by vocabulary, 1 by hidden size.  `seed` is set
+    for random weights only.
     """
 
     dtype: str = "float16"
@@ -305,6 +306,9 @@ class BuildConfig:
     max_output_len: int = 200
     max_beam_width: int = 1
     max_prompt_embedding_table_size: int = 0
+    use_parallel_embedding: bool = False
+    embedding_sharding_dim: int = 0
+    parallel_build: bool = False
     gpt_attention_plugin: str | None = None
     gemm_plugin: str | None = None
     layernorm_plugin: str | None = None
@@ -324,6 +328,8 @@ class BuildConfig:
         if not 0 <= self.max_prompt_embedding_table_size < 2**31:
             found = self.max_prompt_embedding_table_size
             problems.add(f"max_prompt_embedding_table_size: found {found}, allowed: 0 to {2**31 - 1}")
+        if self.embedding_sharding_dim not in (0, 1):
+            problems.add(f"embedding_sharding_dim: found {self.embedding_sharding_dim}, allowed: 0, 1")
         problems.raise_if_any(ConfigError, "the build configuration is not valid")
 
     @property
@@ -346,7 +352,7 @@ class BuildConfig:
             "name": "gpt",
             "precision": self.dtype,
             "tensor_parallel": self.world_size,
-            "parallel_build": False,
+            "parallel_build": self.parallel_build,
             "num_layers": model.n_layer,
             "num_heads": model.n_head,
             "num_kv_heads": model.n_kv_head,
@@ -364,7 +370,7 @@ class BuildConfig:
             "paged_kv_cache": False,
             "tokens_per_block": 64,
             "use_prompt_tuning": self.max_prompt_embedding_table_size > 0,
-            "use_parallel_embedding": False,
+            "use_parallel_embedding": self.use_parallel_embedding,
             "use_refit": False,
             "int8": False,
             "fp8": False,

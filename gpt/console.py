@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gpt.launch import read_launch
+
 LOG_LEVELS = ("internal_error", "error", "warning", "info", "verbose", "debug")
 _PYTHON_LEVELS = dict(zip(LOG_LEVELS, (50, 40, 30, 20, 15, 10), strict=True))
 _LETTERS = {50: "F", 40: "E", 30: "W", 20: "I", 15: "V", 10: "D"}
@@ -22,12 +24,20 @@ class _Formatter(logging.Formatter):
 
 
 def setup_logging(level: str) -> None:
-    """Sends the log of this package to stderr; `level` is one of LOG_LEVELS."""
+    """Sends the log of this package to stderr; `level` is one of LOG_LEVELS.
+
+    Among several ranks, lines carry theirs.
+    """
+    launch = read_launch()
+    rank = f" [rank {launch.rank}]" if launch.size > 1 else ""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter("[%(asctime)s] [gpt] [%(letter)s] %(message)s", "%m/%d/%Y-%H:%M:%S"))
+    handler.setFormatter(_Formatter(f"[%(asctime)s] [gpt]{rank} [%(letter)s] %(message)s", "%m/%d/%Y-%H:%M:%S"))
     log.handlers[:] = [handler]
     log.propagate = False
-    log.setLevel(_PYTHON_LEVELS[level])
+    threshold = _PYTHON_LEVELS[level]
+    if launch.rank > 0 and threshold >= logging.INFO:
+        threshold = max(threshold, logging.ERROR)  # rank 0 says the same; verbose and debug show all ranks
+    log.setLevel(threshold)
     _state["level"] = level
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from gpt.config import ModelConfig
+from gpt.config import BuildConfig, ModelConfig
 from gpt.errors import ConfigError, Problems
 
 if TYPE_CHECKING:
@@ -28,14 +28,30 @@ class Split(Enum):
 
 @dataclass(frozen=True)
 class Mapping:
-    """One rank's place among `world_size` ranks."""
+    """One rank's place among `world_size` ranks.
+
+    embedding: how the lookup table is divided inside an engine: ROW by vocabulary, COLUMN by hidden size, NONE not at
+    all.  Checkpoints always hold it whole.
+    """
 
     world_size: int = 1
     rank: int = 0
+    embedding: Split = Split.NONE
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise ConfigError("no such rank", found=self.rank, allowed=f"0 to {self.world_size - 1}")
+
+    @classmethod
+    def of_build(cls, build: BuildConfig, rank: int = 0) -> Mapping:
+        """The place of `rank` in an engine."""
+        if not build.use_parallel_embedding or build.world_size == 1:
+            return cls(build.world_size, rank)
+        return cls(build.world_size, rank, Split.COLUMN if build.embedding_sharding_dim else Split.ROW)
+
+    def local_vocab_size(self, model: ModelConfig) -> int:
+        """Rows of the padded vocabulary whose logits this rank computes: `rank` times this is the first of them."""
+        return model.padded_vocab_size(self.world_size) // self.world_size
 
     def local_heads(self, model: ModelConfig) -> int:
         return model.n_head // self.world_size

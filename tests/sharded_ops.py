@@ -40,6 +40,10 @@ class ShardedOps:
         total = torch.stack(x).sum(0)
         return [total.clone() for _ in x]
 
+    def all_gather(self, x: Ranks) -> Ranks:
+        whole = torch.cat(x, dim=-1)
+        return [whole.clone() for _ in x]
+
 
 def sharded_logits(folder: Path, prompts: Sequence[Sequence[int]], new: Sequence[int]) -> torch.Tensor:
     """Logits [2B, V] of the context step and of one generation step with the tokens `new`, from every rank of a folder;

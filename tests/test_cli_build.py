@@ -111,7 +111,12 @@ def test_estimate_and_times_are_told(checkpoint: Path, tmp_path: Path, capfd: py
     [
         (["--enable_context_fmha", "--enable-context-fmha-fp32-acc"], ["give one of the two"]),
         (["--max_beam_width", "4", "--paged_kv_cache"], ["--max_beam_width 4", "--paged_kv_cache"]),
-        (["--world_size", "4"], ["one rank"]),
+        (["--world_size", "4"], ["n_head 2 is not divisible by 4", "tensor parallelism of 1, 2"]),
+        (["--world_size", "2", "--target", "ada"], ["one rank"]),
+        (
+            ["--world_size", "2", "--use_parallel_embedding", "--embedding_sharding_dim", "1"],
+            ["cannot be cut by hidden size", "--embedding_sharding_dim 0"],
+        ),
         (["--max_prompt_embedding_table_size", "10", "--use_lookup_plugin"], ["has no prompt table"]),
         (["--max_prompt_embedding_table_size", "-1"], ["max_prompt_embedding_table_size: found -1"]),
         (["--dtype", "float32", "--use_gemm_plugin", "float16"], ["float16 for the plugin, float32 for the engine"]),

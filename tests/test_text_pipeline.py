@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import save_tokenizer
 
+from gpt.comm import Communicator, NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.folder import EngineInfo
 from gpt.errors import ConfigError
@@ -38,6 +39,7 @@ class SumSession:
 
     def __init__(self) -> None:
         self.model, self.build, self.device = MODEL, BUILD, torch.device("cpu")
+        self.comm: Communicator = NullCommunicator()
         self.batch_sizes: list[int] = []
         self._sums = torch.zeros(0)
 

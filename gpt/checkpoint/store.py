@@ -88,15 +88,7 @@ class Checkpoint:
         Raises CheckpointError for another number of ranks than the folder's, and where the bytes are not those that the
         manifest vouches for.
         """
-        if mapping.world_size != self.world_size:
-            source = shlex.quote(self.manifest.source) if self.manifest else "<the original model>"
-            raise CheckpointError(
-                f"the checkpoint is cut for another number of ranks: {self.folder}",
-                found=self.world_size,
-                allowed=mapping.world_size,
-                hint=f"python hf_gpt_convert.py -i {source} -o {shlex.quote(str(self.folder.parent))} "
-                f"-tp {mapping.world_size} -t {self.storage_dtype}",
-            )
+        self.check_world_size(mapping.world_size)
         import torch
 
         path = self.folder / tensor.file_name(mapping.rank)
@@ -104,6 +96,23 @@ class Checkpoint:
         values = torch.from_file(str(path), size=math.prod(shape), dtype=torch_dtype(self.storage_dtype))
         self._check_bytes(path, values)
         return values.view(shape)
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raises CheckpointError, with the command that cuts the model anew, for another number of ranks than the
+        folder's, and ConfigError for one that the model cannot be cut for."""
+        if world_size == self.world_size:
+            return
+        check_divides(self.model, world_size)
+        source = shlex.quote(self.manifest.source) if self.manifest else "<the original model>"
+        from_nemo = self.manifest is not None and "nemo_ckpt_convert" in self.manifest.command
+        script = "nemo_ckpt_convert.py" if from_nemo else "hf_gpt_convert.py"
+        raise CheckpointError(
+            f"the checkpoint is cut for another number of ranks: {self.folder}",
+            found=f"{self.world_size}, which build.py takes with --world_size {self.world_size}",
+            allowed=world_size,
+            hint=f"python {script} -i {source} -o {shlex.quote(str(self.folder.parent))} "
+            f"-tp {world_size} -t {self.storage_dtype}",
+        )
 
     def _check_bytes(self, path: Path, values: torch.Tensor) -> None:
         if self.manifest is None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shlex
 import shutil
 import sys
 import tempfile
 import time
 import uuid
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,12 @@ import gpt
 from gpt.checkpoint.random_weights import RandomWeights
 from gpt.checkpoint.store import Checkpoint
 from gpt.config import BuildConfig, ModelConfig
-from gpt.console import human_bytes, human_time, log
-from gpt.engine.estimate import check_room, estimate
+from gpt.console import get_level, human_bytes, human_time, log, setup_logging
+from gpt.engine.estimate import check_room, count_workers, estimate
 from gpt.engine.folder import CONFIG_NAME, TOKENIZER_FOLDER, EngineFile, engine_config, engine_file_name
 from gpt.engine.tensor_file import write_tensor_file
 from gpt.engine.weights import WeightSource, engine_layout, engine_tensors
+from gpt.errors import GptError
 from gpt.files import file_checksum
 from gpt.mapping import Mapping
 
@@ -38,7 +43,7 @@ def build_engine(model: ModelConfig, build: BuildConfig, checkpoint: Checkpoint 
     notes, library = _prepare_backend(model, build)
     for note in notes:
         log.info(note)
-    needed = estimate(model, build, Mapping(build.world_size))
+    needed = estimate(model, build, Mapping.of_build(build))
     log.info("Needed per rank: %s", needed.describe())
     check_room(needed, output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -46,10 +51,7 @@ def build_engine(model: ModelConfig, build: BuildConfig, checkpoint: Checkpoint 
     staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=".partial-"))
     try:
         build_id = uuid.uuid4().hex
-        files = [
-            _build_rank(model, build, Mapping(build.world_size, r), source, build_id, staging)
-            for r in range(build.world_size)
-        ]
+        files = _build_ranks(model, build, source, build_id, staging, needed.build_peak)
         _copy_tokenizer(checkpoint, staging)
         config = engine_config(model, build, library, build_id, files, _describe_source(checkpoint))
         (staging / CONFIG_NAME).write_text(config, encoding="utf-8")
@@ -82,13 +84,9 @@ def torch_notes(build: BuildConfig) -> list[str]:
         )
     )
     if build.context_fmha:
-        notes.append(
-            "Context FMHA Enabled: PyTorch's fused kernels accumulate in float32, whichever flag asks"
-        )
+        notes.append("Context FMHA Enabled: PyTorch's fused kernels accumulate in float32, whichever flag asks")
     if build.gemm_plugin:
-        notes.append(
-            "GEMM plugin: oneDNN and MKL on a CPU, cuBLAS on a GPU; they are used without the flag too"
-        )
+        notes.append("GEMM plugin: oneDNN and MKL on a CPU, cuBLAS on a GPU; they are used without the flag too")
     if build.layernorm_plugin:
         notes.append("Layernorm plugin: PyTorch's fused layer_norm; it is used without the flag too")
     if build.lookup_plugin:
@@ -100,10 +98,41 @@ def torch_notes(build: BuildConfig) -> list[str]:
     return notes
 
 
+def _build_ranks(
+    model: ModelConfig, build: BuildConfig, source: WeightSource, build_id: str, staging: Path, peak_bytes: int
+) -> list[EngineFile]:
+    """Every rank's file, one after the other or in as many processes as processors and free memory allow."""
+    work = partial(_build_rank, model, build, source, build_id, staging)
+    num_workers = count_workers(build.world_size, peak_bytes) if build.parallel_build else 1
+    if num_workers == 1:
+        return [work(rank) for rank in range(build.world_size)]
+    log.info("Building %d ranks in %d processes", build.world_size, num_workers)
+    # Started afresh: a fork of a process in which PyTorch has threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(get_level(),)) as pool:
+        try:
+            return list(pool.map(work, range(build.world_size)))
+        except BrokenProcessPool as error:
+            raise GptError(
+                "a process of the parallel build was killed",
+                found=f"{num_workers} processes, about {human_bytes(peak_bytes)} each",
+                hint="probably for memory; without --parallel_build the ranks are built one after the other",
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _start_worker(level: str) -> None:
+    setup_logging(level)
+    torch.set_num_threads(1)
+
+
 def _build_rank(
-    model: ModelConfig, build: BuildConfig, mapping: Mapping, source: WeightSource, build_id: str, staging: Path
+    model: ModelConfig, build: BuildConfig, source: WeightSource, build_id: str, staging: Path, rank: int
 ) -> EngineFile:
     begin = time.perf_counter()
+    mapping = Mapping.of_build(build, rank)
     name = engine_file_name(build.dtype, mapping.world_size, mapping.rank)
     path = staging / name
     if build.backend == "tensorrt":

@@ -73,6 +73,21 @@ def check_room(needed: Estimate, output_dir: Path) -> None:
         log.warning("Building may need %s, %s are available", human_bytes(needed.build_peak), human_bytes(available))
 
 
+# What a process has before it does anything: the interpreter and PyTorch.
+_PROCESS_BYTES = 300 << 20
+
+
+def count_workers(world_size: int, peak_bytes: int) -> int:
+    """Processes of a parallel build: one per rank, bounded by processors and by free memory, at least one.
+
+    peak_bytes: what building one rank needs.
+    """
+    num_processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = available_memory_bytes()
+    by_memory = world_size if available is None else available // (peak_bytes + _PROCESS_BYTES)
+    return max(1, min(world_size, num_processors, by_memory))
+
+
 def available_memory_bytes() -> int | None:
     """Memory that can be had without swapping; None where the system does not tell."""
     try:

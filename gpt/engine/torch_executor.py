@@ -8,11 +8,11 @@ from collections.abc import Mapping as Dict
 import torch
 import torch.nn.functional as F
 
+from gpt.comm import Communicator, NullCommunicator
 from gpt.config import ModelConfig
 from gpt.engine.linear import linear, wide_linear
 from gpt.engine.step import ContextStep, GenerationStep, Step
-from gpt.errors import EngineError
-from gpt.mapping import Mapping
+from gpt.mapping import Mapping, Split
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_erf": F.gelu,
@@ -29,12 +29,23 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class TorchOps:
     """Ops over packed activations [N, E], for the step in `step`.
 
+    comm: carries tensors of the weights' device between the ranks of `mapping`.
+
     weights: by layout name, in the engine's dtype on one device.  cache: [L, 2, B, G/R, T, D], K and V of every layer;
     `step` and `cache` are set by the session before each run.  fused: scaled_dot_product_attention, else scores and
     softmax written out in float32.  trace: where named intermediate results are kept, when given.
     """
 
-    def __init__(self, model: ModelConfig, mapping: Mapping, weights: Dict[str, torch.Tensor], *, fused: bool = True):
+    def __init__(
+        self,
+        model: ModelConfig,
+        mapping: Mapping,
+        weights: Dict[str, torch.Tensor],
+        *,
+        fused: bool = True,
+        comm: Communicator | None = None,
+    ):
+        self.comm = comm or NullCommunicator()
         self.model = model
         self.mapping = mapping
         self.weights = weights
@@ -68,11 +79,27 @@ class TorchOps:
     def _rows(self, table: str) -> torch.Tensor:
         step = self.step
         if isinstance(step, GenerationStep) or step.prompt_table is None or step.first_row is None:
-            return F.embedding(step.ids, self.weights[table])
+            return self._words(step.ids, table)
         virtual = step.ids >= self.model.vocab_size
-        words = F.embedding(step.ids.masked_fill(virtual, 0), self.weights[table])
+        words = self._words(step.ids.masked_fill(virtual, 0), table)
         rows = (step.ids - self.model.vocab_size + step.first_row).masked_fill(~virtual, 0)
-        return torch.where(virtual[:, None], F.embedding(rows, step.prompt_table), words)
+        return torch.where(virtual[:, None], self._own_part(F.embedding(rows, step.prompt_table)), words)
+
+    def _words(self, ids: torch.Tensor, table: str) -> torch.Tensor:
+        weights = self.weights[table]
+        if self.mapping.embedding is not Split.ROW:
+            return F.embedding(ids, weights)
+        own = ids - self.mapping.rank * weights.shape[0]
+        elsewhere = (own < 0) | (own >= weights.shape[0])
+        return F.embedding(own.masked_fill(elsewhere, 0), weights).masked_fill(elsewhere[:, None], 0)
+
+    def _own_part(self, rows: torch.Tensor) -> torch.Tensor:
+        """What this rank contributes of embeddings [N, E] that every rank has whole."""
+        if self.mapping.embedding is Split.ROW and self.mapping.rank > 0:
+            return torch.zeros_like(rows)
+        if self.mapping.embedding is Split.COLUMN:
+            return self.mapping.shard(Split.COLUMN, rows, self.model)
+        return rows
 
     def position_embedding(self, table: str) -> torch.Tensor:
         return F.embedding(self.step.positions, self.weights[table])
@@ -153,13 +180,20 @@ class TorchOps:
         return self.attend(q.unsqueeze(2), keys, values, scale, self._mask, causal=False).flatten(1)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        raise EngineError("this session has one rank and no communicator", hint="build with --world_size 1")
+        self.comm.all_reduce(x)
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return self.comm.all_gather(x, -1)
 
     def gather_last(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.step.last] if isinstance(self.step, ContextStep) else x
 
     def logits(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return wide_linear(x, self.weights[name])
+        head, rows = self.weights[name], self.mapping.local_vocab_size(self.model)
+        if head.shape[0] > rows:  # a tied head whose table is whole for the embedding's sake
+            head = head.narrow(0, self.mapping.rank * rows, rows)
+        return wide_linear(x, head)
 
     def name(self, x: torch.Tensor, name: str) -> torch.Tensor:
         if self.trace is not None:

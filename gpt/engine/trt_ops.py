@@ -240,6 +240,9 @@ class TrtOps:
             "TensorRT engines are built for one rank", hint="build with --world_size 1, or with --backend torch"
         )
 
+    def all_gather(self, x: Any) -> Any:
+        return self.all_reduce(x)
+
     def gather_last(self, x: Any) -> Any:
         last = self.inputs["last_token_ids"]
         return self.layers.gather(x, last, 0) if self.packed else self.layers.gather(x, last, 1, num_elementwise_dims=1)

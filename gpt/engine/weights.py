@@ -12,7 +12,7 @@ import torch
 from gpt.checkpoint.layout import Tensor, tensors
 from gpt.config import BuildConfig, ModelConfig
 from gpt.dtypes import ITEMSIZE, torch_dtype
-from gpt.mapping import Mapping
+from gpt.mapping import Mapping, Split
 
 
 class WeightSource(Protocol):
@@ -29,6 +29,7 @@ class EngineTensor:
 
     source: Tensor
     shape: tuple[int, ...]
+    split: Split = Split.NONE  # on top of the source's own
 
     @property
     def name(self) -> str:
@@ -43,10 +44,20 @@ def engine_layout(model: ModelConfig, mapping: Mapping) -> list[EngineTensor]:
         shape = tensor.file_shape(mapping, model)
         if tensor.kind == "weight":
             shape = shape[::-1]
-        elif tensor.name == head:
+        elif tensor.name == head or (tensor.name == "model.wte" and mapping.embedding is Split.ROW):
             shape = (model.padded_vocab_size(mapping.world_size), *shape[1:])
-        result.append(EngineTensor(tensor, shape))
+        split = _table_split(tensor, model, mapping)
+        shape = mapping.local_shape(split, shape, model)
+        result.append(EngineTensor(tensor, shape, split))
     return result
+
+
+def _table_split(tensor: Tensor, model: ModelConfig, mapping: Mapping) -> Split:
+    """How an engine divides a table that checkpoints hold whole: a head of its own always, by vocabulary; the embedding
+    as the mapping says."""
+    if tensor.name == "model.wte":
+        return mapping.embedding
+    return Split.ROW if tensor.name == "model.lm_head.weight" else Split.NONE
 
 
 def engine_bytes(model: ModelConfig, mapping: Mapping, dtype: str) -> int:
@@ -64,6 +75,8 @@ def engine_tensors(
         if target.source.kind == "weight":
             # [out, in] lets a row of the product be one dot product along memory, which is what decoding does all day.
             value = value.t()
-        if value.shape[0] < target.shape[0]:
-            value = torch.nn.functional.pad(value, (0, 0, 0, target.shape[0] - value.shape[0]))
+        num_rows = target.shape[0] * (mapping.world_size if target.split is Split.ROW else 1)
+        if value.shape[0] < num_rows:
+            value = torch.nn.functional.pad(value, (0, 0, 0, num_rows - value.shape[0]))
+        value = mapping.shard(target.split, value, model)
         yield target.name, value.to(dtype).contiguous()

@@ -11,13 +11,18 @@ biases or none, head tied or not, one key/value head or many.
 from __future__ import annotations
 
 from gpt.config import ModelConfig
-from gpt.mapping import Mapping
+from gpt.mapping import Mapping, Split
 from gpt.network.ops import Ops, X
 
 
 def forward(ops: Ops[X], model: ModelConfig, mapping: Mapping) -> X:
-    """The logits [B, V padded] of the last token of each sequence, float32, for the step that `ops` holds."""
+    """The logits [B, V padded] of the last token of each sequence, float32, for the step that `ops` holds; the same on
+    every rank."""
     x = ops.embedding("model.wte")  # [..., E]
+    if mapping.embedding is Split.ROW:
+        x = ops.all_reduce(x)  # zeros from all ranks but the one that has the token
+    elif mapping.embedding is Split.COLUMN:
+        x = ops.all_gather(x)
     if model.learned_positions:
         x = ops.add(x, ops.position_embedding("model.wpe"))
     x = ops.name(x, "embedding")
@@ -25,7 +30,10 @@ def forward(ops: Ops[X], model: ModelConfig, mapping: Mapping) -> X:
         x = _block(ops, model, mapping, x, layer)
     x = _norm(ops, model, x, "model.final_layernorm")
     x = ops.name(x, "final_layernorm")
-    return ops.name(ops.logits(x, "model.wte" if model.tied_head else "model.lm_head.weight"), "logits")
+    logits = ops.logits(x, "model.wte" if model.tied_head else "model.lm_head.weight")  # [B, V padded / R]
+    if mapping.world_size > 1:
+        logits = ops.all_gather(logits)
+    return ops.name(logits, "logits")
 
 
 def _block(ops: Ops[X], model: ModelConfig, mapping: Mapping, x: X, layer: int) -> X:

@@ -21,7 +21,8 @@ class Ops(Protocol[X]):
 
     def embedding(self, table: str) -> X:
         """table[ids]: [..., E] from `table` [V, E] and the step's token ids; with prompt tuning an id of V + k is row k
-        of the prompt table's part for the sequence's task."""
+        of the prompt table's part for the sequence's task.  Of a divided table (`Mapping.embedding`): zeros for tokens
+        of other ranks, or this rank's columns."""
         ...
 
     def position_embedding(self, table: str) -> X:
@@ -63,6 +64,10 @@ class Ops(Protocol[X]):
         """Sum over the ranks."""
         ...
 
+    def all_gather(self, x: X) -> X:
+        """The ranks' parts side by side along the last axis, the same on every rank: [..., n] -> [..., R*n]."""
+        ...
+
     def add_bias(self, x: X, name: str) -> X:
         """x + `name.bias`: row-parallel biases, added once, after the all-reduce."""
         ...
@@ -72,7 +77,7 @@ class Ops(Protocol[X]):
         ...
 
     def logits(self, x: X, name: str) -> X:
-        """x @ head.T in the engine's dtype, as float32: [B, E] -> [B, V padded to lcm(8, R)], over all ranks."""
+        """x @ head.T in the engine's dtype, as float32: [B, E] -> this rank's part [B, V padded to lcm(8, R) / R]."""
         ...
 
     def name(self, x: X, name: str) -> X:

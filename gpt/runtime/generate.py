@@ -47,11 +47,15 @@ def generate(
 ) -> Generation:
     """Continues each prompt greedily until `end_id` or `max_new_tokens`.
 
+    Among several ranks, what rank 0 was given counts: prompts, limits and virtual tokens.
+
     virtual: the embeddings behind token ids V and above, for engines built for prompt tuning.
 
     on_tokens: called after each step with one new token per prompt, None for prompts that have ended.
     Raises ConfigError for prompts the engine cannot take, GptError where the logits are no numbers.
     """
+    session.comm.stage = "waiting for prompts"
+    prompts, max_new_tokens, end_id, virtual = session.comm.broadcast_object((prompts, max_new_tokens, end_id, virtual))
     if max_new_tokens < 1:
         raise ConfigError("nothing to generate", found=f"{max_new_tokens} new tokens", allowed="at least 1")
     if virtual is not None:
@@ -65,6 +69,7 @@ def generate(
     chosen = torch.empty(0)
     begin = time.perf_counter()
     for step in range(max_new_tokens):
+        session.comm.stage = f"new token {step}"
         logits = session.context(prompts, virtual) if step == 0 else session.generation(chosen)
         chosen, values = logits.max(dim=-1)[::-1]
         tokens = chosen.tolist()  # waits for the device

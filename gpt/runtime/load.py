@@ -7,28 +7,26 @@ import time
 import torch
 
 from gpt.checkpoint.random_weights import RandomWeights
+from gpt.comm import Communicator
 from gpt.console import human_bytes, log
 from gpt.engine.folder import EngineInfo
 from gpt.engine.tensor_file import map_tensor_file
 from gpt.engine.weights import engine_layout, engine_tensors
 from gpt.errors import ConfigError, EngineError
 from gpt.mapping import Mapping
+from gpt.runtime.ranks import join_ranks, place_on_gpu
 from gpt.runtime.session import Session
 from gpt.runtime.torch_session import TorchSession
 
 
 def load_session(info: EngineInfo, device: str = "auto") -> Session:
-    """Loads the only rank of an engine on `device`: auto, cpu, cuda or cuda:N.
+    """Loads this process's rank of an engine on `device`: auto, cpu, cuda or, for an engine of one rank, cuda:N.
 
-    Raises ConfigError for a device that is not there, EngineError for an engine that cannot be loaded.
+    Raises ConfigError for a device that is not there and for a launch of another number of ranks than the engine's,
+    EngineError for an engine that cannot be loaded.
     """
-    if info.build.world_size != 1:
-        raise EngineError(
-            "this version runs engines of one rank",
-            found=f"an engine of {info.build.world_size} ranks",
-            hint="build with --world_size 1",
-        )
-    mapping = Mapping()
+    ranks = join_ranks(info)
+    mapping = Mapping.of_build(info.build, ranks.rank)
     begin = time.perf_counter()
     session: Session
     if info.backend == "tensorrt":
@@ -40,10 +38,23 @@ def load_session(info: EngineInfo, device: str = "auto") -> Session:
         )
     else:
         target = pick_device(device)
+        if ranks.size > 1:
+            target = _device_of_rank(target, ranks)
+            ranks = place_on_gpu(ranks, target if target.type == "cuda" else None)
         weights = load_torch_weights(info, mapping, target)
-        session = TorchSession(info.model, info.build, mapping, weights, target)
+        session = TorchSession(info.model, info.build, mapping, weights, target, ranks)
     log.info("Engine loaded: %s on %s, %.2f s", info.describe(), session.device, time.perf_counter() - begin)
     return session
+
+
+def _device_of_rank(device: torch.device, ranks: Communicator) -> torch.device:
+    if device.type != "cuda":
+        return device
+    if str(device) != "cuda":
+        raise ConfigError(
+            "several ranks cannot share one GPU", found=f"--device {device}", allowed="auto, cpu, cuda: each its own"
+        )
+    return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
 
 
 def load_torch_weights(info: EngineInfo, mapping: Mapping, device: torch.device) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from gpt.comm import Communicator
 from gpt.config import BuildConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -17,12 +18,14 @@ class Session(Protocol):
     """One rank of an engine with the cache of the batch it works on.
 
     Use: `start`, then `context` once, then `generation` per token.  Logits are [B, V] float32 on `device`, valid until
-    the next step; the padding of the vocabulary is already cut off.
+    the next step; the padding of the vocabulary is already cut off.  Among several ranks, all make the same calls and
+    get the same logits.
     """
 
     model: ModelConfig
     build: BuildConfig
     device: torch.device
+    comm: Communicator
 
     def start(self, batch_size: int, max_seq_len: int) -> None:
         """Makes room for `batch_size` sequences of at most `max_seq_len` tokens, prompt and new ones together; what an

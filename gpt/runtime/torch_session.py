@@ -9,6 +9,7 @@ from itertools import chain
 
 import torch
 
+from gpt.comm import Communicator, NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.step import ContextStep, GenerationStep
 from gpt.engine.torch_executor import TorchOps
@@ -28,13 +29,16 @@ class TorchSession:
         mapping: Mapping,
         weights: Dict[str, torch.Tensor],
         device: torch.device | str = "cpu",
+        comm: Communicator | None = None,
     ):
-        """weights: as `gpt.engine.weights.engine_tensors` makes them, already on `device`."""
+        """weights: as `gpt.engine.weights.engine_tensors` makes them, already on `device`.  comm: to the other ranks of
+        `mapping`."""
+        self.comm = comm or NullCommunicator()
         self.model = model
         self.build = build
         self.mapping = mapping
         self.device = torch.device(device)
-        self.ops = TorchOps(model, mapping, weights, fused=build.fused_attention)
+        self.ops = TorchOps(model, mapping, weights, fused=build.fused_attention, comm=self.comm)
         self._dtype = weights["model.wte"].dtype
         self._cache = torch.empty(0)
         self._lengths: list[int] = []

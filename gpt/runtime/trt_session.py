@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gpt.comm import Communicator, NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.dtypes import torch_dtype
 from gpt.engine import trt_io
@@ -46,6 +47,7 @@ class TrtSession:
         self.model = model
         self.build = build
         self.device = torch.device(device)
+        self.comm: Communicator = NullCommunicator()
         self._engine = engine
         self._inputs = trt_io.step_inputs(model, build)
         self._caches = trt_io.cache_inputs(model, build, mapping)

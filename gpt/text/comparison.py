@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from gpt.comm import start
 from gpt.console import log
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.errors import ConfigError, GptError
@@ -71,11 +73,24 @@ class Comparison:
 def compare(config: SummarizeConfig, out: TextIO) -> Comparison:
     """Runs the sides that are asked for, prints their results to `out` and writes the report.
 
+    Among several ranks all run the engine, and the first one does everything else.
+
     Raises ConfigError for input that cannot be used, EngineError or CheckpointError for a bad engine or model, and
     GptError where the engine's ROUGE-1 is not above the threshold.
     """
+    ranks = start()
+    if ranks.rank > 0:
+        # Only the engine needs the other ranks; results, files and the Hugging Face model are the first one's.
+        config = replace(config, hf_model=None, report=None, threshold=None)
+        out = io.StringIO()
     if config.report is not None:
         check_output_file(config.report)
+    if ranks.size > 1 and not config.test_engine:
+        raise ConfigError(
+            "several ranks were started, but no engine is tested",
+            found=f"{ranks.size} ranks",
+            hint="--test_trt_llm, or start it without mpirun or srun",
+        )
     info = _open_engine(config)
     tokenizer = _choose_tokenizer(config, info)
     limit = config.batch_size * config.max_batches

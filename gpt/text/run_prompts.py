@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from gpt.comm import start
 from gpt.console import log
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.runtime.limits import check_prompts
+from gpt.runtime.ranks import join_ranks
 from gpt.text.pipeline import (
     choose_end_id,
     choose_tokenizer,
@@ -73,13 +75,17 @@ class RunConfig:
 def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     """Runs all prompts; returns the texts of the new tokens (none of them where only token files go in and out).
 
+    Among several ranks the first one prints, writes and returns; the others return nothing.
+
     Everything that can be refused is refused before the engine is loaded.
     Raises ConfigError for input, options or output that cannot be used, CheckpointError for a damaged prompt table,
     EngineError for a bad engine.
     """
     if config.input_file is not None:
         check_input_file(config.input_file, (*TEXT_SUFFIXES, *TOKEN_SUFFIXES))
+    start()  # first, so that what fails on one rank alone ends them all
     info = open_engine(config.engine_dir)
+    ranks = join_ranks(info)
     tokenizer = choose_tokenizer(info, config.tokenizer, config.vocab_file)
     end_id = choose_end_id(config.end_id, tokenizer, info.model)
     prompts, tuning = _read_prompts(config, info, tokenizer, end_id)
@@ -88,7 +94,7 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     num_virtual = 0 if tuning is None else tuning.virtual.num_tokens
     check_prompts(info.model, info.build, prompts, config.max_output_len, num_virtual=num_virtual)
     for path in (config.output_csv, config.output_npy):
-        if path is not None:
+        if path is not None and ranks.rank == 0:
             check_output_file(path)
 
     from gpt.runtime.load import load_session
@@ -96,9 +102,11 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     session = load_session(info, config.device)
     readable = [[token for token in prompt if token < info.model.vocab_size] for prompt in prompts]
     printer = None
-    if config.streaming and tokenizer is not None:
+    if config.streaming and tokenizer is not None and ranks.rank == 0:
         printer = _stream_printer(tokenizer, readable, end_id, out)
     results = _generate(session, prompts, config.max_output_len, end_id, tuning, printer)
+    if ranks.rank > 0:
+        return []
     log.info(describe_speed(results))
     outputs = [tokens for result in results for tokens in result.tokens]
     if config.writes_files:

@@ -1,0 +1,77 @@
+"""Ranks over MPI."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from gpt.comm import POLL_S, Watch, summable
+from gpt.errors import ConfigError
+from gpt.launch import Launch, singletons
+
+if TYPE_CHECKING:
+    import torch
+
+
+class MpiCommunicator:
+    """CPU tensors over MPI."""
+
+    def __init__(self, launch: Launch):
+        """Raises ConfigError where MPI is missing or did not connect the ranks."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of an mpirun that is not MPI's own; the check below says more
+                from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            raise ConfigError(
+                "several ranks were started, but MPI cannot be loaded",
+                found=f"{type(error).__name__}: {error}",
+                hint="python -m pip install mpi4py mpich, or mpi4py built for the cluster's MPI; "
+                "srun --mpi=none does without",
+            ) from error
+        world = MPI.COMM_WORLD
+        if world.Get_size() != launch.size:
+            raise singletons(launch, world.Get_size(), MPI.Get_library_version())
+        self._in_place = MPI.IN_PLACE
+        self._world = world
+        local = world.Split_type(MPI.COMM_TYPE_SHARED)
+        self.rank, self.size = world.Get_rank(), world.Get_size()
+        self.local_rank, self.local_size = local.Get_rank(), local.Get_size()
+        self.stage = ""
+        self._watch = Watch(self)
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        total = summable(tensor)
+        with self._watch("all-reduce"):
+            self._world.Allreduce(self._in_place, total.numpy())
+        if total is not tensor:
+            tensor.copy_(total)
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        import torch
+
+        own = tensor.contiguous()
+        parts = torch.empty((self.size, *own.shape), dtype=own.dtype)
+        with self._watch("all-gather"):
+            # Bytes, since numpy has no bfloat16.
+            self._world.Allgather(own.view(-1).view(torch.uint8).numpy(), parts.view(-1).view(torch.uint8).numpy())
+        return torch.cat(parts.unbind(), dim)
+
+    def broadcast_object(self, value: Any) -> Any:
+        self.barrier()  # rank 0 may have been reading or printing for long
+        with self._watch("broadcast"):
+            return self._world.bcast(value)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        self.barrier()
+        with self._watch("gather"):
+            return self._world.allgather(value)
+
+    def barrier(self) -> None:
+        request = self._world.Ibarrier()
+        while not request.Test():
+            time.sleep(POLL_S)
+
+    def abort(self, code: int) -> None:
+        self._world.Abort(code)

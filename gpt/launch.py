@@ -1,0 +1,110 @@
+"""Who started this process, and beside how many others: read from the environment, before any library is asked.
+
+mpirun of MPICH (and everything else that speaks PMI) sets PMI_*, Open MPI's sets OMPI_*, srun sets SLURM_* and, under
+--mpi=pmi2 or pmix, PMI_* or PMIX_* too.  A process that none of them started is alone, and needs none of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt.errors import ConfigError
+
+# (variable with the number of ranks, with the rank), most specific first: mpirun inside a Slurm job starts its ranks
+# through srun, so that Slurm's own numbers may count mpirun's servants.
+_STARTERS = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("PMI_SIZE", "PMI_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+)
+# Any of these means that a process manager for MPI is at work.
+_MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMI_FD", "PMIX_RANK")
+# Ranks that fail alike come within this time of each other; the lowest one speaks for all.
+_SPEAKING_TIME_S = 0.3
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`variable` is what said `size`, "" for a process that was started alone."""
+
+    rank: int = 0
+    size: int = 1
+    variable: str = ""
+    has_mpi: bool = False
+
+    @property
+    def by_slurm(self) -> bool:
+        return "SLURM_STEP_NUM_TASKS" in os.environ
+
+
+def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
+    """What the environment says; numbers that are none count as absent."""
+    environ = os.environ if environ is None else environ
+    for size_name, rank_name in _STARTERS:
+        size, rank = environ.get(size_name, ""), environ.get(rank_name, "")
+        if size.isdecimal() and rank.isdecimal() and int(size) > 1:
+            has_mpi = any(name in environ for name in _MPI_VARIABLES)
+            return Launch(int(rank), int(size), size_name, has_mpi)
+    return Launch()
+
+
+def let_lower_ranks_speak() -> None:
+    """Called by a rank that is about to report a failure: a lower rank with the same one ends the job meanwhile, and
+    with it the repetition."""
+    time.sleep(min(read_launch().rank, 8) * _SPEAKING_TIME_S)
+
+
+def launch_command(num_ranks: int, argv: list[str] | None = None) -> str:
+    """The command line that starts this script on `num_ranks` ranks of this machine."""
+    python = sys.executable
+    found = shutil.which("python3")
+    if found is not None and Path(found).absolute() == Path(python).absolute().with_name("python3"):
+        python = "python3"
+    mpirun = own_mpirun()
+    if mpirun is None or shutil.which("mpirun") == mpirun:
+        mpirun = "mpirun"
+    return shlex.join([mpirun, "-np", str(num_ranks), python, *(sys.argv if argv is None else argv)])
+
+
+def own_mpirun() -> str | None:
+    """The mpirun that came with this Python's packages, which is the one that its mpi4py finds."""
+    path = Path(sys.prefix) / "bin" / "mpirun"
+    return str(path) if path.is_file() else None
+
+
+def find_mpirun() -> str:
+    """Raises ConfigError where there is none."""
+    found = own_mpirun() or shutil.which("mpirun")
+    if found is None:
+        raise ConfigError(
+            "no mpirun to start the ranks with",
+            found=f"none in {Path(sys.prefix) / 'bin'} and none on the PATH",
+            hint="python -m pip install mpich mpi4py, or load the cluster's MPI module",
+        )
+    return found
+
+
+def singletons(launch: Launch, mpi_size: int, library: str) -> ConfigError:
+    """The error for processes that were started together and do not know of each other."""
+    is_mpich = "MPICH" in library or "Intel" in library
+    name = "MPICH" if is_mpich else "Open MPI" if "Open MPI" in library else library.split("\n")[0][:40]
+    if launch.by_slurm:
+        wire = "pmi2" if is_mpich else "pmix"
+        hint = f"srun --mpi={wire} for {name}; srun --mpi=none does without MPI"
+    elif is_mpich == launch.variable.startswith("OMPI"):
+        hint = f"this mpirun is another library's: {launch_command(launch.size)}, or MPI4PY_MPIABI chooses the library"
+    else:
+        hint = f"start with the mpirun that belongs to {name}: {launch_command(launch.size)}"
+    return ConfigError(
+        "MPI did not connect the ranks",
+        found=f"{launch.variable} says {launch.size} ranks, MPI ({name}) counts {mpi_size}",
+        allowed="the same number from both",
+        hint=hint,
+    )
