@@ -13,7 +13,7 @@ from typing import NoReturn
 from gpt import comm
 from gpt.console import LOG_LEVELS, close_output, get_level, print_error
 from gpt.errors import ConfigError, GptError
-from gpt.launch import let_lower_ranks_speak, read_launch
+from gpt.launch import let_lower_ranks_speak, let_mpirun_forward, read_launch
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -124,6 +124,7 @@ def _fail(error: GptError, code: int, cause: BaseException | None = None) -> int
     if ranks.size > 1:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
+        let_mpirun_forward()
         ranks.abort(code)
     return code
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gpt.console import print_error
 from gpt.errors import ConfigError
-from gpt.launch import read_launch
+from gpt.launch import let_mpirun_forward, read_launch
 
 if TYPE_CHECKING:
     import torch
@@ -134,6 +134,7 @@ class Watch:
                     f"{describe_rank(self._comm)}: no answer from the other ranks for {self._limit_s:g} s "
                     f"in {self._what}\n  next:    look at what they are doing, or raise {_TIMEOUT_VARIABLE}"
                 )
+                let_mpirun_forward()
                 self._comm.abort(1)
 
 

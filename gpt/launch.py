@@ -27,7 +27,9 @@ _STARTERS = (
 # Any of these means that a process manager for MPI is at work.
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMI_FD", "PMIX_RANK")
 # Ranks that fail alike come within this time of each other; the lowest one speaks for all.
-_SPEAKING_TIME_S = 0.3
+_SPEAKING_TIME_S = 0.5
+# mpirun forwards what its ranks print, and drops what it has not yet read when it ends them.
+_FORWARDING_TIME_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ def let_lower_ranks_speak() -> None:
     """Called by a rank that is about to report a failure: a lower rank with the same one ends the job meanwhile, and
     with it the repetition."""
     time.sleep(min(read_launch().rank, 8) * _SPEAKING_TIME_S)
+
+
+def let_mpirun_forward() -> None:
+    """Called between the last message of a rank and the end of the job."""
+    sys.stderr.flush()
+    time.sleep(_FORWARDING_TIME_S)
 
 
 def launch_command(num_ranks: int, argv: list[str] | None = None) -> str:

@@ -1,0 +1,52 @@
+"""Context, generation steps and greedy tokens of engines, written by rank 0:  logits.py OUT.pt ENGINE_DIR..."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from engines import random_prompts
+
+from gpt.comm import active
+from gpt.config import BuildConfig, ModelConfig
+from gpt.engine.folder import open_engine
+from gpt.runtime.generate import generate
+from gpt.runtime.load import load_session
+from gpt.runtime.virtual_tokens import VirtualTokens
+
+LENGTHS, NEW = (5, 17, 1, 9), 12
+
+
+def virtual_tokens(model: ModelConfig, build: BuildConfig) -> VirtualTokens | None:
+    if build.max_prompt_embedding_table_size == 0:
+        return None
+    table = torch.randn(2, 3, model.n_embd, generator=torch.Generator().manual_seed(1))
+    return VirtualTokens(table, (0, 1, 1, 0))
+
+
+def main() -> None:
+    results = []
+    for folder in sys.argv[2:]:
+        session = load_session(open_engine(Path(folder)), "cpu")
+        model = session.model
+        virtual = virtual_tokens(model, session.build)
+        prompts = random_prompts(LENGTHS, model.vocab_size)
+        if virtual is not None:
+            prompts = [[*range(model.vocab_size, model.vocab_size + 3), *prompt] for prompt in prompts]
+        session.start(len(prompts), 3 + max(LENGTHS) + NEW)
+        steps = [session.context(prompts, virtual).clone()]
+        for step in range(3):
+            new = torch.tensor([(11 * step + 3 * row) % model.vocab_size for row in range(len(prompts))])
+            steps.append(session.generation(new).clone())
+        logits = torch.cat(steps)
+        if len(set(session.comm.gather_objects(logits.numpy().tobytes()))) > 1:
+            raise SystemExit(f"{folder}: the ranks have different logits")
+        tokens = generate(session, prompts, max_new_tokens=NEW, end_id=None, virtual=virtual).tokens
+        results.append({"logits": logits, "tokens": tokens})
+    if active().rank == 0:
+        torch.save(results, sys.argv[1])
+    active().barrier()
+
+
+main()

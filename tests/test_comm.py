@@ -1,0 +1,125 @@
+"""Who started the ranks, what they say to each other, and what is said where they do not hear each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import PROGRAMS, mpirun, without_mpi
+
+from gpt import comm
+from gpt.comm import NullCommunicator, describe_rank, summable, time_limit_s
+from gpt.comm_torch import first_host
+from gpt.errors import ConfigError
+from gpt.launch import Launch, launch_command, read_launch, singletons
+
+SLURM = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Launch()),
+        ({"PMI_SIZE": "4", "PMI_RANK": "2"}, Launch(2, 4, "PMI_SIZE", True)),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, Launch(1, 2, "OMPI_COMM_WORLD_SIZE", True)),
+        (SLURM, Launch(5, 8, "SLURM_STEP_NUM_TASKS", False)),
+        ({**SLURM, "PMIX_RANK": "5"}, Launch(5, 8, "SLURM_STEP_NUM_TASKS", True)),
+        ({**SLURM, "PMI_FD": "9"}, Launch(5, 8, "SLURM_STEP_NUM_TASKS", True)),
+        # mpirun inside a Slurm job starts one servant per machine through srun.
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "2", "PMI_SIZE": "16", "PMI_RANK": "9"}, Launch(9, 16, "PMI_SIZE", True)),
+        ({"PMI_SIZE": "1", "PMI_RANK": "0"}, Launch()),
+        ({"PMI_SIZE": "many", "PMI_RANK": "0"}, Launch()),
+        # The script of an sbatch job is not a step of it.
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}, Launch()),
+    ],
+)
+def test_the_environment_tells_the_launch(environ: dict[str, str], expected: Launch) -> None:
+    assert read_launch(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("slurm", "variable", "library", "told"),
+    [
+        (True, "SLURM_STEP_NUM_TASKS", "MPICH Version: 5.0.2", ["srun --mpi=pmi2 for MPICH", "--mpi=none"]),
+        (True, "PMI_SIZE", "Open MPI v5.0.11, package", ["srun --mpi=pmix for Open MPI"]),
+        (False, "OMPI_COMM_WORLD_SIZE", "MPICH Version: 5.0.2", ["another library's", "-np 4", "MPI4PY_MPIABI"]),
+        (False, "PMI_SIZE", "Open MPI v5.0.11, package", ["another library's", "-np 4"]),
+        (False, "PMI_SIZE", "MPICH Version: 5.0.2", ["belongs to MPICH", "-np 4"]),
+    ],
+)
+def test_singletons_are_told_how_to_start(
+    slurm: bool, variable: str, library: str, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if slurm:
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    message = str(singletons(Launch(0, 4, variable, True), 1, library))
+    for text in [f"{variable} says 4 ranks", "counts 1", *told]:
+        assert text in message
+
+
+def test_launch_command() -> None:
+    words = launch_command(3, ["run.py", "--input_text", "a b"]).split(" ", 3)
+    assert words[0].endswith("mpirun")
+    assert words[1:3] == ["-np", "3"]
+    assert words[3].endswith("run.py --input_text 'a b'")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ("gpu[03-05,9],login", "gpu03"),
+        ("one", "one"),
+        ("a,b", "a"),
+        ("rack1-n[10-12]", "rack1-n10"),
+        ("n[2,4]x", "n2x"),
+    ],
+)
+def test_first_host_of_a_slurm_list(nodes: str, expected: str) -> None:
+    assert first_host(nodes) == expected
+
+
+def test_one_rank_needs_nobody() -> None:
+    alone = NullCommunicator()
+    x = torch.ones(3)
+    alone.all_reduce(x)
+    alone.barrier()
+    assert torch.equal(x, torch.ones(3))
+    assert alone.all_gather(x, 0) is x
+    assert (alone.broadcast_object(5), alone.gather_objects(5), alone.size) == (5, [5], 1)
+    assert comm.start() is comm.active()
+    assert describe_rank(alone) == ""
+
+
+def test_what_is_summed_in_place() -> None:
+    x = torch.ones(4, 4)
+    assert summable(x) is x
+    for other in (x.t()[1:, :2], x.half(), x.bfloat16()):
+        copy = summable(other)
+        assert copy.dtype == torch.float32
+        assert copy.is_contiguous()
+        assert copy.data_ptr() != other.data_ptr()
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "0", "nan", "inf"])
+def test_a_time_limit_is_a_positive_number(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT_RANK_TIMEOUT", text)
+    with pytest.raises(ConfigError, match="GPT_RANK_TIMEOUT"):
+        time_limit_s()
+    monkeypatch.setenv("GPT_RANK_TIMEOUT", "2.5")
+    assert time_limit_s() == 2.5
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_exchange_over_mpi(num_ranks: int) -> None:
+    result = mpirun(num_ranks, PROGRAMS / "exchange.py")
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == [f"rank {rank} of {num_ranks}: good" for rank in range(num_ranks)]
+
+
+@pytest.mark.mpi
+def test_exchange_without_mpi() -> None:
+    results = without_mpi(2, PROGRAMS / "exchange.py")
+    assert [(result.returncode, result.stdout) for result in results] == [
+        (0, "rank 0 of 2: good\n"),
+        (0, "rank 1 of 2: good\n"),
+    ], results

@@ -1,0 +1,336 @@
+"""Engines of several ranks on this machine: the same logits and texts as one rank, and an end when a rank fails."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import build_engine, convert, relative_error
+from ranks import PROGRAMS, environment, mpirun, without_mpi
+from tiny_models import tiny_gpt2
+
+import build
+import run
+from gpt.checkpoint.layout import tensors
+from gpt.config import BuildConfig, ModelConfig
+from gpt.engine.folder import EngineInfo, open_engine
+from gpt.engine.weights import engine_bytes, engine_layout, engine_tensors
+from gpt.mapping import Mapping
+
+pytestmark = pytest.mark.mpi
+
+# 91 words and 4 ranks: the last rank has fewer words than padding would suggest.
+SIZES = ["--n_layer", "2", "--n_embd", "48", "--n_head", "4", "--vocab_size", "91", "--n_positions", "64"]
+LIMITS = ["--max_batch_size", "4", "--max_input_len", "40", "--max_output_len", "20"]
+FP32_BOUND, BF16_BOUND = 1e-5, 2e-2
+
+
+@dataclass(frozen=True)
+class Case:
+    """flags: of build.py.  hf: GPT2Config of a checkpoint, None for random weights."""
+
+    flags: tuple[str, ...] = ()
+    hf: dict[str, Any] | None = None
+    bound: float = FP32_BOUND
+
+
+CASES = {
+    "gpt2": Case(("--use_gpt_attention_plugin",), {"n_head": 4, "n_embd": 48}),
+    "gpt2 untied, embedding by hidden size": Case(
+        ("--use_parallel_embedding", "--embedding_sharding_dim", "1"), {"tie_word_embeddings": False}
+    ),
+    "gpt2 untied, embedding by vocabulary": Case(("--use_parallel_embedding",), {"tie_word_embeddings": False}),
+    "gpt2 bfloat16": Case(("--dtype", "bfloat16"), {"n_head": 4, "n_embd": 48}, BF16_BOUND),
+    "multi-query": Case(("--multi_query_mode", "--hidden_act", "gelu_new", "--remove_input_padding")),
+    "rope swiglu": Case(("--rotary_pct", "0.5", "--hidden_act", "swiglu", "--no_bias", "--inter_size", "40")),
+    "embedding by vocabulary": Case(("--use_parallel_embedding", "--use_gpt_attention_plugin")),
+    "virtual tokens": Case(("--max_prompt_embedding_table_size", "6")),
+    "virtual tokens, embedding by vocabulary": Case(
+        ("--max_prompt_embedding_table_size", "6", "--use_parallel_embedding")
+    ),
+    "virtual tokens, embedding by hidden size": Case(
+        ("--max_prompt_embedding_table_size", "6", "--use_parallel_embedding", "--embedding_sharding_dim", "1"),
+        {"tie_word_embeddings": False},
+    ),
+}
+
+
+def build_case(name: str, world_size: int, base: Path) -> Path:
+    case, out = CASES[name], base / f"{name}-{world_size}"
+    flags = [*case.flags, *LIMITS, "--world_size", str(world_size)]
+    if case.hf is None:
+        build_engine(None, out, *SIZES, "--dtype", "float32", "--random_seed", "5", *flags)
+        return out
+    hf = base / name / "hf"
+    if not hf.exists():
+        tiny_gpt2(hf, tokenizer=False, **case.hf)
+    build_engine(convert(hf, base / name, tp=world_size), out, *flags)
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """By number of ranks: logits and tokens of each case, all ranks in agreement."""
+    base = tmp_path_factory.mktemp("ranks")
+    found = {}
+    for world_size in (1, 2, 4):
+        folders = [build_case(name, world_size, base) for name in CASES]
+        done = mpirun(world_size, PROGRAMS / "logits.py", base / "out.pt", *folders)
+        assert done.returncode == 0, done.stderr
+        found[world_size] = torch.load(base / "out.pt")
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_together_are_the_whole(name: str, world_size: int, results: dict[int, list[dict[str, Any]]]) -> None:
+    index = list(CASES).index(name)
+    whole, parts = results[1][index], results[world_size][index]
+    for ours, expected in zip(parts["logits"], whole["logits"], strict=True):
+        assert relative_error(ours, expected) < CASES[name].bound
+    if CASES[name].bound == FP32_BOUND:
+        assert parts["tokens"] == whole["tokens"]
+
+
+def test_parts_of_a_divided_table_are_the_table(tmp_path: Path) -> None:
+    model = ModelConfig(
+        vocab_size=91, n_positions=16, n_embd=24, n_head=3, n_layer=1, n_kv_head=3, inter_size=96, tied_head=False
+    )
+    values = {tensor.name: torch.randn(tensor.shape) for tensor in tensors(model)}
+
+    class Whole:
+        def read(self, tensor: Any, mapping: Mapping) -> torch.Tensor:
+            return mapping.shard(tensor.split, values[tensor.name], model)
+
+    for dim in (0, 1):
+        config = BuildConfig(dtype="float32", world_size=3, use_parallel_embedding=True, embedding_sharding_dim=dim)
+        ranks = []
+        for rank in range(3):
+            mapping = Mapping.of_build(config, rank)
+            ranks.append(dict(engine_tensors(model, config, mapping, Whole())))
+            shapes = {tensor.name: tensor.shape for tensor in engine_layout(model, mapping)}
+            assert {name: tuple(value.shape) for name, value in ranks[-1].items()} == shapes
+        joined = torch.cat([rank["model.wte"] for rank in ranks], dim)
+        assert torch.equal(joined[:91], values["model.wte"])
+        head = torch.cat([rank["model.lm_head.weight"] for rank in ranks])
+        assert head.shape == (96, 24)  # a multiple of lcm(8, 3)
+        assert torch.equal(head[:91], values["model.lm_head.weight"])
+        assert head[91:].abs().max() == 0
+        assert engine_bytes(model, Mapping.of_build(config), "float32") < engine_bytes(model, Mapping(3), "float32")
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[int, EngineInfo]:
+    """A tiny GPT-2 with its tokenizer on one, two and four ranks."""
+    base = tmp_path_factory.mktemp("text")
+    hf = tiny_gpt2(base / "hf", vocab_size=265)
+    found = {}
+    for world_size in (1, 2, 4):
+        checkpoint = convert(hf, base / "ft", tp=world_size)
+        found[world_size] = build_engine(
+            checkpoint, base / f"engine{world_size}", *LIMITS, "--world_size", str(world_size), "--parallel_build"
+        )
+    return found
+
+
+def run_arguments(info: EngineInfo, *flags: object) -> list[object]:
+    return ["run.py", "--engine_dir", info.folder, "--max_output_len", 8, "--device", "cpu", *flags]
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["", "streaming"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_output_is_that_of_one_rank(
+    world_size: int, streaming: list[str], engines: dict[int, EngineInfo], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["--input_text", "the end", "a", "in the north", "on", "re", *streaming]
+    assert run.main([str(word) for word in run_arguments(engines[1], *prompts)[1:]]) == 0
+    result = mpirun(world_size, *run_arguments(engines[world_size], *prompts, "--log_level", "info"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == capsys.readouterr().out
+    assert "[rank 0] [I] Engine loaded" in result.stderr
+    assert "[rank 1]" not in result.stderr
+
+
+def test_every_rank_logs_when_asked(engines: dict[int, EngineInfo]) -> None:
+    result = mpirun(2, *run_arguments(engines[2], "--log_level", "debug"))
+    assert "[rank 0] [I] Engine loaded" in result.stderr
+    assert "[rank 1] [I] Engine loaded" in result.stderr
+
+
+def test_spawn_starts_the_ranks(engines: dict[int, EngineInfo]) -> None:
+    results = []
+    for world_size in (1, 2):
+        words = [sys.executable, *map(str, run_arguments(engines[world_size], "--spawn"))]
+        results.append(subprocess.run(words, env=environment(), capture_output=True, text=True, check=False))
+    assert [result.returncode for result in results] == [0, 0], results
+    assert results[0].stdout == results[1].stdout != ""
+
+
+def test_ranks_without_mpi(engines: dict[int, EngineInfo], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([str(word) for word in run_arguments(engines[1])[1:]]) == 0
+    first, second = without_mpi(2, *run_arguments(engines[2]))
+    assert (first.returncode, first.stdout) == (0, capsys.readouterr().out), first.stderr
+    assert (second.returncode, second.stdout) == (0, "")
+
+
+def test_files_are_written_once(engines: dict[int, EngineInfo], tmp_path: Path) -> None:
+    ids = tmp_path / "in.csv"
+    ids.write_text("1,2,3\n4,5\n")
+    texts = []
+    for world_size in (1, 2):
+        out = tmp_path / f"{world_size}.csv"
+        result = mpirun(world_size, *run_arguments(engines[world_size], "--input_tokens", ids, "--output_csv", out))
+        assert result.returncode == 0, result.stderr
+        texts.append(out.read_text())
+    assert texts[0] == texts[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.csv", "2.csv", "in.csv"]
+
+
+def test_summaries_on_ranks(engines: dict[int, EngineInfo], tmp_path: Path) -> None:
+    articles = tmp_path / "articles.jsonl"
+    rows = [{"article": "the north " * n, "highlights": "the end"} for n in (2, 3)]
+    articles.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outputs = []
+    for world_size in (1, 2):
+        info = engines[world_size]
+        hf = Path(json.loads((info.folder / "config.json").read_text())["engine"]["source"]["checkpoint"]).parents[1]
+        flags = ["--test_trt_llm", "--test_hf", "--hf_model_location", hf / "hf", "--engine_dir", info.folder]
+        flags += ["--dataset_path", articles, "--output_len", 6, "--device", "cpu", "--max_ite", 2]
+        result = mpirun(world_size, "summarize.py", *flags, "--log_level", "error")
+        assert result.returncode == 0, result.stderr
+        outputs.append(re.findall(r"rouge\w+ : .*|identical .*| Output : .*", result.stdout))
+    assert outputs[0] == outputs[1]
+    assert "identical output ids: 2 of 2 articles" in outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "told"),
+    [
+        ("killed", 9, ["Killed (signal 9)"]),
+        ("raises", 1, ["error: rank 1, new token 3: unexpected RuntimeError: a cosmic ray"]),
+        ("hung", 1, ["error: rank 0, new token 3: no answer from the other ranks for 2 s in all-reduce"]),
+    ],
+)
+def test_a_lost_rank_ends_the_job(how: str, code: int, told: list[str], engines: dict[int, EngineInfo]) -> None:
+    begin = time.monotonic()
+    result = mpirun(2, PROGRAMS / "die.py", how, *run_arguments(engines[2])[1:], GPT_RANK_TIMEOUT="2")
+    assert time.monotonic() - begin < 30
+    assert result.returncode == code
+    for text in told:
+        assert text in result.stdout + result.stderr
+    assert result.stderr.count("error:") == (how != "killed")
+    assert "Output" not in result.stdout
+
+
+def test_a_lost_rank_is_noticed_without_mpi(engines: dict[int, EngineInfo]) -> None:
+    first, second = without_mpi(2, PROGRAMS / "die.py", "raises", *run_arguments(engines[2])[1:])
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert "error: rank 1, new token 3: unexpected RuntimeError: a cosmic ray" in second.stderr
+    assert "error:" not in first.stderr
+    first, second = without_mpi(2, PROGRAMS / "die.py", "killed", *run_arguments(engines[2])[1:])
+    assert first.returncode == 1
+    assert "error: rank 0, new token 3: another rank is gone" in first.stderr
+
+
+@pytest.mark.parametrize(("needed", "started"), [(2, 1), (2, 4), (1, 2)])
+def test_a_wrong_number_of_ranks(needed: int, started: int, engines: dict[int, EngineInfo]) -> None:
+    arguments = run_arguments(engines[needed], "--input_text", "a b")
+    words = [sys.executable, *map(str, arguments)]
+    if started == 1:
+        result = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
+    else:
+        result = mpirun(started, *arguments)
+    assert result.returncode == 2
+    assert result.stderr.count("error:") == 1
+    assert f"has {needed} rank" in result.stderr
+    if needed > 1:
+        assert f"mpirun -np {needed} " in result.stderr
+        assert shlex.join(map(str, arguments)) in result.stderr
+        assert "--spawn" in result.stderr
+    else:
+        assert "start it without mpirun" in result.stderr
+
+
+def test_one_message_for_what_all_ranks_find(engines: dict[int, EngineInfo], tmp_path: Path) -> None:
+    for flags, code in (
+        (["--input_text", ""], 2),
+        (["--input_text", "a", "--input_file", "b.txt"], 2),
+        (["--num_beams", "x"], 2),
+        (["--engine_dir", tmp_path], 3),
+        (["--device", "cuda:77"], 2),
+    ):
+        result = mpirun(2, *run_arguments(engines[2], *flags))
+        assert (result.returncode, result.stdout) == (code, ""), flags
+        assert result.stderr.count("error:") == 1, result.stderr
+
+
+def test_different_engines_are_noticed(engines: dict[int, EngineInfo], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    build_engine(None, other, *SIZES, *LIMITS, "--world_size", "2")
+    program = "import os, run, sys; sys.exit(run.main(['--engine_dir', sys.argv[1 + int(os.environ['PMI_RANK'])], "
+    program += "'--max_output_len', '2']))"
+    result = mpirun(2, "-c", program, engines[2].folder, other)
+    assert result.returncode == 3
+    assert "the ranks see different engines" in result.stderr
+    result = mpirun(2, "-c", program, engines[2].folder, tmp_path / "nowhere")
+    assert result.returncode == 3
+    assert "error: rank 1: there is no engine folder" in result.stderr
+
+
+def test_singletons_are_refused(engines: dict[int, EngineInfo]) -> None:
+    words = [sys.executable, *map(str, run_arguments(engines[2]))]
+    for rank, messages in ((0, 1), (1, 0)):
+        alone = environment(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK=str(rank))
+        result = subprocess.run(words, env=alone, capture_output=True, text=True, check=False)
+        assert result.returncode == 2
+        assert result.stderr.count("error: MPI did not connect the ranks") == messages
+
+
+def test_build_of_another_number_of_ranks(
+    engines: dict[int, EngineInfo], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = json.loads((engines[2].folder / "config.json").read_text())["engine"]["source"]["checkpoint"]
+    assert build.main(["--model_dir", source, "--world_size", "4", "--output_dir", str(tmp_path / "e")]) == 3
+    told = capsys.readouterr().err
+    assert "-tp 4" in told
+    assert "hf_gpt_convert.py" in told
+    assert "--world_size 2" in told
+    assert not (tmp_path / "e").exists()
+
+
+def test_builds_in_one_or_several_processes_are_equal(engines: dict[int, EngineInfo], tmp_path: Path) -> None:
+    source = json.loads((engines[4].folder / "config.json").read_text())["engine"]["source"]["checkpoint"]
+    serial = build_engine(Path(source), tmp_path / "e", *LIMITS, "--world_size", "4")
+    parallel = engines[4]
+    assert [(file.name, file.num_bytes) for file in serial.files] == [(f.name, f.num_bytes) for f in parallel.files]
+    for rank in range(4):
+        # What differs is the build's id in the header.
+        ours, theirs = (info.engine_path(rank).read_bytes() for info in (serial, parallel))
+        assert ours.replace(serial.build_id.encode(), parallel.build_id.encode()) == theirs
+    assert json.loads((parallel.folder / "config.json").read_text())["builder_config"]["parallel_build"] is True
+
+
+def test_build_is_one_process(tmp_path: Path) -> None:
+    result = mpirun(2, "build.py", *SIZES, "--world_size", "2", "--output_dir", tmp_path / "e")
+    assert result.returncode == 2
+    assert "--parallel_build" in result.stderr
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_missing_rank_file(engines: dict[int, EngineInfo], tmp_path: Path) -> None:
+    source = json.loads((engines[2].folder / "config.json").read_text())["engine"]["source"]["checkpoint"]
+    info = build_engine(Path(source), tmp_path / "e", *LIMITS, "--world_size", "2")
+    assert open_engine(tmp_path / "e").build.world_size == 2
+    info.engine_path(1).unlink()
+    result = mpirun(2, *run_arguments(info))
+    assert result.returncode == 3
+    assert "rank 1: gpt_float32_tp2_rank1.engine is missing" in result.stderr
