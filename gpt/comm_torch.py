@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -40,6 +41,7 @@ class GlooCommunicator:
                 found=f"{host}:{port}: {str(error).splitlines()[0]}",
                 hint="MASTER_ADDR and MASTER_PORT, the same on all ranks, name a machine and a free port",
             ) from error
+        atexit.register(dist.destroy_process_group)
         self._dist = dist
         self._num_barriers = 0
         hosts = self.gather_objects(socket.gethostname())
@@ -148,6 +150,7 @@ class NcclCommunicator:
         dist.init_process_group(
             "nccl", store=store, rank=self.rank, world_size=self.size, timeout=_time_limit(), device_id=device
         )
+        atexit.register(dist.destroy_process_group)
         self._group = dist.group.WORLD
 
     @property

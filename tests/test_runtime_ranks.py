@@ -84,7 +84,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     found = {}
     for world_size in (1, 2, 4):
         folders = [build_case(name, world_size, base) for name in CASES]
-        done = mpirun(world_size, PROGRAMS / "logits.py", base / "out.pt", *folders)
+        done = mpirun(world_size, PROGRAMS / "logits.py", "cpu", base / "out.pt", *folders)
         assert done.returncode == 0, done.stderr
         found[world_size] = torch.load(base / "out.pt")
     return found

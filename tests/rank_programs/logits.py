@@ -1,4 +1,4 @@
-"""Context, generation steps and greedy tokens of engines, written by rank 0:  logits.py OUT.pt ENGINE_DIR..."""
+"""Context, generation steps and greedy tokens of engines, written by rank 0:  logits.py DEVICE OUT.pt ENGINE_DIR..."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ def virtual_tokens(model: ModelConfig, build: BuildConfig) -> VirtualTokens | No
 
 def main() -> None:
     results = []
-    for folder in sys.argv[2:]:
-        session = load_session(open_engine(Path(folder)), "cpu")
+    device, out, *folders = sys.argv[1:]
+    for folder in folders:
+        session = load_session(open_engine(Path(folder)), device)
         model = session.model
         virtual = virtual_tokens(model, session.build)
         prompts = random_prompts(LENGTHS, model.vocab_size)
         if virtual is not None:
             prompts = [[*range(model.vocab_size, model.vocab_size + 3), *prompt] for prompt in prompts]
         session.start(len(prompts), 3 + max(LENGTHS) + NEW)
-        steps = [session.context(prompts, virtual).clone()]
+        steps = [session.context(prompts, virtual).cpu().clone()]
         for step in range(3):
             new = torch.tensor([(11 * step + 3 * row) % model.vocab_size for row in range(len(prompts))])
-            steps.append(session.generation(new).clone())
+            steps.append(session.generation(new.to(session.device)).cpu().clone())
         logits = torch.cat(steps)
         if len(set(session.comm.gather_objects(logits.numpy().tobytes()))) > 1:
             raise SystemExit(f"{folder}: the ranks have different logits")
         tokens = generate(session, prompts, max_new_tokens=NEW, end_id=None, virtual=virtual).tokens
         results.append({"logits": logits, "tokens": tokens})
     if active().rank == 0:
-        torch.save(results, sys.argv[1])
+        torch.save(results, out)
     active().barrier()
 
 
