@@ -106,7 +106,10 @@ def build_parser() -> ArgumentParser:
     build.add_argument("--builder_opt", type=int, help="tensorrt: optimisation level, 0 to 5")
     build.add_argument("--timing_cache", metavar="FILE", help="accepted; no backend of this version uses one")
     build.add_argument("--parallel_build", action="store_true", help="one process per rank, if there is room")
-    build.add_argument("--gpus_per_node", type=positive_int, default=8, help="used with several ranks only")
+    build.add_argument("--gpus_per_node", type=positive_int, default=8, help="of the command that --dry_run prints")
+    build.add_argument(
+        "--dry_run", action="store_true", help="print what the engine would need and where it fits; build nothing"
+    )
     build.add_argument("--output_dir", default="gpt_outputs", metavar="DIR", help="the engine folder")
     add_log_level(build)
     return parser
@@ -142,6 +145,11 @@ def _run(args: Namespace) -> None:
     build = _build_config(args, model, checkpoint)
     _check_embedding(model, build)
     _explain_idle_flags(args)
+    if args.dry_run:
+        from gpt.engine.plan import Plan
+
+        print(Plan.make(model, build).describe(Path(args.output_dir), args.gpus_per_node))
+        return
     build_engine(model, build, checkpoint, Path(args.output_dir))
 
 

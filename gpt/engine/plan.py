@@ -1,0 +1,103 @@
+"""What an engine would take, for any architecture and number of ranks, without building anything."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt.config import BuildConfig, ModelConfig
+from gpt.console import human_bytes
+from gpt.engine.estimate import Estimate, available_memory_bytes, estimate
+from gpt.engine.weights import engine_layout
+from gpt.mapping import Mapping
+
+# MiB that nvidia-smi shows as a card's total.
+CARD_MEMORY_MIB = {
+    "L4": 23034,
+    "RTX 4090": 24564,
+    "A100 40GB": 40960,
+    "L40S": 46068,
+    "A100 80GB": 81920,
+    "H100 80GB": 81559,
+    "H200": 143771,
+    "B200": 183359,
+}
+# What the CUDA context, the libraries' workspaces and NCCL's buffers take of a card, roughly.
+_OVERHEAD_BYTES = 1536 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`needed`: one rank at the limits of the engine."""
+
+    model: ModelConfig
+    build: BuildConfig
+    needed: Estimate
+
+    @classmethod
+    def make(cls, model: ModelConfig, build: BuildConfig) -> Plan:
+        return cls(model, build, estimate(model, build, Mapping.of_build(build)))
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model, padding left out."""
+        return sum(math.prod(tensor.source.shape) for tensor in engine_layout(self.model, Mapping()))
+
+    def largest_batch(self, memory_bytes: int) -> int:
+        """Sequences of full length that one rank has room for beside its weights, at most --max_batch_size; 0: the
+        weights alone do not fit."""
+        room = memory_bytes - self.needed.weights
+        per_sequence = (self.needed.kv_cache + self.needed.activations) / self.build.max_batch_size
+        return max(0, min(self.build.max_batch_size, int(room / per_sequence)))
+
+    def describe(self, engine_dir: Path, gpus_per_node: int) -> str:
+        """The plan as text of several lines; each of them speaks of one rank unless it says otherwise."""
+        return "\n".join(self._lines(engine_dir, gpus_per_node))
+
+    def _lines(self, engine_dir: Path, gpus_per_node: int) -> Iterator[str]:
+        model, build, needed = self.model, self.build, self.needed
+        ranks = f"{build.world_size} ranks" if build.world_size > 1 else "1 rank"
+        size = f"{model.n_layer} x {model.n_embd}, vocabulary {model.vocab_size}"
+        yield f"{self.num_parameters / 1e9:.3g} billion parameters ({size}), {build.dtype}, {build.backend}, {ranks}"
+        yield "each rank:"
+        limits = f"{build.max_batch_size} sequences of {build.max_input_len} + {build.max_output_len} tokens"
+        made_at_load = " (random weights are made when it is loaded)" if build.seed is not None else ""
+        for what, value, note in (
+            ("weights", needed.weights, ""),
+            ("KV cache", needed.kv_cache, f" for {limits}"),
+            ("activations", needed.activations, " for their prompts"),
+            ("engine file", needed.engine_file, made_at_load),
+            ("building", needed.build_peak, ""),
+        ):
+            yield f"  {what:12} {human_bytes(value):>10}{note}"
+        yield "sequences of full length that fit at once:"
+        for card, mib in CARD_MEMORY_MIB.items():
+            yield f"  {card:12} {self._fit((mib << 20) - _OVERHEAD_BYTES)}"
+        available = available_memory_bytes()
+        if available is not None:
+            yield f"  {'this machine':12} {self._fit(available // build.world_size)} (CPU, all ranks)"
+        yield "start it with:"
+        yield from (f"  {line}" for line in start_commands(build.world_size, engine_dir, gpus_per_node))
+
+    def _fit(self, memory_bytes: int) -> str:
+        batch = self.largest_batch(memory_bytes)
+        if batch == self.build.max_batch_size:
+            return f"all {batch}"
+        return str(batch) if batch else "none"
+
+
+def start_commands(world_size: int, engine_dir: Path, gpus_per_node: int) -> list[str]:
+    """Command lines that run an engine, on one machine where its ranks fit there and under Slurm."""
+    script = f"python3 run.py --engine_dir {shlex.quote(str(engine_dir))} --max_output_len 8"
+    if world_size == 1:
+        return [script]
+    num_nodes = -(-world_size // gpus_per_node)
+    per_node = -(-world_size // num_nodes)
+    slurm = f"srun --nodes {num_nodes} --ntasks {world_size} --ntasks-per-node {per_node} --gpus-per-node {per_node}"
+    commands = [f"{slurm} --mpi=pmix {script}"]
+    if num_nodes == 1:
+        commands.insert(0, f"mpirun -np {world_size} {script}")
+    return commands

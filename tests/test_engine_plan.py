@@ -1,0 +1,92 @@
+"""The plan of build.py --dry_run beside what is really built and allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engines import build_engine, open_session
+
+import build
+from gpt.config import BuildConfig, ModelConfig
+from gpt.engine.plan import Plan, start_commands
+from gpt.engine.tensor_file import map_tensor_file
+from gpt.engine.weights import engine_tensors
+from gpt.mapping import Mapping
+
+SIZES = ["--n_layer", "2", "--n_embd", "48", "--n_head", "4", "--vocab_size", "91", "--n_positions", "64"]
+LIMITS = ["--max_batch_size", "3", "--max_input_len", "10", "--max_output_len", "6", "--dtype", "float32"]
+
+
+def test_numbers_are_those_of_a_real_engine(tmp_path: Path) -> None:
+    info = build_engine(None, tmp_path / "e", *SIZES, *LIMITS, "--multi_query_mode")
+    plan = Plan.make(info.model, info.build)
+    session = open_session(info)
+    session.start(3, 16)
+    assert plan.needed.kv_cache == session._cache.nbytes
+    assert plan.needed.weights == sum(weight.nbytes for weight in session.ops.weights.values())
+    assert plan.num_parameters * 4 == plan.needed.weights - 5 * 48 * 4  # 91 words are padded to 96
+
+
+def test_file_of_a_checkpoint(tmp_path: Path) -> None:
+    from engines import convert
+    from tiny_models import tiny_gpt2
+
+    info = build_engine(convert(tiny_gpt2(tmp_path / "hf"), tmp_path / "ft", tp=2), tmp_path / "e", "--world_size", "2")
+    plan = Plan.make(info.model, info.build)
+    for file in info.files:
+        assert 0 < file.num_bytes - plan.needed.engine_file < 20000  # the header
+    weights, _ = map_tensor_file(info.engine_path(1))
+    assert sum(weight.nbytes for weight in weights.values()) == plan.needed.weights
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+def test_ranks_share_the_weights(embedding: bool) -> None:
+    model = ModelConfig(vocab_size=96, n_positions=32, n_embd=48, n_head=4, n_layer=3, n_kv_head=4, inter_size=96)
+    config = BuildConfig(dtype="float32", world_size=4, use_parallel_embedding=embedding, seed=1)
+
+    class Zeros:
+        def read(self, tensor: object, mapping: Mapping) -> torch.Tensor:
+            return torch.zeros(tensor.file_shape(mapping, model))  # type: ignore[attr-defined]
+
+    made = sum(value.nbytes for _, value in engine_tensors(model, config, Mapping.of_build(config, 3), Zeros()))
+    assert Plan.make(model, config).needed.weights == made
+
+
+def test_the_largest_batch() -> None:
+    model = ModelConfig(vocab_size=96, n_positions=64, n_embd=48, n_head=4, n_layer=3, n_kv_head=4, inter_size=96)
+    plan = Plan.make(model, BuildConfig(max_batch_size=10, max_input_len=8, max_output_len=8))
+    one = (plan.needed.kv_cache + plan.needed.activations) / 10
+    for batch in (0, 1, 7, 10):
+        assert plan.largest_batch(int(plan.needed.weights + (batch + 0.5) * one)) == batch
+    assert plan.largest_batch(plan.needed.weights + int(100 * one)) == 10
+    assert plan.largest_batch(plan.needed.weights // 2) == 0
+
+
+def test_start_commands() -> None:
+    assert start_commands(1, Path("a b"), 8) == ["python3 run.py --engine_dir 'a b' --max_output_len 8"]
+    single, slurm = start_commands(8, Path("e"), 8)
+    assert single.startswith("mpirun -np 8 python3 run.py")
+    assert "--nodes 1 --ntasks 8 " in slurm
+    (slurm,) = start_commands(16, Path("e"), 8)
+    assert "--nodes 2 --ntasks 16 --ntasks-per-node 8 " in slurm
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        (["--n_layer", "96", "--n_embd", "12288", "--n_head", "96", "--world_size", "8"], ["175 billion", "8 ranks"]),
+        (
+            ["--n_layer", "105", "--n_embd", "20480", "--n_head", "128", "--world_size", "16"],
+            ["530 billion", "16 ranks", "--nodes 2 --ntasks 16"],
+        ),
+    ],
+)
+def test_dry_run(sizes: list[str], told: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*sizes, "--max_batch_size", "8", "--dry_run", "--output_dir", str(tmp_path / "e"), "--random_seed", "1"]
+    assert build.main(flags) == 0
+    out = capsys.readouterr().out
+    for text in [*told, "H100 80GB    all 8", "RTX 4090     none", f"--engine_dir {tmp_path / 'e'}"]:
+        assert text in out
+    assert not (tmp_path / "e").exists()
