@@ -275,11 +275,12 @@ def test_every_wrong_tensor_of_every_rank_is_told_at_once(tmp_path: Path) -> Non
         ranks[0, 0][prefix + "self_attention.dense.weight"] = torch.zeros(32, 16).half()
 
     error = refusal(save_model(tmp_path / "tiny.nemo", config, tiny_state(config), tp=2, pp=2, edit=spoil), tmp_path)
+    floats = ", ".join(FLOAT_DTYPES)
     assert error.found == [
         "encoder.layers.1.self_attention.dense.weight: the ranks' dtypes differ: float16, float32",
         "tp rank 1 pp rank 0: encoder.layers.1.mlp.dense_h_to_4h.weight: missing",
         "tp rank 0 pp rank 1: encoder.layers.1.self_attention.dense.weight: found [32, 8], expected [32, 16]",
-        f"tp rank 1 pp rank 1: encoder.layers.1.mlp.dense_4h_to_h.weight: found int8, allowed: {', '.join(FLOAT_DTYPES)}",
+        f"tp rank 1 pp rank 1: encoder.layers.1.mlp.dense_4h_to_h.weight: found int8, allowed: {floats}",
         "pp rank 1: pooler.weight: unknown",
     ]
 

@@ -20,10 +20,12 @@ from gpt.console import setup_logging
 from gpt.errors import CheckpointError, ConfigError, EngineError, GptError
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("hf_gpt_convert", "build", "run", "summarize")
+SCRIPTS = ("hf_gpt_convert", "nemo_ckpt_convert", "nemo_prompt_convert", "build", "run", "summarize")
 HEAVY = ("torch", "numpy", "transformers", "datasets", "matplotlib", "tensorrt_rtx_bindings", "mpi4py")
 SMALLEST = {  # the least that each script accepts
     "hf_gpt_convert": ["-i", "in", "-o", "out"],
+    "nemo_ckpt_convert": ["-i", "in", "-o", "out"],
+    "nemo_prompt_convert": ["-i", "in", "-o", "out"],
     "build": [],
     "run": ["--max_output_len", "8"],
     "summarize": [],

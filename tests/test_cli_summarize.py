@@ -174,7 +174,7 @@ def test_the_threshold_itself_is_not_enough() -> None:
         ([], ["nothing to test", "--test_trt_llm", "--test_hf"]),
         (["--test_hf"], ["--test_hf needs a model", "--hf_model_location"]),
         (["--test_engine", "--num_beams", 2, "--top_k", 5], ["--num_beams 2", "--top_k 5"]),
-        (["--test_engine", "--eval_type", "code_completion"], ["no model of program code"]),
+        (["--test_engine", "--eval_type", "code_completion"], ["no column prompt and no column canonical_solution"]),
         (["--test_hf", "--hf_model_location", "x", "--check_accuracy"], ["--check_accuracy", "--test_trt_llm"]),
         (["--test_engine", "--data_type", "int8"], ["unknown dtype 'int8'"]),
         (["--test_engine", "--dataset_path", "absent.jsonl"], ["there is no data set absent.jsonl"]),
