@@ -69,7 +69,8 @@ def run_conversion(args: ProgArgs) -> Path:
 def _convert(args: ProgArgs, folder: Path, staging: Path) -> Manifest:
     # Here and not above: --help and wrong arguments need no torch.
     from gpt.checkpoint.manifest import Manifest
-    from gpt.checkpoint.nemo_weights import match_tensors, model_config, open_weights
+    from gpt.checkpoint.nemo_ranks import model_config, open_weights
+    from gpt.checkpoint.nemo_weights import match_tensors
     from gpt.checkpoint.writer import Target, write_config, write_tensors
 
     path = find_config(folder)

@@ -185,6 +185,25 @@ def test_a_written_table_describes_itself_and_can_be_merged_again(tmp_path: Path
     assert [task.values.shape for task in again] == [(2, 16), (5, 16)]
 
 
+@pytest.mark.parametrize(("broken", "rows"), [("numpy.save", 2), ("gpt.checkpoint.prompt_table.write_text", None)])
+def test_a_description_never_outlives_its_table(
+    broken: str, rows: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails on the way to a new table, what is beside a table describes this table or is absent."""
+
+    def full_disk(*args: object, **options: object) -> None:
+        raise OSError("no space left")
+
+    path = tmp_path / "prompts.npy"
+    write_table(path, [Task("a", table(2).numpy(), "x.nemo")])
+    monkeypatch.setattr(broken, full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_table(path, [Task("b", table(5).numpy(), "y.nemo")])
+    entries = read_description(path)
+    assert (entries[0].virtual_tokens if entries else None) == rows
+    assert np.load(path).shape[1] == (rows or 5)
+
+
 def test_a_table_without_description_counts_every_row(tmp_path: Path) -> None:
     np.save(tmp_path / "foreign.npy", np.ones((2, 3, 16), np.float16))
     assert [(task.name, task.values.shape) for task in read_tasks(tmp_path / "foreign.npy")] == [

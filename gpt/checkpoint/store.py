@@ -90,11 +90,12 @@ class Checkpoint:
         """
         if mapping.world_size != self.world_size:
             source = shlex.quote(self.manifest.source) if self.manifest else "<the original model>"
+            tool = self.manifest.tool if self.manifest else "hf_gpt_convert.py"
             raise CheckpointError(
                 f"the checkpoint is cut for another number of ranks: {self.folder}",
                 found=self.world_size,
                 allowed=mapping.world_size,
-                hint=f"python hf_gpt_convert.py -i {source} -o {shlex.quote(str(self.folder.parent))} "
+                hint=f"python {tool} -i {source} -o {shlex.quote(str(self.folder.parent))} "
                 f"-tp {mapping.world_size} -t {self.storage_dtype}",
             )
         import torch

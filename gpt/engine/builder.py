@@ -82,13 +82,9 @@ def torch_notes(build: BuildConfig) -> list[str]:
         )
     )
     if build.context_fmha:
-        notes.append(
-            "Context FMHA Enabled: PyTorch's fused kernels accumulate in float32, whichever flag asks"
-        )
+        notes.append("Context FMHA Enabled: PyTorch's fused kernels accumulate in float32, whichever flag asks")
     if build.gemm_plugin:
-        notes.append(
-            "GEMM plugin: oneDNN and MKL on a CPU, cuBLAS on a GPU; they are used without the flag too"
-        )
+        notes.append("GEMM plugin: oneDNN and MKL on a CPU, cuBLAS on a GPU; they are used without the flag too")
     if build.layernorm_plugin:
         notes.append("Layernorm plugin: PyTorch's fused layer_norm; it is used without the flag too")
     if build.lookup_plugin:
