@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """FT checkpoint or random weights -> engine folder."""
 
 from __future__ import annotations

@@ -6,21 +6,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
-import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gpt
 from gpt.checkpoint import hf, hf_families, hf_files
 from gpt.checkpoint.store import CONFIG_NAME
 from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsupported, run_main
-from gpt.config import ModelConfig
-from gpt.console import human_bytes, log, print_banner, setup_logging
+from gpt.console import log, print_banner, setup_logging
 from gpt.dtypes import FLOAT_DTYPES, canonical_dtype
 from gpt.errors import ConfigError, Problems
 from gpt.files import staged_folder
@@ -51,40 +46,30 @@ def run_conversion(args: ProgArgs) -> Path:
     Raises ConfigError for arguments that cannot be honoured, CheckpointError for a model that cannot be converted;
     either way, and whatever else goes wrong, the output folder is as it was before.
     """
-    started = time.perf_counter()
     storage_dtype = _check(args)
     source = Path(args.in_file)
     hf_files.check_folder(source)
     family, config, model = hf.read_model(source, args.model)
     check_divides(model, args.tensor_parallelism)
     pairs = hf.match_tensors(family, model, hf_files.open_weights(source))
-    tokenizer_files = hf_files.find_tokenizer(source)
-    target = Path(args.out_dir) / f"{args.tensor_parallelism}-gpu"
-    with staged_folder(target, force=args.force, marker=CONFIG_NAME) as staging:
+    tokenizer_files = {path.name: path for path in hf_files.find_tokenizer(source)}
+    folder = Path(args.out_dir) / f"{args.tensor_parallelism}-gpu"
+    with staged_folder(folder, force=args.force, marker=CONFIG_NAME) as staging:
         # Here and not above: --help and wrong arguments need no torch.
-        from gpt.checkpoint.manifest import Manifest
-        from gpt.checkpoint.writer import Target, write_config, write_tensors
+        from gpt.checkpoint.writer import Origin, Target, convert_command, write_checkpoint
 
-        write_target = Target(staging, model, storage_dtype, args.tensor_parallelism)
-        files = write_tensors(write_target, pairs, in_flight=args.processes)
-        write_config(staging, _ini_section(dataclasses.replace(args, model=args.model or family.name), config, model))
-        for path in tokenizer_files:
-            shutil.copyfile(path, staging / path.name)
-        Manifest(
-            tool=Path(__file__).name,
-            tool_version=gpt.__version__,
-            command=_command(args),
-            source=str(source.resolve()),
-            model=model,
-            storage_dtype=storage_dtype,
-            tensor_parallelism=args.tensor_parallelism,
-            files=files,
-            tokenizer_files=tuple(path.name for path in tokenizer_files),
-        ).save(staging)
-    num_bytes = sum(record.bytes for record in files.values())
-    seconds = time.perf_counter() - started
-    log.info("%d files, %s, in %.1f s: %s", len(files), human_bytes(num_bytes), seconds, target)
-    return target
+        tool = Path(__file__).name
+        command = convert_command(tool, args.in_file, args.out_dir, args.tensor_parallelism, storage_dtype)
+        write_checkpoint(
+            Target(staging, model, storage_dtype, args.tensor_parallelism),
+            pairs,
+            _ini_section(dataclasses.replace(args, model=args.model or family.name), config),
+            tokenizer_files,
+            Origin(tool, command, source),
+            in_flight=args.processes,
+        )
+    log.info("%s is complete", folder)
+    return folder
 
 
 def _check(args: ProgArgs) -> str:
@@ -107,18 +92,10 @@ def _check(args: ProgArgs) -> str:
     return canonical_dtype(args.storage_type)
 
 
-def _ini_section(args: ProgArgs, config: dict[str, Any], model: ModelConfig) -> dict[str, object]:
-    """Arguments, then config.json, then what readers use; later ones win where a name is there twice."""
-    own = {"storage_dtype": canonical_dtype(args.storage_type), "tensor_parallelism": args.tensor_parallelism}
-    section = {**dataclasses.asdict(args), **config, **model.to_ini(), **own}
+def _ini_section(args: ProgArgs, config: dict[str, Any]) -> dict[str, object]:
+    """Arguments, then config.json; what readers use is added by the writer and wins."""
+    section = {**dataclasses.asdict(args), **config}
     return {key: value for key, value in section.items() if re.fullmatch(r"[A-Za-z_][\w.-]*", key)}
-
-
-def _command(args: ProgArgs) -> str:
-    """The command line that does the same again."""
-    words = ["python", Path(__file__).name, "-i", args.in_file, "-o", args.out_dir]
-    words += ["-tp", str(args.tensor_parallelism), "-t", canonical_dtype(args.storage_type)]
-    return shlex.join(words)
 
 
 def build_parser() -> ArgumentParser:

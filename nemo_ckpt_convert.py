@@ -5,30 +5,25 @@ see docs/nemo.md."""
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import gpt
 from gpt.checkpoint.nemo import NemoConfig, read_config
 from gpt.checkpoint.nemo_archive import find_config, read_yaml, unpacked
 from gpt.checkpoint.nemo_tokenizer import find_tokenizer
 from gpt.checkpoint.store import CONFIG_NAME
 from gpt.cli import ArgumentParser, add_log_level, positive_int, run_main
-from gpt.config import ModelConfig
-from gpt.console import human_bytes, log, print_banner, setup_logging
+from gpt.console import log, print_banner, setup_logging
 from gpt.dtypes import FLOAT_DTYPES, canonical_dtype
 from gpt.errors import ConfigError, Problems
 from gpt.files import staged_folder
 from gpt.mapping import check_divides
 
 if TYPE_CHECKING:
-    from gpt.checkpoint.manifest import Manifest
+    pass
 
 
 @dataclass(frozen=True)
@@ -51,28 +46,23 @@ def run_conversion(args: ProgArgs) -> Path:
     Raises ConfigError for arguments that cannot be honoured, CheckpointError for a model that cannot be converted;
     either way, and whatever else goes wrong, the output folder is as it was before.
     """
-    started = time.perf_counter()
     _check(args)
-    source = Path(args.in_file)
-    target = Path(args.out_dir) / f"{args.tensor_parallelism}-gpu"
+    folder = Path(args.out_dir) / f"{args.tensor_parallelism}-gpu"
     # The archive is unpacked where the output goes: that is where there is space, and what goes wrong vanishes with it.
-    with staged_folder(target, force=args.force, marker=CONFIG_NAME) as staging:
-        with unpacked(source, staging / "unpacked") as folder:
-            manifest = _convert(args, folder, staging)
-        manifest.save(staging)
-    num_bytes = sum(record.bytes for record in manifest.files.values())
-    seconds = time.perf_counter() - started
-    log.info("%d files, %s, in %.1f s: %s", len(manifest.files), human_bytes(num_bytes), seconds, target)
-    return target
+    with staged_folder(folder, force=args.force, marker=CONFIG_NAME) as staging:
+        with unpacked(Path(args.in_file), staging / "unpacked") as content:
+            _convert(args, content, staging)
+    log.info("%s is complete", folder)
+    return folder
 
 
-def _convert(args: ProgArgs, folder: Path, staging: Path) -> Manifest:
+def _convert(args: ProgArgs, content: Path, staging: Path) -> None:
     # Here and not above: --help and wrong arguments need no torch.
-    from gpt.checkpoint.manifest import Manifest
-    from gpt.checkpoint.nemo_weights import match_tensors, model_config, open_weights
-    from gpt.checkpoint.writer import Target, write_config, write_tensors
+    from gpt.checkpoint.nemo_ranks import model_config, open_weights
+    from gpt.checkpoint.nemo_weights import match_tensors
+    from gpt.checkpoint.writer import Origin, Target, convert_command, write_checkpoint
 
-    path = find_config(folder)
+    path = find_config(content)
     config = read_config(read_yaml(path))
     tokenizer = find_tokenizer(path.parent, config.tokenizer)
     weights = open_weights(path.parent, config.training)
@@ -81,21 +71,15 @@ def _convert(args: ProgArgs, folder: Path, staging: Path) -> Manifest:
     check_divides(model, args.tensor_parallelism)
     pairs = match_tensors(model, weights)
     storage_dtype = canonical_dtype(args.storage_type)
-    write_target = Target(staging, model, storage_dtype, args.tensor_parallelism)
-    files = write_tensors(write_target, pairs, in_flight=args.processes)
-    write_config(staging, _ini_section(args, config, model))
-    for name, path in tokenizer.files.items():
-        shutil.copyfile(path, staging / name)
-    return Manifest(
-        tool=Path(__file__).name,
-        tool_version=gpt.__version__,
-        command=_command(args),
-        source=str(Path(args.in_file).resolve()),
-        model=model,
-        storage_dtype=storage_dtype,
-        tensor_parallelism=args.tensor_parallelism,
-        files=files,
-        tokenizer_files=tuple(tokenizer.files),
+    tool = Path(__file__).name
+    command = convert_command(tool, args.in_file, args.out_dir, args.tensor_parallelism, storage_dtype)
+    write_checkpoint(
+        Target(staging, model, storage_dtype, args.tensor_parallelism),
+        pairs,
+        _ini_section(config),
+        tokenizer.files,
+        Origin(tool, command, Path(args.in_file)),
+        in_flight=args.processes,
     )
 
 
@@ -112,18 +96,9 @@ def _check(args: ProgArgs) -> None:
         log.info("--load-checkpoints-on-gpu has no effect: the files are converted as a stream, on the CPU")
 
 
-def _ini_section(args: ProgArgs, config: NemoConfig, model: ModelConfig) -> dict[str, object]:
-    """What readers use, and the tokenizer's names, which tell where to find one that is not in the archive."""
-    names = {f"tokenizer_{key}": config.tokenizer[key] for key in ("library", "type") if config.tokenizer.get(key)}
-    own = {"storage_dtype": canonical_dtype(args.storage_type), "tensor_parallelism": args.tensor_parallelism}
-    return {**model.to_ini(), **own, **names}
-
-
-def _command(args: ProgArgs) -> str:
-    """The command line that does the same again."""
-    words = ["python", Path(__file__).name, "-i", args.in_file, "-o", args.out_dir]
-    words += ["-tp", str(args.tensor_parallelism), "-t", canonical_dtype(args.storage_type)]
-    return shlex.join(words)
+def _ini_section(config: NemoConfig) -> dict[str, object]:
+    """The tokenizer's names, which tell where to find one that is not in the archive."""
+    return {f"tokenizer_{key}": config.tokenizer[key] for key in ("library", "type") if config.tokenizer.get(key)}
 
 
 def build_parser() -> ArgumentParser:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Summarises articles with an engine and with Hugging Face, and compares quality (ROUGE) and speed."""
+"""Summarises articles, or completes code, with an engine and with Hugging Face; compares text (ROUGE) and speed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gpt.console import setup_logging
 from gpt.dtypes import canonical_dtype
 from gpt.errors import ConfigError
 from gpt.text.comparison import SummarizeConfig, compare
+from gpt.text.evaluation import TASKS
 
 
 def build_parser() -> ArgumentParser:
@@ -28,14 +29,23 @@ def build_parser() -> ArgumentParser:
     words = parser.add_argument_group("tokenizer (default: the engine's, else that of --hf_model_location)")
     words.add_argument("--tokenizer", metavar="PLACE", help="local folder, or name on the model hub")
     words.add_argument("--vocab_file", type=Path, metavar="FILE", help="sentencepiece model; goes before --tokenizer")
-    data = parser.add_argument_group("articles (default: cnn_dailymail from the hub)")
+    data = parser.add_argument_group("texts (default: cnn_dailymail or openai_humaneval from the hub)")
     data.add_argument("--dataset_path", metavar="PATH", help="json, jsonl, csv or parquet file, or a data set's folder")
-    data.add_argument("--article_column", default="article", metavar="NAME", help="column of the texts")
-    data.add_argument("--highlights_column", default="highlights", metavar="NAME", help="column of the references")
-    data.add_argument("--batch_size", type=positive_int, default=1, help="articles at a time")
+    data.add_argument("--article_column", metavar="NAME", help="column of the texts (default: article; prompt of code)")
+    data.add_argument(
+        "--highlights_column",
+        metavar="NAME",
+        help="column of the references (default: highlights; canonical_solution of code)",
+    )
+    data.add_argument("--batch_size", type=positive_int, default=1, help="texts at a time")
     data.add_argument("--max_ite", type=positive_int, default=20, help="number of batches")
     data.add_argument("--output_len", type=positive_int, default=100, help="new tokens at most")
-    data.add_argument("--eval_type", choices=("summarize", "code_completion"), default="summarize", help="the task")
+    data.add_argument(
+        "--eval_type",
+        choices=tuple(TASKS),
+        default="summarize",
+        help="code_completion compares the text with a reference solution and executes nothing",
+    )
     parser.add_argument("--num_beams", type=int, default=1, help="1, greedy, is what this version has")
     parser.add_argument("--top_k", type=int, default=1, help="1, greedy, is what this version has")
     check = parser.add_argument_group("results")
@@ -77,6 +87,7 @@ def _run(args: Namespace, command: str) -> None:
         threshold=args.threshold if args.check_accuracy else None,
         report=args.report,
         command=command,
+        eval_type=args.eval_type,
     )
     compare(config, sys.stdout)
 
@@ -85,10 +96,9 @@ def _unsupported(args: Namespace) -> list[str]:
     checks = (
         (args.num_beams != 1, f"--num_beams {args.num_beams}: this version has no beam search, 1 (greedy) is allowed"),
         (args.top_k != 1, f"--top_k {args.top_k}: this version does not sample, 1 (greedy) is allowed"),
-        (args.eval_type != "summarize", "--eval_type code_completion: this version has no model of program code"),
         (
             args.check_accuracy and not args.test_engine,
-            "--check_accuracy: it checks the engine's summaries, so it goes with --test_trt_llm",
+            "--check_accuracy: it checks the engine's texts, so it goes with --test_trt_llm",
         ),
     )
     return [reason for present, reason in checks if present]

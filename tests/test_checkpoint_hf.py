@@ -237,7 +237,7 @@ def test_an_unknown_architecture_names_the_supported_ones(make_gpt2: MakeGpt2) -
     source = edit_config(make_gpt2(), model_type="llama", architectures=["LlamaForCausalLM"])
     with pytest.raises(CheckpointError) as caught:
         hf.read_model(source)
-    assert caught.value.allowed == "model_type 'gpt2'"
+    assert "model_type 'gpt2'" in str(caught.value.allowed)
     assert "LlamaForCausalLM" in str(caught.value)
 
 

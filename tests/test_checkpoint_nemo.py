@@ -14,6 +14,7 @@ from tiny_nemo import (
     VOCAB_SIZE,
     State,
     bpe_files,
+    core_names,
     nemo_logits,
     save_model,
     sentencepiece_model,
@@ -149,23 +150,7 @@ def test_bfloat16_stays_as_it_is_and_the_one_of_layernorm1p_is_added_in_float32(
 def test_the_names_of_megatron_core_and_of_wrappers_are_known(tmp_path: Path) -> None:
     config = tiny_config(**GPT_NEXT)
     state = tiny_state(config)
-    names = {
-        "language_model.encoder": "module.decoder",
-        "language_model.": "module.",
-        "self_attention.query_key_value": "self_attention.linear_qkv",
-        "self_attention.dense": "self_attention.linear_proj",
-        "mlp.dense_h_to_4h": "mlp.linear_fc1",
-        "mlp.dense_4h_to_h": "mlp.linear_fc2",
-        "input_layernorm": "self_attention.linear_qkv.layer_norm",
-        "post_attention_layernorm": "mlp.linear_fc1.layer_norm",
-    }
-
-    def rename(name: str) -> str:
-        for old, new in names.items():
-            name = name.replace(old, new)
-        return name.replace("layer_norm.weight", "layer_norm_weight").replace("layer_norm.bias", "layer_norm_bias")
-
-    core = {rename(name): value for name, value in state.items()}
+    core = {name.replace("model.", "model.module.", 1): value for name, value in core_names(state).items()}
     assert len(core) == len(state)
     assert "model.module.decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in core
     edited = save_model(tmp_path / "core", config, state, mode=None)
@@ -275,11 +260,12 @@ def test_every_wrong_tensor_of_every_rank_is_told_at_once(tmp_path: Path) -> Non
         ranks[0, 0][prefix + "self_attention.dense.weight"] = torch.zeros(32, 16).half()
 
     error = refusal(save_model(tmp_path / "tiny.nemo", config, tiny_state(config), tp=2, pp=2, edit=spoil), tmp_path)
+    floats = ", ".join(FLOAT_DTYPES)
     assert error.found == [
         "encoder.layers.1.self_attention.dense.weight: the ranks' dtypes differ: float16, float32",
         "tp rank 1 pp rank 0: encoder.layers.1.mlp.dense_h_to_4h.weight: missing",
         "tp rank 0 pp rank 1: encoder.layers.1.self_attention.dense.weight: found [32, 8], expected [32, 16]",
-        f"tp rank 1 pp rank 1: encoder.layers.1.mlp.dense_4h_to_h.weight: found int8, allowed: {', '.join(FLOAT_DTYPES)}",
+        f"tp rank 1 pp rank 1: encoder.layers.1.mlp.dense_4h_to_h.weight: found int8, allowed: {floats}",
         "pp rank 1: pooler.weight: unknown",
     ]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import build_engine, convert
+from engines import build_engine, convert, open_session
 
 import build
 from gpt.engine import tensor_file
@@ -23,6 +23,7 @@ from gpt.engine.folder import open_engine
 from gpt.engine.tensor_file import map_tensor_file
 from gpt.errors import EngineError
 from gpt.mapping import Mapping
+from gpt.runtime.generate import generate
 from gpt.runtime.load import load_session, load_torch_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,25 @@ def test_engine_folder(checkpoint: Path, tmp_path: Path) -> None:
     assert config["plugin_config"]["gpt_attention_plugin"] is False
     assert config["engine"]["files"][0]["bytes"] == (tmp_path / "e" / "gpt_float32_tp1_rank0.engine").stat().st_size
     assert (tmp_path / "e" / "tokenizer" / "tokenizer.json").is_file()
+
+
+def test_a_folder_of_fastertransformer_builds_and_runs(checkpoint: Path, tmp_path: Path) -> None:
+    """Its own config.ini, no manifest, no tokenizer; the tanh form of GELU, which is what FasterTransformer means."""
+    theirs = tmp_path / "theirs" / "1-gpu"
+    theirs.mkdir(parents=True)
+    for path in checkpoint.glob("*.bin"):
+        (theirs / path.name).write_bytes(path.read_bytes())
+    (theirs / "config.ini").write_text(
+        "[gpt]\nmodel_name = gpt2\nhead_num = 4\nsize_per_head = 8\ninter_size = 128\nmax_pos_seq_len = 64\n"
+        "num_layer = 2\nvocab_size = 301\nstart_id = 263\nend_id = 263\nweight_data_type = fp32\n"
+        "tensor_para_size = 1\n"
+    )
+    tokens = []
+    for source in (checkpoint, theirs):
+        session = open_session(build_engine(source, tmp_path / source.parent.name / "engine"))
+        assert session.model.eos_token_id == 263
+        tokens.append(generate(session, [[1, 2, 3], [4]], max_new_tokens=30, end_id=None).tokens)
+    assert tokens[0] == tokens[1]
 
 
 def test_dtype_converts(checkpoint: Path, tmp_path: Path) -> None:

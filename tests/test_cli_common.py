@@ -20,13 +20,16 @@ from gpt.console import setup_logging
 from gpt.errors import CheckpointError, ConfigError, EngineError, GptError
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("hf_gpt_convert", "build", "run", "summarize")
+SCRIPTS = ("hf_gpt_convert", "nemo_ckpt_convert", "nemo_prompt_convert", "build", "run", "summarize", "check")
 HEAVY = ("torch", "numpy", "transformers", "datasets", "matplotlib", "tensorrt_rtx_bindings", "mpi4py")
 SMALLEST = {  # the least that each script accepts
     "hf_gpt_convert": ["-i", "in", "-o", "out"],
+    "nemo_ckpt_convert": ["-i", "in", "-o", "out"],
+    "nemo_prompt_convert": ["-i", "in", "-o", "out"],
     "build": [],
     "run": ["--max_output_len", "8"],
     "summarize": [],
+    "check": ["folder"],
 }
 
 
@@ -121,7 +124,8 @@ def test_an_unknown_flag_ends_with_2(script: str, capsys: pytest.CaptureFixture[
     assert "--no_such_flag" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# All flags of nemo_prompt_convert begin with different letters.
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "nemo_prompt_convert"])
 def test_an_ambiguous_prefix_ends_with_2_and_an_unambiguous_one_is_enough(
     script: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,7 +117,7 @@ def test_odd_values_in_the_config_survive_the_ini_format(make_gpt2: MakeGpt2, tm
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--model", "santacoder"), "found 'santacoder', allowed: gpt2; families come from config.json"),
+        (("--model", "llama"), "invalid choice: 'llama'"),
         (("-t", "int8"), "invalid choice: 'int8'"),
         (("-tp", "0"), "found 0, allowed: an integer of at least 1"),
         (("--procesess", "2"), "unrecognized arguments"),

@@ -10,9 +10,11 @@ import torch
 from engines import build_engine, convert, open_session, random_prompts, relative_error
 
 from gpt.engine.folder import EngineInfo
+from gpt.mapping import Mapping
 from gpt.runtime.generate import generate
 from gpt.runtime.load import load_session
 from gpt.runtime.session import Session
+from gpt.runtime.torch_session import TorchSession
 
 pytestmark = pytest.mark.gpu
 
@@ -55,9 +57,8 @@ def test_other_architectures(flags: list[str], make_random: Callable[..., Engine
     """Random weights differ between device types, so both sessions take the tensors that the CPU made."""
     info = make_random(*flags, "--use_gpt_attention_plugin")
     oracle = open_session(info)
-    session = open_session(info)
-    session.ops.weights = {name: tensor.cuda() for name, tensor in session.ops.weights.items()}
-    session.device = torch.device("cuda")
+    weights = {name: tensor.cuda() for name, tensor in oracle.ops.weights.items()}
+    session = TorchSession(info.model, info.build, Mapping(), weights, "cuda")
     prompts = random_prompts(LENGTHS, 91)
     assert relative_error(steps(session, prompts), steps(oracle, prompts)) < 1e-5
 

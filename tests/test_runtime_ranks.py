@@ -23,6 +23,7 @@ import run
 from gpt.checkpoint.layout import tensors
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.folder import EngineInfo, open_engine
+from gpt.engine.inspection import inspect
 from gpt.engine.weights import engine_bytes, engine_layout, engine_tensors
 from gpt.mapping import Mapping
 
@@ -317,6 +318,12 @@ def test_builds_in_one_or_several_processes_are_equal(engines: dict[int, EngineI
         ours, theirs = (info.engine_path(rank).read_bytes() for info in (serial, parallel))
         assert ours.replace(serial.build_id.encode(), parallel.build_id.encode()) == theirs
     assert json.loads((parallel.folder / "config.json").read_text())["builder_config"]["parallel_build"] is True
+
+
+def test_divided_engines_pass_the_check(tmp_path: Path) -> None:
+    """check.py expects of every rank the parts that build.py gave it."""
+    for name in ("gpt2 untied, embedding by vocabulary", "gpt2 untied, embedding by hidden size"):
+        assert inspect(build_case(name, 4, tmp_path), checksums=True, values=True).problems == []
 
 
 def test_build_is_one_process(tmp_path: Path) -> None:

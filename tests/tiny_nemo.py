@@ -112,6 +112,37 @@ def _cut(name: str, value: torch.Tensor, config: Mapping[str, Any], tp: int, ran
     return value
 
 
+_CORE_NAMES = {
+    "language_model.encoder": "decoder",
+    "language_model.": "",
+    "self_attention.query_key_value": "self_attention.linear_qkv",
+    "self_attention.dense": "self_attention.linear_proj",
+    "mlp.dense_h_to_4h": "mlp.linear_fc1",
+    "mlp.dense_4h_to_h": "mlp.linear_fc2",
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "post_attention_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def core_names(state: State) -> State:
+    """The same parameters as Megatron Core's modules call them."""
+    result: State = {}
+    for name, value in state.items():
+        for old, new in _CORE_NAMES.items():
+            name = name.replace(old, new)
+        result[name] = value
+    return result
+
+
+def stacked(state: State, num_layers: int) -> State:
+    """`decoder.layers.<name>` [L, ...] in place of the layers' own tensors."""
+    result = {name: value for name, value in state.items() if ".layers." not in name}
+    for name in (name for name in state if ".layers.0." in name):
+        layers = [state[name.replace(".layers.0.", f".layers.{layer}.")] for layer in range(num_layers)]
+        result[name.replace(".layers.0.", ".layers.")] = torch.stack(layers)
+    return result
+
+
 def save_model(
     path: Path,
     config: Mapping[str, Any],

@@ -1,4 +1,4 @@
-"""The weights of a NeMo model: names, the ranks they are spread over, how the parts become a tensor of the layout.
+"""How the tensors of NeMo's training ranks become those of the layout: names, cuts, orders.
 
 Megatron keeps a linear weight as [out, in].  Column-parallel weights (fused projection, first MLP matrix) are cut along
 out, row-parallel ones along in, embedding and head along the vocabulary; everything else is the same on every rank of a
@@ -8,18 +8,13 @@ pipeline stage.  Stage p of P holds layers p * L/P and following, counted from 0
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt.checkpoint.joined import PlusOne, Stacked, joined_inputs, joined_outputs
 from gpt.checkpoint.layout import Tensor, tensors
-from gpt.checkpoint.nemo import NemoConfig, Training
-from gpt.checkpoint.nemo_archive import WEIGHTS_NAME, weights_file
+from gpt.checkpoint.nemo_ranks import HEAD, POSITIONS, TOKENS, Weights
 from gpt.checkpoint.source import SourceTensor
-from gpt.checkpoint.torch_file import is_named_tensor, load_torch_file, locate_tensors
 from gpt.config import ModelConfig
 from gpt.console import verbose
 from gpt.dtypes import FLOAT_DTYPES
@@ -28,20 +23,6 @@ from gpt.errors import CheckpointError, Problems
 if TYPE_CHECKING:
     import torch
 
-Rank = dict[str, SourceTensor]
-_RANK_FOLDER = re.compile(r"mp_rank_\d{2,}|tp_rank_\d{2,}_pp_rank_\d{3,}")
-_PREFIX = re.compile(r"(model\.)?(module\.)?(language_model\.)?")
-# Later models are made of Megatron Core's modules; the weights are the same.
-_CORE_NAMES = {
-    "decoder.": "encoder.",
-    ".self_attention.linear_qkv.layer_norm_": ".input_layernorm.",
-    ".mlp.linear_fc1.layer_norm_": ".post_attention_layernorm.",
-    ".pre_mlp_layernorm.": ".post_attention_layernorm.",
-    ".linear_qkv.": ".query_key_value.",
-    ".linear_proj.": ".dense.",
-    ".linear_fc1.": ".dense_h_to_4h.",
-    ".linear_fc2.": ".dense_4h_to_h.",
-}
 # Frequencies and kernel states that are computed again, tables that another kind of position needs, and the copy of a
 # tied embedding that the last pipeline stage keeps.
 _NOT_NEEDED = re.compile(
@@ -61,11 +42,11 @@ class _Cut(Enum):
 
 
 _GLOBAL = {
-    "model.wpe": ("embedding.position_embeddings.weight", _Cut.WHOLE),
-    "model.wte": ("embedding.word_embeddings.weight", _Cut.VOCABULARY),
+    "model.wpe": (POSITIONS, _Cut.WHOLE),
+    "model.wte": (TOKENS, _Cut.VOCABULARY),
     "model.final_layernorm.weight": ("encoder.final_layernorm.weight", _Cut.WHOLE),
     "model.final_layernorm.bias": ("encoder.final_layernorm.bias", _Cut.WHOLE),
-    "model.lm_head.weight": ("output_layer.weight", _Cut.VOCABULARY),
+    "model.lm_head.weight": (HEAD, _Cut.VOCABULARY),
 }
 _LAYER = {
     "input_layernorm.weight": ("input_layernorm.weight", _Cut.WHOLE),
@@ -85,76 +66,6 @@ _LAYER = {
 }
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Every rank's tensors by name, `ranks[stage][tensor-parallel rank]`, without the prefixes of NeMo's wrappers."""
-
-    training: Training
-    ranks: Sequence[Sequence[Rank]]
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the merged embedding.  Raises CheckpointError where the first stage has none."""
-        return sum(self._table("model.wte", rank).shape[0] for rank in self.ranks[0])
-
-    @property
-    def n_positions(self) -> int:
-        """Rows of the table of learned positions.  Raises CheckpointError where there is none."""
-        return self._table("model.wpe", self.ranks[0][0]).shape[0]
-
-    @property
-    def tied_head(self) -> bool:
-        """As the yaml says; where it says nothing, whether the last stage has no head."""
-        if self.training.head is not None:
-            return not self.training.head
-        return _GLOBAL["model.lm_head.weight"][0] not in self.ranks[-1][0]
-
-    def _table(self, target: str, rank: Rank) -> SourceTensor:
-        name = _GLOBAL[target][0]
-        if name not in rank or len(rank[name].shape) != 2:
-            shown = [f"{key} {list(rank[key].shape)}" for key in sorted(rank)[:6]]
-            raise CheckpointError(f"no table {name} in the weights", found=shown or "no tensors", allowed="two axes")
-        return rank[name]
-
-
-def open_weights(folder: Path, training: Training) -> Weights:
-    """Opens the files of all ranks below `folder`, the one with model_config.yaml.
-
-    Raises CheckpointError for ranks that are missing or too many, and for files that cannot be read or hold code.
-    """
-    _refuse_distributed(folder)
-    sizes = training.pipeline_parallel, training.tensor_parallel
-    found: dict[tuple[int, int], Path] = {}
-    problems = Problems()
-    for stage in range(sizes[0]):
-        for rank in range(sizes[1]):
-            names = _rank_folders(training, stage, rank)
-            path = next((path for name in names if (path := weights_file(folder / name))), None)
-            if path is None:
-                problems.add(f"{Path(names[0], WEIGHTS_NAME)}: missing")
-            else:
-                found[stage, rank] = path
-    expected = {name for s in range(sizes[0]) for r in range(sizes[1]) for name in _rank_folders(training, s, r)}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and _RANK_FOLDER.fullmatch(path.name) and path.name not in expected:
-            problems.add(f"{path.name}: a rank that model_config.yaml does not know")
-    problems.raise_if_any(
-        CheckpointError,
-        f"the files do not fit tensor_model_parallel_size {sizes[1]}, pipeline_model_parallel_size {sizes[0]}",
-        hint="take all ranks' files and the model_config.yaml from the same model",
-    )
-    return Weights(
-        training,
-        [[_read_rank(found[stage, rank]) for rank in range(sizes[1])] for stage in range(sizes[0])],
-    )
-
-
-def model_config(config: NemoConfig, weights: Weights, **token_ids: int | None) -> ModelConfig:
-    """What the yaml and the sizes of the tables say together.  Raises CheckpointError where that is not valid."""
-    fields = dict(token_ids) if "n_positions" in config.fields else {**token_ids, "n_positions": weights.n_positions}
-    return config.model(vocab_size=weights.vocab_size, tied_head=weights.tied_head, **fields)
-
-
 def match_tensors(model: ModelConfig, weights: Weights) -> list[tuple[Tensor, SourceTensor]]:
     """Pairs every tensor of the layout with its source, made of the parts of all ranks.
 
@@ -167,28 +78,6 @@ def match_tensors(model: ModelConfig, weights: Weights) -> list[tuple[Tensor, So
         CheckpointError, "the weights do not fit model_config.yaml", hint="use both from the same model"
     )
     return pairs
-
-
-def _rank_folders(training: Training, stage: int, rank: int) -> list[str]:
-    names = [] if training.tensor_parallel * training.pipeline_parallel > 1 else ["."]
-    if training.pipeline_parallel == 1:
-        names.append(f"mp_rank_{rank:02d}")
-    return [*names, f"tp_rank_{rank:02d}_pp_rank_{stage:03d}"]
-
-
-def _read_rank(path: Path) -> Rank:
-    content = load_torch_file(path)
-    state = content.get("state_dict", content)
-    if not isinstance(state, dict):
-        raise CheckpointError(f"no dictionary of tensors: {path}", found=type(state).__name__, allowed="a state dict")
-    named = {name: value for name, value in state.items() if is_named_tensor(name, value)}
-    result: Rank = {}
-    for name, tensor in locate_tensors(path, named).items():
-        short = name[len(_PREFIX.match(name)[0]) :]  # type: ignore[index]  # it matches an empty string too
-        for core, ours in _CORE_NAMES.items():
-            short = short.replace(core, ours, 1)
-        result[short] = tensor
-    return result
 
 
 class _Merge:
@@ -293,16 +182,3 @@ class _Merge:
             parts = rows.view(groups, -1, size).split([self.model.n_head // groups, 1, 1], dim=1)
             order = torch.cat([part.flatten() for part in parts])
         return order.argsort()
-
-
-def _refuse_distributed(folder: Path) -> None:
-    """Raises CheckpointError for a folder of shards in place of the ranks' files."""
-    shards = folder / "model_weights"
-    if not shards.is_dir():
-        return
-    raise CheckpointError(
-        "a distributed checkpoint",
-        found="model_weights/ with "
-        + ("torch_dist shards" if (shards / ".metadata").is_file() or any(shards.glob("*.distcp")) else "zarr arrays"),
-        allowed=f"{WEIGHTS_NAME}, whole or one for each rank",
-    )

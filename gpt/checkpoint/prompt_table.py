@@ -79,9 +79,9 @@ def write_table(path: Path, tasks: Sequence[Task]) -> None:
         "hidden_size": table.shape[2],
         "tasks": [asdict(TaskEntry.of(index, task)) for index, task in enumerate(tasks)],
     }
-    description_path(path).unlink(missing_ok=True)  # an old one would describe the new table
     with whole_file(path) as file:
         np.save(file, table, allow_pickle=False)
+        description_path(path).unlink(missing_ok=True)  # an old one would describe the new table
     write_text(description_path(path), json.dumps(description, indent=2) + "\n")
 
 

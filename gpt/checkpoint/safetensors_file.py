@@ -19,7 +19,16 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float
 
 
 def read_safetensors(path: Path) -> dict[str, SourceTensor]:
-    """Layout: 8 bytes little-endian header length, that much JSON, then the data, each tensor at its data_offsets."""
+    """The tensors of a file, values not read.  Raises CheckpointError for a file that is cut short or corrupt."""
+    return dict(read_header(path)[0])
+
+
+def read_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
+    """The tensors of a file and its metadata.
+
+    Layout: 8 bytes little-endian header length, that much JSON, then the data, each tensor at its data_offsets.
+    Raises CheckpointError for a file that is cut short or corrupt.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -28,9 +37,9 @@ def read_safetensors(path: Path) -> dict[str, SourceTensor]:
         text = file.read(header_bytes)
     try:
         header = json.loads(text)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
         spans = [(*_span(entry), name) for name, entry in header.items()]
-        result: dict[str, SourceTensor] = {
+        result = {
             name: FileTensor(path, shape, dtype, 8 + header_bytes + begin) for begin, _, shape, dtype, name in spans
         }
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
@@ -42,7 +51,7 @@ def read_safetensors(path: Path) -> dict[str, SourceTensor]:
         position = end
     if 8 + header_bytes + position != size:
         raise _corrupt(path, f"{size} bytes, the header describes {8 + header_bytes + position}")
-    return result
+    return result, metadata
 
 
 def _span(entry: dict[str, Any]) -> tuple[int, int, tuple[int, ...], str]:

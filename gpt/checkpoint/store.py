@@ -104,13 +104,12 @@ class Checkpoint:
             return
         check_divides(self.model, world_size)
         source = shlex.quote(self.manifest.source) if self.manifest else "<the original model>"
-        from_nemo = self.manifest is not None and "nemo_ckpt_convert" in self.manifest.command
-        script = "nemo_ckpt_convert.py" if from_nemo else "hf_gpt_convert.py"
+        tool = self.manifest.tool if self.manifest else "hf_gpt_convert.py"
         raise CheckpointError(
             f"the checkpoint is cut for another number of ranks: {self.folder}",
             found=f"{self.world_size}, which build.py takes with --world_size {self.world_size}",
             allowed=world_size,
-            hint=f"python {script} -i {source} -o {shlex.quote(str(self.folder.parent))} "
+            hint=f"python {tool} -i {source} -o {shlex.quote(str(self.folder.parent))} "
             f"-tp {world_size} -t {self.storage_dtype}",
         )
 

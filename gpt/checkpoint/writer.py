@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import configparser
 import math
+import shlex
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -16,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+import gpt
 from gpt.checkpoint.layout import Tensor
-from gpt.checkpoint.manifest import FileRecord
+from gpt.checkpoint.manifest import FileRecord, Manifest
 from gpt.checkpoint.source import SourceTensor
 from gpt.checkpoint.store import CONFIG_NAME
 from gpt.config import ModelConfig
-from gpt.console import human_bytes, progress
+from gpt.console import human_bytes, log, progress
 from gpt.dtypes import ITEMSIZE, torch_dtype
 from gpt.errors import CheckpointError, GptError, Problems
 from gpt.mapping import Mapping as Ranks
@@ -42,6 +45,54 @@ class Target:
     model: ModelConfig
     storage_dtype: str
     world_size: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint comes from: the converter, the command line that does the same again, folder or file."""
+
+    tool: str
+    command: str
+    source: Path
+
+
+def write_checkpoint(
+    target: Target,
+    pairs: Sequence[Pair],
+    section: Mapping[str, object],
+    tokenizer_files: Mapping[str, Path],
+    origin: Origin,
+    *,
+    in_flight: int,
+) -> None:
+    """Fills `target.folder`: tensors, config.ini with `section`, tokenizer files under their names here, and last the
+    manifest.  Raises what `write_tensors` raises."""
+    started = time.perf_counter()
+    files = write_tensors(target, pairs, in_flight=in_flight)
+    own = {"storage_dtype": target.storage_dtype, "tensor_parallelism": target.world_size}
+    write_config(target.folder, {**section, **target.model.to_ini(), **own})
+    for name, path in tokenizer_files.items():
+        shutil.copyfile(path, target.folder / name)
+    manifest = Manifest(
+        tool=origin.tool,
+        tool_version=gpt.__version__,
+        command=origin.command,
+        source=str(origin.source.resolve()),
+        model=target.model,
+        storage_dtype=target.storage_dtype,
+        tensor_parallelism=target.world_size,
+        files=files,
+        tokenizer_files=tuple(tokenizer_files),
+    )
+    manifest.save(target.folder)
+    num_bytes = sum(record.bytes for record in files.values())
+    log.info("%d files, %s, in %.1f s", len(files), human_bytes(num_bytes), time.perf_counter() - started)
+
+
+def convert_command(tool: str, in_file: str, out_dir: str, tensor_parallelism: int, storage_dtype: str) -> str:
+    """The command line that makes the same checkpoint again."""
+    options = ["-i", in_file, "-o", out_dir, "-tp", str(tensor_parallelism), "-t", storage_dtype]
+    return shlex.join(["python", tool, *options])
 
 
 def write_tensors(target: Target, pairs: Sequence[Pair], *, in_flight: int) -> dict[str, FileRecord]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping as Dict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class EngineFile:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """An engine folder whose files are all there and as long as they should be."""
+    """An engine folder whose files are all there and as long as they should be; `source` says what it was made of."""
 
     folder: Path
     model: ModelConfig
@@ -36,6 +36,7 @@ class EngineInfo:
     library: Dict[str, str]
     build_id: str
     files: tuple[EngineFile, ...]
+    source: Dict[str, Any] = field(default_factory=dict)
 
     @property
     def backend(self) -> str:
@@ -108,7 +109,8 @@ def open_engine(folder: Path | str) -> EngineInfo:
         model = ModelConfig.from_json(engine["model"])
         build = BuildConfig.from_json(engine["build"])
         files = tuple(EngineFile(file["name"], int(file["bytes"]), file["xxh3_128"]) for file in engine["files"])
-        info = EngineInfo(folder, model, build, dict(engine["library"]), str(engine["build_id"]), files)
+        library, source = dict(engine["library"]), dict(engine.get("source", {}))
+        info = EngineInfo(folder, model, build, library, str(engine["build_id"]), files, source)
     except ConfigError as error:
         raise rethrow_as(error, EngineError, f"{folder / CONFIG_NAME} is damaged") from error
     except (KeyError, TypeError, ValueError) as error:

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 import xxhash  # checksums at memory speed; nobody attacks a folder of weights through its checksum
 
+from gpt.checkpoint.safetensors_file import read_header
 from gpt.console import progress
-from gpt.dtypes import ITEMSIZE, torch_dtype
-from gpt.errors import EngineError
+from gpt.dtypes import FLOAT_DTYPES, ITEMSIZE, torch_dtype
+from gpt.errors import CheckpointError, EngineError
 
 _ALIGNMENT = 64
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_MAX_HEADER_BYTES = 100_000_000
+_FILLER = "filler."
 
 
 def write_tensor_file(
@@ -44,7 +45,7 @@ def write_tensor_file(
         entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
         offset += num_bytes
         if filler := -offset % _ALIGNMENT:
-            entries[f"filler.{len(fillers)}"] = {
+            entries[f"{_FILLER}{len(fillers)}"] = {
                 "dtype": "U8",
                 "shape": [filler],
                 "data_offsets": [offset, offset + filler],
@@ -77,42 +78,23 @@ def map_tensor_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     Nothing is copied: pages are read when a tensor is first used and shared by all processes that map the file.
     Raises EngineError for a file that is cut short or is no such file.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
-            raise _damaged(path, f"{size} bytes that do not hold their own header")
-        try:
-            entries = json.loads(file.read(header_bytes))
-            metadata = entries.pop("__metadata__", {})
-            layout = {name: _entry(entry) for name, entry in entries.items() if not name.startswith("filler.")}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(path, f"an unreadable header ({error})") from error
-    start = 8 + header_bytes
-    end = start + max((last for _, _, _, last in layout.values()), default=0)
-    if end > size:
-        raise _damaged(path, f"{size} bytes where the header promises {end}")
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) if layout else torch.empty(0)
-    return {
-        name: data[start + first : start + last].view(dtype).view(shape)
-        for name, (dtype, shape, first, last) in layout.items()
-    }, metadata
+    try:
+        header, metadata = read_header(path)
+    except CheckpointError as error:
+        raise _damaged(path, error.found) from error
+    layout = {name: tensor for name, tensor in header.items() if not name.startswith(_FILLER)}
+    if not layout:
+        return {}, metadata
+    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    result = {}
+    for name, tensor in layout.items():
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise _damaged(path, f"{name} in {tensor.dtype}")
+        dtype = torch_dtype(tensor.dtype)
+        num_bytes = torch.Size(tensor.shape).numel() * dtype.itemsize
+        result[name] = data[tensor.offset : tensor.offset + num_bytes].view(dtype).view(tensor.shape)
+    return result, metadata
 
 
-def _entry(entry: dict) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    """Checks one header entry; raises ValueError, KeyError or TypeError for nonsense."""
-    names = {code: name for name, code in _CODES.items()}
-    dtype = torch_dtype(names[entry["dtype"]])
-    shape = tuple(int(size) for size in entry["shape"])
-    first, last = (int(offset) for offset in entry["data_offsets"])
-    if (
-        not 0 <= first <= last
-        or min(shape, default=0) < 0
-        or torch.Size(shape).numel() * dtype.itemsize != last - first
-    ):
-        raise ValueError(f"entry of shape {shape} at {first} to {last}")
-    return dtype, shape, first, last
-
-
-def _damaged(path: Path, found: str) -> EngineError:
+def _damaged(path: Path, found: object) -> EngineError:
     return EngineError(f"{path} is damaged", found=found, hint="build the engine again with build.py")

@@ -60,6 +60,10 @@ class TorchOps:
         self.cache: torch.Tensor
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         self._mask: torch.Tensor | None = None
+        self._keys: tuple[torch.Tensor, ...] = ()
+        self._values: tuple[torch.Tensor, ...] = ()
+        self._slots: tuple[torch.Tensor, ...] = ()
+        self._batch_rows = torch.empty(0)
 
     def begin(self, step: Step, cache: torch.Tensor) -> None:
         """Takes the inputs of the next `forward`."""
@@ -67,9 +71,20 @@ class TorchOps:
         self.cache = cache
         self._rotary = None
         self._mask = None
-        if isinstance(step, GenerationStep) and not step.uniform:
+        if isinstance(step, GenerationStep):
+            self._begin_generation(step)
+
+    def _begin_generation(self, step: GenerationStep) -> None:
+        """Cuts the cache for all layers at once: layer by layer these small calls would cost a tenth of a step."""
+        batch_size = step.ids.shape[0]
+        filled = self.cache[:, :, :batch_size, :, : step.max_position + 1]  # [L, 2, B, G, T, D]
+        self._keys, self._values = (part.unbind(0) for part in filled.unbind(1))
+        if step.uniform:
+            self._slots = filled[:, :, :, :, -1].unbind(0)  # L times [2, B, G, D]
+        else:
             slots = torch.arange(step.max_position + 1, device=step.positions.device)
             self._mask = (slots <= step.positions[:, None])[:, None, None, :]  # [B, 1, 1, T]
+            self._batch_rows = torch.arange(batch_size, device=step.positions.device)
 
     def embedding(self, table: str) -> torch.Tensor:
         """float32, and with it the whole residual stream: sums of half-precision terms stay exact between the products,
@@ -138,10 +153,10 @@ class TorchOps:
 
     def attention(self, qkv: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
         heads = qkv.view(qkv.shape[0], -1, self.model.head_size)  # [N, H + 2G, D]
+        if isinstance(self.step, GenerationStep):
+            return self._generation_attention(self.step, heads, layer, scale)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        if isinstance(self.step, ContextStep):
-            return self._context_attention(self.step, q, k, v, self.cache[layer], scale)
-        return self._generation_attention(self.step, q, k, v, self.cache[layer], scale)
+        return self._context_attention(self.step, q, k, v, self.cache[layer], scale)
 
     def _context_attention(
         self, step: ContextStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, scale: float
@@ -165,19 +180,16 @@ class TorchOps:
         return torch.cat(outputs)
 
     def _generation_attention(
-        self, step: GenerationStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, scale: float
+        self, step: GenerationStep, heads: torch.Tensor, layer: int, scale: float
     ) -> torch.Tensor:
-        """One token per sequence attends to its cache, itself included.  q [B, H, D], k and v [B, G, D] -> [B, H*D]."""
-        batch_size = q.shape[0]
+        """One token per sequence attends to its cache, itself included: heads [B, H + 2G, D] -> [B, H*D]."""
+        q = heads[:, : self.num_heads].unsqueeze(2)  # [B, H, 1, D]
+        new = heads[:, self.num_heads :].unflatten(1, (2, -1))  # [B, 2, G, D]
         if step.uniform:
-            cache[0, :batch_size, :, step.max_position] = k
-            cache[1, :batch_size, :, step.max_position] = v
+            self._slots[layer].copy_(new.transpose(0, 1))
         else:
-            rows = torch.arange(batch_size, device=q.device)
-            cache[0, rows, :, step.positions] = k
-            cache[1, rows, :, step.positions] = v
-        keys, values = cache[:, :batch_size, :, : step.max_position + 1].unbind(0)  # [B, G, T, D]
-        return self.attend(q.unsqueeze(2), keys, values, scale, self._mask, causal=False).flatten(1)
+            self.cache[layer][:, self._batch_rows, :, step.positions] = new
+        return self.attend(q, self._keys[layer], self._values[layer], scale, self._mask, causal=False).flatten(1)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         self.comm.all_reduce(x)

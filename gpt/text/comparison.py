@@ -1,4 +1,4 @@
-"""The evaluation that summarize.py runs: articles in, ROUGE and speed of each side out, side by side."""
+"""The evaluation that summarize.py runs: texts in, ROUGE and speed of each side out, side by side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from gpt.engine.folder import EngineInfo, open_engine
 from gpt.errors import ConfigError, GptError
 from gpt.files import write_text
 from gpt.text.dataset import Article, load_articles
-from gpt.text.evaluation import Side, SideResult, count_identical, encode_articles, evaluate, max_prompt_tokens
+from gpt.text.evaluation import (
+    TASKS,
+    Side,
+    SideResult,
+    Task,
+    count_identical,
+    encode_articles,
+    evaluate,
+    max_prompt_tokens,
+)
 from gpt.text.pipeline import choose_end_id, choose_tokenizer, without_end
 from gpt.text.prompts import check_output_file
 from gpt.text.rouge import ROUGE_KEYS
@@ -34,8 +43,9 @@ _RULE = "-" * 57
 class SummarizeConfig:
     """What to compare.
 
-    dataset_path: see `load_articles`.  hf_model: None leaves the Hugging Face side out.  threshold: ROUGE-1 that the
-    engine must exceed, None for no check.  report: HTML file to write.  command: what the report says it was made by.
+    eval_type: a key of TASKS.  dataset_path: see `load_articles`; columns of None are those of the task's data set.
+    hf_model: None leaves the Hugging Face side out.  threshold: ROUGE-1 that the engine must exceed, None for no check.
+    report: HTML file to write.  command: what the report says it was made by.
     """
 
     engine_dir: Path
@@ -45,8 +55,8 @@ class SummarizeConfig:
     tokenizer: str | None = None
     vocab_file: Path | None = None
     dataset_path: Path | None = None
-    article_column: str = "article"
-    highlights_column: str = "highlights"
+    article_column: str | None = None
+    highlights_column: str | None = None
     batch_size: int = 1
     max_batches: int = 20
     output_len: int = 100
@@ -54,6 +64,11 @@ class SummarizeConfig:
     threshold: float | None = None
     report: Path | None = None
     command: str = ""
+    eval_type: str = "summarize"
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.eval_type]
 
 
 @dataclass(frozen=True)
@@ -94,27 +109,30 @@ def compare(config: SummarizeConfig, out: TextIO) -> Comparison:
     info = _open_engine(config)
     tokenizer = _choose_tokenizer(config, info)
     limit = config.batch_size * config.max_batches
-    articles = load_articles(config.dataset_path, config.article_column, config.highlights_column, limit)
+    data = config.task.data
+    columns = config.article_column or data.text_column, config.highlights_column or data.reference_column
+    articles = load_articles(config.dataset_path, *columns, limit, data)
     comparison = _run_sides(config, info, tokenizer, articles, out)
+    print(f"Measured: {config.task.measured}", file=out)
     for result in comparison.results:
         _print_result(result, out)
     if len(comparison.results) == 2:
-        _print_differences(comparison.results[0], comparison.results[1], out)
+        _print_differences(comparison.results[0], comparison.results[1], config.task, out)
     if config.report is not None:
         from gpt.text.report import render
 
         write_text(config.report, render(comparison))
         log.info("Report written: %s", config.report)
     if config.threshold is not None:
-        check_threshold(comparison.results[0].rouge["rouge1"], config.threshold)
+        check_threshold(comparison.results[0].rouge["rouge1"], config.threshold, config.task.output_noun)
     return comparison
 
 
-def check_threshold(rouge1: float, threshold: float) -> None:
+def check_threshold(rouge1: float, threshold: float, what: str = "summaries") -> None:
     """Raises GptError (exit code 1) unless `rouge1` is above the threshold."""
     if not rouge1 > threshold:
         raise GptError(
-            "the engine's summaries are not good enough",
+            f"the engine's {what} are not good enough",
             found=f"ROUGE-1 {rouge1:.3f}",
             allowed=f"above {threshold:g} (--tensorrt_llm_rouge1_threshold)",
         )
@@ -145,7 +163,7 @@ def _choose_tokenizer(config: SummarizeConfig, info: EngineInfo | None) -> Token
         tokenizer = load_tokenizer(config.hf_model)
     if tokenizer is None:
         raise ConfigError(
-            "no tokenizer to read the articles",
+            "no tokenizer to read the texts",
             found=f"none in the engine folder {config.engine_dir}",
             hint="--tokenizer <folder or hub name> or --vocab_file <sentencepiece model>",
         )
@@ -170,14 +188,14 @@ def _run_sides(
     positions = None if baseline is None else baseline.n_positions
     limit = max_prompt_tokens(config.output_len, model, build, positions)
     vocab_sizes = [side.vocab_size for side in (model, baseline) if side is not None]
-    prompts = encode_articles(tokenizer, articles, min(vocab_sizes), limit)
+    prompts = encode_articles(tokenizer, articles, min(vocab_sizes), limit, config.task.prompt)
     end_id = tokenizer.end_id if model is None else choose_end_id(None, tokenizer, model)
 
     sides = _make_sides(session, baseline, config.output_len, end_id)
     for side in sides:
         _print_demo(side, prompts[0], articles[0], tokenizer, end_id, out)
     references = [article.reference for article in articles]
-    results = [evaluate(side, prompts, references, tokenizer, end_id, config.batch_size) for side in sides]
+    results = [evaluate(side, prompts, references, tokenizer, end_id, config.batch_size, config.task) for side in sides]
     return Comparison(config, info, _describe_device(device), tokenizer.name, limit, articles, prompts, results)
 
 
@@ -225,13 +243,17 @@ def _print_result(result: SideResult, out: TextIO) -> None:
     print(f"{result.side.label} beam 0 result", file=out)
     for key in ROUGE_KEYS:
         print(f"  {key} : {result.rouge[key]}", file=out)
+    if result.first_line_percent is not None:
+        print(f"  equal first lines : {result.first_line_percent:.1f} %", file=out)
     print(f"  tokens/s : {result.tokens_per_second:.1f}", file=out)
     if result.ms_per_token is not None:
         print(f"  ms per token : {result.ms_per_token:.3f}", file=out)
 
 
-def _print_differences(ours: SideResult, theirs: SideResult, out: TextIO) -> None:
+def _print_differences(ours: SideResult, theirs: SideResult, task: Task, out: TextIO) -> None:
     rows = [(key, ours.rouge[key], theirs.rouge[key]) for key in ROUGE_KEYS]
+    if ours.first_line_percent is not None and theirs.first_line_percent is not None:
+        rows.append(("first lines, %", ours.first_line_percent, theirs.first_line_percent))
     rows.append(("tokens/s", ours.tokens_per_second, theirs.tokens_per_second))
     if ours.ms_per_token is not None and theirs.ms_per_token is not None:
         rows.append(("ms per token", ours.ms_per_token, theirs.ms_per_token))
@@ -239,4 +261,4 @@ def _print_differences(ours: SideResult, theirs: SideResult, out: TextIO) -> Non
     for name, left, right in rows:
         print(f"{name:14}{left:14.3f}{right:14.3f}{left - right:+14.3f}", file=out)
     identical = count_identical([ours, theirs])
-    print(f"identical output ids: {identical} of {len(ours.tokens)} articles", file=out, flush=True)
+    print(f"identical output ids: {identical} of {task.count(len(ours.tokens))}", file=out, flush=True)

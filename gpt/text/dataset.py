@@ -1,4 +1,4 @@
-"""Articles to summarise: from a local file, from a cache of the `datasets` library, or from the hub."""
+"""Texts with references: from a local file, from a cache of the `datasets` library, or from the hub."""
 
 from __future__ import annotations
 
@@ -16,27 +16,41 @@ from gpt.errors import ConfigError, Problems
 from gpt.text.hub import use_cache_when_offline
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-_DATASET = ("abisee/cnn_dailymail", "3.0.0")
 _SPLIT = "test"
-_OFFLINE_HINT = "--dataset_path <file> reads articles from a file, for example assets/articles.jsonl"
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A data set on the hub, the version of it, and its columns of texts and references."""
+
+    name: str
+    version: str
+    text_column: str
+    reference_column: str
+
+
+CNN_DAILYMAIL = HubData("abisee/cnn_dailymail", "3.0.0", "article", "highlights")
+HUMANEVAL = HubData("openai/openai_humaneval", "openai_humaneval", "prompt", "canonical_solution")
 
 
 @dataclass(frozen=True)
 class Article:
-    """`number` counts from 0 in the order of the data set."""
+    """A text to summarise or to continue; `number` counts from 0 in the order of the data set."""
 
     number: int
     text: str
     reference: str
 
 
-def load_articles(path: Path | None, article_column: str, highlights_column: str, limit: int) -> list[Article]:
-    """The first `limit` articles of a file, of the `test` split in a folder, or (None) of cnn_dailymail from the hub.
+def load_articles(
+    path: Path | None, article_column: str, highlights_column: str, limit: int, hub: HubData = CNN_DAILYMAIL
+) -> list[Article]:
+    """The first `limit` articles of a file, of the `test` split in a folder, or (None) of `hub`.
 
     Raises ConfigError for data that is not there, has no rows, lacks a column or has something other than text in it.
     """
-    rows = _rows_of_hub(None) if path is None else _rows_of_path(path)
-    source = _DATASET[0] if path is None else str(path)
+    rows = _rows_of_hub(hub, None) if path is None else _rows_of_path(path, hub)
+    source = hub.name if path is None else str(path)
     articles: list[Article] = []
     problems = Problems()
     for number, row in enumerate(itertools.islice(rows, limit)):
@@ -48,8 +62,8 @@ def load_articles(path: Path | None, article_column: str, highlights_column: str
         articles.append(Article(number, *values))
     problems.raise_if_any(ConfigError, f"{source} has rows without text")
     if not articles:
-        raise ConfigError(f"{source} has no rows", allowed="at least one article")
-    log.info("%d articles from %s", len(articles), source)
+        raise ConfigError(f"{source} has no rows", allowed="at least one")
+    log.info("%d texts from %s", len(articles), source)
     return articles
 
 
@@ -63,9 +77,9 @@ def _check_columns(row: Mapping[str, Any], columns: Iterable[str], source: str) 
         )
 
 
-def _rows_of_path(path: Path) -> Iterator[Mapping[str, Any]]:
+def _rows_of_path(path: Path, hub: HubData) -> Iterator[Mapping[str, Any]]:
     if path.is_dir():
-        return _rows_of_folder(path)
+        return _rows_of_folder(path, hub)
     if path.suffix.lower() not in FILE_SUFFIXES:
         allowed = f"{', '.join(FILE_SUFFIXES)} or a folder"
         raise ConfigError(f"no data set in {path}", found=path.suffix or "no such folder", allowed=allowed)
@@ -117,7 +131,7 @@ def _read_parquet(path: Path) -> Iterator[Any]:
         yield from batch.to_pylist()
 
 
-def _rows_of_folder(path: Path) -> Iterator[Mapping[str, Any]]:
+def _rows_of_folder(path: Path, hub: HubData) -> Iterator[Mapping[str, Any]]:
     """A saved data set, files of the test split somewhere below, or else the cache folder for a download."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         from datasets import DatasetDict, load_from_disk
@@ -137,23 +151,23 @@ def _rows_of_folder(path: Path) -> Iterator[Mapping[str, Any]]:
         files = sorted(path.rglob(f"*{_SPLIT}*{suffix}"))
         if files:
             return itertools.chain.from_iterable(map(_rows_of_file, files))
-    return _rows_of_hub(path)
+    return _rows_of_hub(hub, path)
 
 
-def _rows_of_hub(cache_dir: Path | None) -> Iterator[Mapping[str, Any]]:
+def _rows_of_hub(hub: HubData, cache_dir: Path | None) -> Iterator[Mapping[str, Any]]:
     online = use_cache_when_offline()
     from datasets import load_dataset
 
-    name, version = _DATASET
+    cache = None if cache_dir is None else str(cache_dir)
     try:
-        return iter(load_dataset(name, version, split=_SPLIT, cache_dir=None if cache_dir is None else str(cache_dir)))
+        return iter(load_dataset(hub.name, hub.version, split=_SPLIT, cache_dir=cache))
     except Exception as error:  # the library raises many kinds, from ConnectionError to its own
         where = "the default cache" if cache_dir is None else str(cache_dir)
         reason = "the hub refused" if online else "no hub reachable"
         raise ConfigError(
-            f"the data set {name} cannot be loaded",
+            f"the data set {hub.name} cannot be loaded",
             found=f"{reason}, and it is not in {where}: {_first_line(error)}",
-            hint=_OFFLINE_HINT,
+            hint=f"--dataset_path <file> reads a file with the columns {hub.text_column} and {hub.reference_column}",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Summaries of articles by our engine and by Hugging Face, from the same token ids, timed and scored."""
+"""Texts continued by our engine and by Hugging Face from the same token ids, timed and scored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gpt.config import BuildConfig, ModelConfig
 from gpt.console import progress
 from gpt.errors import ConfigError
-from gpt.text.dataset import Article
+from gpt.text.dataset import CNN_DAILYMAIL, HUMANEVAL, Article, HubData
 from gpt.text.pipeline import batches, check_vocabulary, without_end
 from gpt.text.rouge import Scores, aggregate, score_texts
 from gpt.text.tokenizer import Tokenizer
@@ -22,6 +22,74 @@ if TYPE_CHECKING:
 MAX_PROMPT_TOKENS = 923
 
 Generate = Callable[[Sequence[Sequence[int]]], "Generation"]
+
+
+def prompt_text(article: str) -> str:
+    """GPT-2's way of asking for a summary."""
+    return (article + " TL;DR: ").strip().replace(" n't", "n't")
+
+
+def function_part(code: str) -> str:
+    """What still belongs to the function that a prompt began: all before the second or a later line in column 0.
+
+    A model goes on with the next function when one is complete; a reference does not.
+    """
+    lines = code.splitlines(keepends=True)
+    for number, line in enumerate(lines[1:], start=1):
+        if line.strip() and not line[0].isspace():
+            return "".join(lines[:number])
+    return code
+
+
+def first_line(code: str) -> str:
+    """The first line that is not blank, without the blanks around it."""
+    return next((line.strip() for line in code.splitlines() if line.strip()), "")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What --eval_type asks of a model and how the answers are scored.
+
+    data: where texts come from if no path is given.  prompt: text -> prompt.  scored: reference or output -> the part
+    that is compared.  compares_first_line: whether equal first lines are counted.  measured: said beside the results.
+    """
+
+    title: str
+    noun: str
+    output_noun: str
+    data: HubData
+    prompt: Callable[[str], str]
+    scored: Callable[[str], str]
+    compares_first_line: bool
+    measured: str
+
+    def count(self, number: int) -> str:
+        return f"{number} {self.noun}{'s' * (number != 1)}"
+
+
+TASKS = {
+    "summarize": Task(
+        title="Summaries",
+        noun="article",
+        output_noun="summaries",
+        data=CNN_DAILYMAIL,
+        prompt=prompt_text,
+        scored=str,
+        compares_first_line=False,
+        measured="words shared with the reference summary (ROUGE)",
+    ),
+    "code_completion": Task(
+        title="Code completions",
+        noun="prompt",
+        output_noun="completions",
+        data=HUMANEVAL,
+        prompt=str,
+        scored=function_part,
+        compares_first_line=True,
+        measured="text shared with the reference solution (ROUGE over words and numbers, equal first lines), up to the "
+        "end of the function; no code is executed, so this is not a rate of working solutions",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +105,8 @@ class Side:
 class SideResult:
     """What one side made of all articles, one entry per article, the timings per batch.
 
-    tokens: new ids with the end token where it came.  scores, rouge: per cent.  latency_s: wall time of the calls.
+    tokens: new ids with the end token where it came.  texts: the parts that are scored.  scores, rouge: per cent.
+    latency_s: wall time of the calls.  same_first_line: None where the task does not compare first lines.
     """
 
     side: Side
@@ -48,6 +117,12 @@ class SideResult:
     latency_s: float
     context_ms: list[float]
     step_ms: list[list[float]]
+    same_first_line: list[bool] | None = None
+
+    @property
+    def first_line_percent(self) -> float | None:
+        rows = self.same_first_line
+        return None if rows is None else 100 * sum(rows) / len(rows)
 
     @property
     def num_tokens(self) -> int:
@@ -63,11 +138,6 @@ class SideResult:
         """Mean time of a generation step, which makes one token per sequence; None where there was none."""
         steps = [ms for batch in self.step_ms for ms in batch]
         return sum(steps) / len(steps) if steps else None
-
-
-def prompt_text(article: str) -> str:
-    """GPT-2's way of asking for a summary."""
-    return (article + " TL;DR: ").strip().replace(" n't", "n't")
 
 
 def max_prompt_tokens(
@@ -94,12 +164,18 @@ def max_prompt_tokens(
     return limit
 
 
-def encode_articles(tokenizer: Tokenizer, articles: Sequence[Article], vocab_size: int, limit: int) -> list[list[int]]:
-    """Token ids of each article with the request behind it; of long ones the last `limit`, which hold the request.
+def encode_articles(
+    tokenizer: Tokenizer,
+    articles: Sequence[Article],
+    vocab_size: int,
+    limit: int,
+    to_prompt: Callable[[str], str] = prompt_text,
+) -> list[list[int]]:
+    """Token ids of each article's prompt; of long ones the last `limit`, which hold the request for a summary.
 
     Raises ConfigError for a tokenizer whose ids the model does not have.
     """
-    prompts = [tokenizer.encode(prompt_text(article.text))[-limit:] for article in articles]
+    prompts = [tokenizer.encode(to_prompt(article.text))[-limit:] for article in articles]
     check_vocabulary(tokenizer, prompts, vocab_size)
     return prompts
 
@@ -111,8 +187,9 @@ def evaluate(
     tokenizer: Tokenizer,
     end_id: int | None,
     batch_size: int,
+    task: Task,
 ) -> SideResult:
-    """Runs all prompts through one side, timing the calls alone, and scores the texts."""
+    """Runs all prompts through one side, timing the calls alone, and scores what `task` compares of the texts."""
     tokens: list[list[int]] = []
     context_ms: list[float] = []
     step_ms: list[list[float]] = []
@@ -125,9 +202,12 @@ def evaluate(
         tokens += result.tokens
         context_ms.append(result.context_ms)
         step_ms.append(result.step_ms)
-    texts = [tokenizer.decode(without_end(row, end_id)) for row in tokens]
-    scores = score_texts(references, texts)
-    return SideResult(side, tokens, texts, scores, aggregate(scores), latency, context_ms, step_ms)
+    texts = [task.scored(tokenizer.decode(without_end(row, end_id))) for row in tokens]
+    scores = score_texts([task.scored(reference) for reference in references], texts)
+    same = None
+    if task.compares_first_line:
+        same = [first_line(text) == first_line(reference) for text, reference in zip(texts, references, strict=True)]
+    return SideResult(side, tokens, texts, scores, aggregate(scores), latency, context_ms, step_ms, same)
 
 
 def count_identical(results: Sequence[SideResult]) -> int:

@@ -1,4 +1,4 @@
-"""One HTML page that a person can read: what was compared, how good and how fast it is, every article's summaries."""
+"""One HTML page that a person can read: what was compared, how good and how fast it is, what was made of every text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ _SERIES_CLASSES = ("first", "second")
 
 def render(comparison: Comparison) -> str:
     """The page as a string: no scripts, nothing loaded from elsewhere, everything from outside escaped."""
-    title = "Summaries: " + " and ".join(result.side.name for result in comparison.results)
+    task = comparison.config.task
+    title = f"{task.title}: " + " and ".join(result.side.name for result in comparison.results)
     articles = "\n".join(_article(comparison, number) for number in range(len(comparison.articles)))
     results = comparison.results
     return f"""<!DOCTYPE html>
@@ -41,18 +42,19 @@ def render(comparison: Comparison) -> str:
 {_STYLE_SHEET.read_text(encoding="utf-8")}</style>
 </head>
 <body>
-<main>
+<main class="{comparison.config.eval_type}">
 <h1>{escape(title)}</h1>
 <p class="verdict soft">{_verdict(comparison)}</p>
+<p class="soft small">Measured: {escape(task.measured)}.</p>
 <div class="card">{_numbers(results)}</div>
 <h2>Distribution and time</h2>
 <div class="plots">
-<figure class="card"><figcaption>ROUGE-1 per article</figcaption>{plot_scores(results)}</figure>
+<figure class="card"><figcaption>ROUGE-1 per {task.noun}</figcaption>{plot_scores(results)}</figure>
 <figure class="card"><figcaption>Time per new token</figcaption>{plot_step_times(results)}</figure>
 </div>
 <h2>Conditions</h2>
 <div class="card">{_conditions(comparison)}</div>
-<h2>Articles</h2>
+<h2>{task.noun.capitalize()}s</h2>
 {_legend(comparison)}
 {articles}
 </main>
@@ -63,8 +65,7 @@ def render(comparison: Comparison) -> str:
 
 def _verdict(comparison: Comparison) -> str:
     results = comparison.results
-    num_articles = len(comparison.articles)
-    counted = f"{num_articles} article{'s' * (num_articles != 1)}"
+    counted = comparison.config.task.count(len(comparison.articles))
     if len(results) == 1:
         return f"{counted}, ROUGE-1 {results[0].rouge['rouge1']:.2f}."
     difference = results[0].rouge["rouge1"] - results[1].rouge["rouge1"]
@@ -80,6 +81,8 @@ def _numbers(results: Sequence[SideResult]) -> str:
     rows: list[tuple[str, list[float | None], int]] = [
         (f"ROUGE-{key.removeprefix('rouge')}", [result.rouge[key] for result in results], 3) for key in ROUGE_KEYS
     ]
+    if any(result.same_first_line is not None for result in results):
+        rows.append(("equal first lines, %", [result.first_line_percent for result in results], 1))
     rows += [
         ("tokens per second", [result.tokens_per_second for result in results], 1),
         ("ms per token", [result.ms_per_token for result in results], 3),
@@ -109,9 +112,10 @@ def _conditions(comparison: Comparison) -> str:
         rows.append(("Engine", f"{config.engine_dir}: {comparison.engine.describe()}"))
     if config.hf_model is not None:
         rows.append(("Hugging Face", f"{config.hf_model}: {config.hf_dtype}"))
+    source = config.dataset_path or config.task.data.name
     lengths = [len(prompt) for prompt in comparison.prompts]
     rows += [
-        ("Articles", f"{len(comparison.articles)} from {config.dataset_path or 'cnn_dailymail'}"),
+        (f"{config.task.noun.capitalize()}s", f"{len(comparison.articles)} from {source}"),
         ("Batch size", str(config.batch_size)),
         ("Prompt", f"{min(lengths)} to {max(lengths)} tokens, at most {comparison.prompt_limit} kept"),
         ("New tokens", f"at most {config.output_len}, greedy"),
@@ -130,14 +134,16 @@ def _versions() -> list[str]:
 
 
 def _legend(comparison: Comparison) -> str:
+    task = comparison.config.task
     legend = 'Marked: <mark class="shared">words that the reference has</mark>'
     if len(comparison.results) == 1:
         return f'<p class="soft small">{legend}.</p>'
     return (
-        f'<p class="soft small">{legend}, <mark class="differs">words in which the two summaries differ</mark>. '
-        "Numbers: ROUGE-1, 2, L of the article.</p>\n"
+        f'<p class="soft small">{legend}, '
+        f'<mark class="differs">words in which the two {task.output_noun} differ</mark>. '
+        f"Numbers: ROUGE-1, 2, L of the {task.noun}.</p>\n"
         '<label class="filter small"><input type="checkbox" id="only-different">'
-        "only articles with different token ids</label>"
+        f"only {task.noun}s with different token ids</label>"
     )
 
 
@@ -149,7 +155,7 @@ def _article(comparison: Comparison, number: int) -> str:
     tag = ""
     if len(results) == 2:
         tag = '<span class="tag good">identical ids</span>' if same else '<span class="tag bad">different ids</span>'
-    texts = [result.texts[number].strip() for result in results]
+    texts = [_trimmed(result.texts[number]) for result in results]
     shown = results[:1] if same else results
     lines = [f"<dt>Reference</dt><dd>{escape(article.reference)}</dd><span></span>"]
     for index, result in enumerate(shown):
@@ -159,9 +165,14 @@ def _article(comparison: Comparison, number: int) -> str:
         lines.append(f"<dt>{name}</dt><dd>{summary}</dd>{_scores(result, number)}")
     return (
         f'<article class="card{" same" if same else ""}" id="article-{number}">\n'
-        f"<header><h3>Article {number}</h3>{tag}</header>\n{_source(article.text)}\n"
+        f"<header><h3>{comparison.config.task.noun.capitalize()} {number}</h3>{tag}</header>\n{_source(article.text)}\n"
         f'<dl class="texts">\n' + "\n".join(lines) + "\n</dl>\n</article>"
     )
+
+
+def _trimmed(text: str) -> str:
+    """Without the blank in front of one line, but with the indentation of several."""
+    return text.strip() if "\n" not in text.strip() else text.strip("\n").rstrip()
 
 
 def _source(text: str) -> str:
