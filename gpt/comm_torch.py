@@ -146,7 +146,8 @@ class NcclCommunicator:
             store = dist.TCPStore(host, 0, self.size, True, timeout=_time_limit(), wait_for_workers=False)
             address = (host, store.port)
         host, port = control.broadcast_object(address)
-        store = store or dist.TCPStore(host, port, self.size, False, timeout=_time_limit())
+        if store is None:
+            store = dist.TCPStore(host, port, self.size, False, timeout=_time_limit())
         dist.init_process_group(
             "nccl", store=store, rank=self.rank, world_size=self.size, timeout=_time_limit(), device_id=device
         )
