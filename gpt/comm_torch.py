@@ -172,9 +172,9 @@ class NcclCommunicator:
         import torch
 
         own = tensor.contiguous()
-        parts = torch.empty((self.size, *own.shape), dtype=own.dtype, device=own.device)
-        self._dist.all_gather_into_tensor(parts, own, group=self._group)
-        return torch.cat(parts.unbind(), dim)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        self._dist.all_gather(parts, own, group=self._group)
+        return torch.cat(parts, dim)
 
     def broadcast_object(self, value: Any) -> Any:
         return self._control.broadcast_object(value)
