@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from gpt.comm import start
@@ -54,5 +56,6 @@ check(comm.gather_objects((own, "x")) == [(rank, "x") for rank in range(size)], 
 check((comm.local_rank, comm.local_size) == (own, size), "local")
 for _ in range(5):
     comm.barrier()
-print(f"rank {own} of {size}: good", flush=True)
+sys.stdout.write(f"rank {own} of {size}: good\n")  # in one piece: lines of ranks do not mix
+sys.stdout.flush()
 comm.barrier()
