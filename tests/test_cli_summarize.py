@@ -189,7 +189,10 @@ def test_the_threshold_itself_is_not_enough() -> None:
     [
         ([], ["nothing to test", "--test_trt_llm", "--test_hf"]),
         (["--test_hf"], ["--test_hf needs a model", "--hf_model_location"]),
-        (["--test_engine", "--num_beams", 2, "--top_k", 5], ["--num_beams 2", "--top_k 5"]),
+        (["--test_engine", "--num_beams", 2], ["--num_beams 2"]),
+        (["--test_engine", "--top_k", -1, "--top_p", 1.5], ["--top_k -1", "--top_p 1.5: allowed are 0 to 1"]),
+        (["--test_engine", "--temperature", 0.5], ["--temperature 0.5 with --top_k 1", "--top_k 0 draws from all"]),
+        (["--test_engine", "--output_len", 5, "--top_k", 265], ["--top_k 265", "264 tokens"]),
         (["--test_engine", "--eval_type", "code_completion"], ["no column prompt and no column canonical_solution"]),
         (["--test_hf", "--hf_model_location", "x", "--check_accuracy"], ["--check_accuracy", "--test_trt_llm"]),
         (["--test_engine", "--data_type", "int8"], ["unknown dtype 'int8'"]),

@@ -38,7 +38,9 @@ def test_more_ranks_than_gpus(tmp_path: Path) -> None:
     if num_gpus not in (1, 2):
         pytest.fail("this test is for one or two GPUs: engines of the cases have at most four ranks")
     engine = build_case("rope swiglu", 2 * num_gpus, tmp_path)
-    arguments = ["run.py", "--engine_dir", engine, "--max_output_len", 2, "--device", "cuda"]
+    (tmp_path / "prompts.csv").write_text("1,2,3\n")
+    tokens = ["--input_tokens", tmp_path / "prompts.csv", "--output_csv", tmp_path / "out.csv"]
+    arguments = ["run.py", "--engine_dir", engine, "--max_output_len", 2, "--device", "cuda", *tokens]
     results = without_mpi(2 * num_gpus, *arguments)
     assert all(result.returncode != 0 for result in results)
     assert sum("each rank needs a GPU of its own" in result.stderr for result in results) == 1

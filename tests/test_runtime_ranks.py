@@ -147,18 +147,35 @@ def run_arguments(info: EngineInfo, *flags: object) -> list[object]:
     return ["run.py", "--engine_dir", info.folder, "--max_output_len", 8, "--device", "cpu", *flags]
 
 
-@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["", "streaming"])
+SAMPLED = ["--top_k", "30", "--temperature", "1.5", "--repetition_penalty", "1.2"]
+
+
+@pytest.mark.parametrize(
+    "decoding", [[], ["--streaming"], [*SAMPLED, "--seed", "7"]], ids=["greedy", "streaming", "sampled"]
+)
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_output_is_that_of_one_rank(
-    world_size: int, streaming: list[str], engines: dict[int, EngineInfo], capsys: pytest.CaptureFixture[str]
+    world_size: int, decoding: list[str], engines: dict[int, EngineInfo], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = ["--input_text", "the end", "a", "in the north", "on", "re", *streaming]
+    prompts = ["--input_text", "the end", "a", "in the north", "on", "re", *decoding]
     assert run.main([str(word) for word in run_arguments(engines[1], *prompts)[1:]]) == 0
     result = mpirun(world_size, *run_arguments(engines[world_size], *prompts, "--log_level", "info"))
     assert result.returncode == 0, result.stderr
     assert result.stdout == capsys.readouterr().out
     assert "[rank 0] [I] Engine loaded" in result.stderr
     assert "[rank 1]" not in result.stderr
+
+
+def test_ranks_share_the_seed_that_nobody_gave(
+    engines: dict[int, EngineInfo], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a seed of its own each rank would go on from other tokens: the seed told must repeat the text on one rank."""
+    result = mpirun(2, *run_arguments(engines[2], *SAMPLED, "--log_level", "info"))
+    assert result.returncode == 0, result.stderr
+    seeds = re.findall(r"--seed (\d+)", result.stderr)
+    assert len(seeds) == 1
+    assert run.main([str(word) for word in run_arguments(engines[1], *SAMPLED, "--seed", *seeds)[1:]]) == 0
+    assert result.stdout == capsys.readouterr().out
 
 
 def test_every_rank_logs_when_asked(engines: dict[int, EngineInfo]) -> None:

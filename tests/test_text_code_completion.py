@@ -72,7 +72,7 @@ def test_prompts_are_the_code_itself() -> None:
 def _evaluate(outputs: Sequence[str], references: Sequence[str], hf: Path) -> SideResult:
     tokenizer = load_tokenizer(hf)
     ids = iter([tokenizer.encode(output) for output in outputs])
-    side = Side("s", "s", lambda prompts: Generation(tokens=[next(ids) for _ in prompts], context_ms=1.0))
+    side = Side("s", "s", lambda prompts, *, first_row: Generation(tokens=[next(ids) for _ in prompts], context_ms=1.0))
     return evaluate(side, [[1]] * len(outputs), references, tokenizer, None, 2, CODE)
 
 

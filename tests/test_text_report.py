@@ -62,7 +62,7 @@ class Page(HTMLParser):
 def _result(name: str, tokens: list[list[int]], texts: list[str]) -> SideResult:
     scores = score_texts([article.reference for article in ARTICLES], texts)
     steps = [[1.0, 2.0], [3.0], [2.0, 2.0, 9.0]]
-    side = Side(name, name, lambda prompts: pytest.fail("a report generates nothing"))
+    side = Side(name, name, lambda prompts, *, first_row: pytest.fail("a report generates nothing"))
     return SideResult(side, tokens, texts, scores, aggregate(scores), 2.0, [5.0, 6.0, 7.0], steps)
 
 

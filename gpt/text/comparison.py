@@ -6,14 +6,16 @@ import io
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from gpt.comm import start
 from gpt.console import log
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.errors import ConfigError, GptError
 from gpt.files import write_text
+from gpt.runtime.sampling_config import GREEDY, SamplingConfig
 from gpt.text.dataset import Article, load_articles
 from gpt.text.evaluation import (
     TASKS,
@@ -45,7 +47,7 @@ class SummarizeConfig:
 
     eval_type: a key of TASKS.  dataset_path: see `load_articles`; columns of None are those of the task's data set.
     hf_model: None leaves the Hugging Face side out.  threshold: ROUGE-1 that the engine must exceed, None for no check.
-    report: HTML file to write.  command: what the report says it was made by.
+    report: HTML file to write.  command: what the report says it was made by.  sampling: of both sides.
     """
 
     engine_dir: Path
@@ -65,6 +67,7 @@ class SummarizeConfig:
     report: Path | None = None
     command: str = ""
     eval_type: str = "summarize"
+    sampling: SamplingConfig = GREEDY
 
     @property
     def task(self) -> Task:
@@ -106,6 +109,7 @@ def compare(config: SummarizeConfig, out: TextIO) -> Comparison:
             found=f"{ranks.size} ranks",
             hint="--test_trt_llm, or start it without mpirun or srun",
         )
+    config = replace(config, sampling=config.sampling.with_seed())
     info = _open_engine(config)
     tokenizer = _choose_tokenizer(config, info)
     limit = config.batch_size * config.max_batches
@@ -188,10 +192,11 @@ def _run_sides(
     positions = None if baseline is None else baseline.n_positions
     limit = max_prompt_tokens(config.output_len, model, build, positions)
     vocab_sizes = [side.vocab_size for side in (model, baseline) if side is not None]
+    config.sampling.check_fits(min(vocab_sizes), config.output_len)
     prompts = encode_articles(tokenizer, articles, min(vocab_sizes), limit, config.task.prompt)
     end_id = tokenizer.end_id if model is None else choose_end_id(None, tokenizer, model)
 
-    sides = _make_sides(session, baseline, config.output_len, end_id)
+    sides = _make_sides(session, baseline, config, end_id)
     for side in sides:
         _print_demo(side, prompts[0], articles[0], tokenizer, end_id, out)
     references = [article.reference for article in articles]
@@ -212,19 +217,16 @@ def _describe_device(device: torch.device) -> str:
 
 
 def _make_sides(
-    session: Session | None, baseline: HfBaseline | None, output_len: int, end_id: int | None
+    session: Session | None, baseline: HfBaseline | None, config: SummarizeConfig, end_id: int | None
 ) -> list[Side]:
     from gpt.runtime.generate import generate
 
+    settings: dict[str, Any] = {"max_new_tokens": config.output_len, "end_id": end_id, "sampling": config.sampling}
     sides: list[Side] = []
     if session is not None:
-        running = session
-        sides.append(
-            Side("Engine", "Engine", lambda batch: generate(running, batch, max_new_tokens=output_len, end_id=end_id))
-        )
+        sides.append(Side("Engine", "Engine", partial(generate, session, **settings)))
     if baseline is not None:
-        reference = baseline
-        sides.append(Side("Hugging Face", "HF", lambda batch: reference.generate(batch, output_len, end_id)))
+        sides.append(Side("Hugging Face", "HF", partial(baseline.generate, **settings)))
     return sides
 
 
@@ -232,7 +234,7 @@ def _print_demo(
     side: Side, prompt: Sequence[int], article: Article, tokenizer: Tokenizer, end_id: int | None, out: TextIO
 ) -> None:
     """The first article, once, before anything is timed: it also warms the side up."""
-    tokens = side.generate([prompt]).tokens[0]
+    tokens = side.generate([prompt], first_row=0).tokens[0]
     text = tokenizer.decode(without_end(tokens, end_id))
     lines = (_RULE, f"{side.label} Generated : ", f" Input : {article.text}", f"\n Reference : {article.reference}")
     print(*lines, f"\n Output : {text}", _RULE, sep="\n", file=out, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gpt.config import BuildConfig, ModelConfig
 from gpt.console import progress
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 # 1024 positions of GPT-2 less 100 new tokens and one more, as the original's evaluation has it.
 MAX_PROMPT_TOKENS = 923
 
-Generate = Callable[[Sequence[Sequence[int]]], "Generation"]
+
+class Generate(Protocol):
+    """Continues a batch of prompts, of which the first has index `first_row` among all."""
+
+    def __call__(self, prompts: Sequence[Sequence[int]], /, *, first_row: int) -> Generation: ...
 
 
 def prompt_text(article: str) -> str:
@@ -195,9 +199,9 @@ def evaluate(
     step_ms: list[list[float]] = []
     latency = 0.0
     steps = list(batches(prompts, batch_size))
-    for _, batch in progress(steps, what=side.name, unit="batch"):
+    for first_row, batch in progress(steps, what=side.name, unit="batch"):
         begin = time.perf_counter()
-        result = side.generate(batch)
+        result = side.generate(batch, first_row=first_row)
         latency += time.perf_counter() - begin
         tokens += result.tokens
         context_ms.append(result.context_ms)

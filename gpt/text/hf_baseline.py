@@ -12,6 +12,7 @@ from gpt.console import log
 from gpt.dtypes import torch_dtype
 from gpt.errors import CheckpointError, ConfigError
 from gpt.runtime.generate import Generation
+from gpt.runtime.sampling_config import SamplingConfig
 from gpt.text.hub import use_cache_when_offline
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class HfBaseline:
-    """`transformers`' own causal language model with its own `generate`, greedy, on token ids."""
+    """`transformers`' own causal language model with its own `generate`, on token ids."""
 
     def __init__(self, location: str, dtype: str, device: torch.device):
         """`location`: a folder or a name on the hub; `dtype`: float32, float16 or bfloat16.
@@ -56,8 +57,19 @@ class HfBaseline:
         seconds = time.perf_counter() - begin
         log.info("Hugging Face model loaded: %s, %s on %s, %.2f s", location, dtype, device, seconds)
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_id: int | None) -> Generation:
-        """Continues each prompt; prompts of different lengths are padded on the left and masked."""
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        end_id: int | None,
+        sampling: SamplingConfig | None = None,
+        first_row: int = 0,
+    ) -> Generation:
+        """Continues each prompt; prompts of different lengths are padded on the left and masked.
+
+        sampling: temperature, top-k and top-p of the draw, greedily for None.  A batch draws from one random stream of
+        torch, made from the seed and `first_row`: the distributions are those of our engine, the tokens are not.
+        """
         import torch
         from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -75,8 +87,10 @@ class HfBaseline:
         ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
         settings = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=end_id, pad_token_id=pad_id
+            max_new_tokens=max_new_tokens, num_beams=1, eos_token_id=end_id, pad_token_id=pad_id, **_choice(sampling)
         )
+        if sampling is not None and sampling.seed is not None:
+            torch.manual_seed(sampling.seed + first_row)
         begin = time.perf_counter()
         with torch.inference_mode():
             rows = self.model.generate(
@@ -91,6 +105,18 @@ class HfBaseline:
             context_ms=(stamps[0] - begin) * 1e3,
             step_ms=[(later - earlier) * 1e3 for earlier, later in itertools.pairwise(stamps)],
         )
+
+
+def _choice(sampling: SamplingConfig | None) -> dict[str, Any]:
+    """All of them, since `transformers` has a top-k of 50 by itself."""
+    if sampling is None or sampling.is_greedy:
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": float(sampling.temperature),
+        "top_k": sampling.top_k,
+        "top_p": float(sampling.nucleus),
+    }
 
 
 def cut_at_end(row: list[int], end_id: int | None) -> list[int]:

@@ -14,6 +14,7 @@ from gpt.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from gpt.runtime.generate import Generation
+    from gpt.runtime.sampling_config import SamplingConfig
     from gpt.runtime.session import Session
     from gpt.runtime.virtual_tokens import VirtualTokens
 
@@ -110,15 +111,19 @@ def generate_batches(
     on_token: Callable[[int, int], None] | None = None,
     on_end: Callable[[int], None] | None = None,
     virtual: VirtualTokens | None = None,
+    sampling: SamplingConfig | None = None,
 ) -> list[Generation]:
     """Runs any number of prompts in batches that the engine holds.
 
     virtual: the embeddings behind token ids V and above, with one task per prompt.
+    sampling: how tokens are chosen, greedily for None; a seed that it lacks is made up once for all batches.
     on_token: called with (prompt index, new token id) as tokens come; on_end: with each prompt's index at its end.
     Raises ConfigError for prompts that the engine cannot take.
     """
     from gpt.runtime.generate import generate
 
+    if sampling is not None:
+        sampling = sampling.with_seed()
     results: list[Generation] = []
     for first, batch in batches(prompts, session.build.max_batch_size):
 
@@ -129,7 +134,16 @@ def generate_batches(
 
         part = None if virtual is None else virtual.of_rows(first, len(batch))
         results.append(
-            generate(session, batch, max_new_tokens=max_new_tokens, end_id=end_id, on_tokens=show, virtual=part)
+            generate(
+                session,
+                batch,
+                max_new_tokens=max_new_tokens,
+                end_id=end_id,
+                on_tokens=show,
+                virtual=part,
+                sampling=sampling,
+                first_row=first,
+            )
         )
         for row in range(first, first + len(batch)):
             if on_end is not None:

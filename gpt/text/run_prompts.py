@@ -13,6 +13,7 @@ from gpt.console import log
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.runtime.limits import check_prompts
 from gpt.runtime.ranks import join_ranks
+from gpt.runtime.sampling_config import GREEDY, SamplingConfig
 from gpt.text.pipeline import (
     choose_end_id,
     choose_tokenizer,
@@ -50,7 +51,7 @@ class RunConfig:
 
     input_file: prompts as .txt, .csv or .npy, in place of `texts`.  output_csv, output_npy: token files written in
     place of the text on stdout.  tokenizer, vocab_file, end_id: None takes what the engine folder knows.  prompt_table,
-    tasks: see `load_prompt_tuning`.
+    tasks: see `load_prompt_tuning`.  sampling: how tokens are chosen, by default greedily.
     """
 
     max_output_len: int
@@ -66,6 +67,7 @@ class RunConfig:
     tasks: tuple[int, ...] | None = None
     device: str = "auto"
     streaming: bool = False
+    sampling: SamplingConfig = GREEDY
 
     @property
     def writes_files(self) -> bool:
@@ -93,6 +95,7 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
         require_tokenizer(tokenizer, info, "print the result")
     num_virtual = 0 if tuning is None else tuning.virtual.num_tokens
     check_prompts(info.model, info.build, prompts, config.max_output_len, num_virtual=num_virtual)
+    config.sampling.check_fits(info.model.vocab_size, config.max_output_len)
     for path in (config.output_csv, config.output_npy):
         if path is not None and ranks.rank == 0:
             check_output_file(path)
@@ -104,7 +107,7 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     printer = None
     if config.streaming and tokenizer is not None and ranks.rank == 0:
         printer = _stream_printer(tokenizer, readable, end_id, out)
-    results = _generate(session, prompts, config.max_output_len, end_id, tuning, printer)
+    results = _generate(session, prompts, config, end_id, tuning, printer)
     if ranks.rank > 0:
         return []
     log.info(describe_speed(results))
@@ -147,7 +150,7 @@ def _stream_printer(
 def _generate(
     session: Session,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    config: RunConfig,
     end_id: int | None,
     tuning: PromptTuning | None,
     printer: StreamPrinter | None,
@@ -156,9 +159,10 @@ def _generate(
         generate_batches,
         session,
         prompts,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=config.max_output_len,
         end_id=end_id,
         virtual=None if tuning is None else tuning.virtual,
+        sampling=config.sampling,
     )
     if printer is None:
         return run()
