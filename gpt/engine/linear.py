@@ -33,14 +33,24 @@ def wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [N, in] @ weight [out, in].T as float32 [N, out], for logits.
 
     A bfloat16 product rounds a logit of 20 to a multiple of 1/8, and ties decide a greedy text.  A GPU adds and stores
-    in float32.  PyTorch has no such product on a CPU, so there the largest few of each row are computed again in
-    float32, from the weights as they are; the rest keep their rounding.
+    in float32.  PyTorch has no such product on a CPU: there, in rows whose largest value has others within the
+    rounding, the largest few are computed again in float32 from the weights as they are.
     """
     if x.dtype == torch.float32:
         return linear(x, weight, None)
     if x.is_cuda:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     y = linear(x, weight, None).float()
-    largest = y.topk(min(NUM_REFINED, y.shape[1]), dim=-1, sorted=False).indices  # [N, refined]
-    exact = weight[largest].float() @ x.float()[:, :, None]  # [N, refined, 1]
-    return y.scatter_(1, largest, exact.squeeze(-1))
+    rounding = torch.finfo(x.dtype).eps
+    best_two = y.topk(min(2, y.shape[1]), dim=-1).values.tolist()
+    unsure = [row for row, (best, *next_) in enumerate(best_two) if next_ and best - next_[0] <= rounding * abs(best)]
+    if unsure:
+        _refine(y, x, weight, torch.tensor(unsure))
+    return y
+
+
+def _refine(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> None:
+    """Replaces the NUM_REFINED largest values of these rows of y [N, out] by x @ weight.T in float32."""
+    columns = y[rows].topk(min(NUM_REFINED, y.shape[1]), dim=-1, sorted=False).indices  # [rows, refined]
+    exact = weight[columns].float() @ x[rows].float()[:, :, None]  # [rows, refined, 1]
+    y[rows[:, None], columns] = exact.squeeze(-1)

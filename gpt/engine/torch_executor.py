@@ -127,7 +127,7 @@ class TorchOps:
 
     def layer_norm(self, x: torch.Tensor, name: str, epsilon: float) -> torch.Tensor:
         weight, bias = self._norms[name + ".weight"], self._norms[name + ".bias"]
-        return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon).to(self.dtype)
+        return torch.layer_norm(x, weight.shape, weight, bias, epsilon).to(self.dtype)
 
     def rms_norm(self, x: torch.Tensor, name: str, epsilon: float) -> torch.Tensor:
         return F.rms_norm(x, x.shape[-1:], self._norms[name + ".weight"], epsilon).to(self.dtype)
@@ -184,7 +184,7 @@ class TorchOps:
     ) -> torch.Tensor:
         """One token per sequence attends to its cache, itself included: heads [B, H + 2G, D] -> [B, H*D]."""
         q = heads[:, : self.num_heads].unsqueeze(2)  # [B, H, 1, D]
-        new = heads[:, self.num_heads :].unflatten(1, (2, -1))  # [B, 2, G, D]
+        new = heads[:, self.num_heads :].view(len(heads), 2, self.num_kv_heads, -1)  # [B, 2, G, D]
         if step.uniform:
             self._slots[layer].copy_(new.transpose(0, 1))
         else:
