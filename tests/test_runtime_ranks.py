@@ -169,7 +169,7 @@ def test_output_is_that_of_one_rank(
 def test_ranks_share_the_seed_that_nobody_gave(
     engines: dict[int, EngineInfo], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a seed of its own each rank would go on from other tokens: the seed told must repeat the text on one rank."""
+    """Ranks with seeds of their own would go on from different tokens: the one told repeats the text on one rank."""
     result = mpirun(2, *run_arguments(engines[2], *SAMPLED, "--log_level", "info"))
     assert result.returncode == 0, result.stderr
     seeds = re.findall(r"--seed (\d+)", result.stderr)
