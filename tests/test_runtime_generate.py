@@ -108,5 +108,5 @@ def test_an_engine_of_several_ranks_is_refused(session: TorchSession, tmp_path: 
 
     info = open_engine(tmp_path / "e")
     two = dataclasses.replace(info, build=dataclasses.replace(info.build, world_size=2))
-    with pytest.raises(ConfigError, match=r"has 2 ranks, 1 was started[\s\S]*mpirun -np 2"):
+    with pytest.raises(ConfigError, match=r"has 2 ranks, 1 was started[\s\S]*mpirun'? -np 2"):
         load_session(two, "cpu")
