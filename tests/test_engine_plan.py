@@ -24,7 +24,7 @@ def test_numbers_are_those_of_a_real_engine(tmp_path: Path) -> None:
     plan = Plan.make(info.model, info.build)
     session = open_session(info)
     session.start(3, 16)
-    assert plan.needed.kv_cache == session._cache.nbytes
+    assert plan.needed.kv_cache == session.cache.blocks.nbytes if session.cache else 0
     assert plan.needed.weights == sum(weight.nbytes for weight in session.ops.weights.values())
     assert plan.num_parameters * 4 == plan.needed.weights - 5 * 48 * 4  # 91 words are padded to 96
 

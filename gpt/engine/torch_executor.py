@@ -10,8 +10,10 @@ import torch.nn.functional as F
 
 from gpt.comm import Communicator, NullCommunicator
 from gpt.config import ModelConfig
+from gpt.engine.kv_cache import KvCache
 from gpt.engine.linear import linear, wide_linear
 from gpt.engine.step import ContextStep, GenerationStep, Step
+from gpt.engine.torch_attention import TorchAttention
 from gpt.mapping import Mapping, Split
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -31,9 +33,9 @@ class TorchOps:
 
     comm: carries tensors of the weights' device between the ranks of `mapping`.
 
-    weights: by layout name, in the engine's dtype on one device.  cache: [L, 2, B, G/R, T, D], K and V of every layer;
-    `step` and `cache` are set by the session before each run.  fused: scaled_dot_product_attention, else scores and
-    softmax written out in float32.  trace: where named intermediate results are kept, when given.
+    weights: by layout name, in the engine's dtype on one device.  fused: scaled_dot_product_attention, else scores and
+    softmax written out in float32.  trace: where named intermediate results are kept, when given.  The session calls
+    `begin` before each run.
     """
 
     def __init__(
@@ -54,37 +56,16 @@ class TorchOps:
         self.dtype = weights["model.wte"].dtype
         # A few vectors, kept wide because what they scale is wide: see `embedding`.
         self._norms = {name: tensor.float() for name, tensor in weights.items() if "layernorm." in name}
-        self.attend = _fused_attention if fused else _plain_attention
+        self.attend = TorchAttention(self.num_heads, self.num_kv_heads, fused=fused)
         self.trace: dict[str, torch.Tensor] | None = None
         self.step: Step
-        self.cache: torch.Tensor
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._mask: torch.Tensor | None = None
-        self._keys: tuple[torch.Tensor, ...] = ()
-        self._values: tuple[torch.Tensor, ...] = ()
-        self._slots: tuple[torch.Tensor, ...] = ()
-        self._batch_rows = torch.empty(0)
 
-    def begin(self, step: Step, cache: torch.Tensor) -> None:
+    def begin(self, step: Step, cache: KvCache) -> None:
         """Takes the inputs of the next `forward`."""
         self.step = step
-        self.cache = cache
         self._rotary = None
-        self._mask = None
-        if isinstance(step, GenerationStep):
-            self._begin_generation(step)
-
-    def _begin_generation(self, step: GenerationStep) -> None:
-        """Cuts the cache for all layers at once: layer by layer these small calls would cost a tenth of a step."""
-        batch_size = step.ids.shape[0]
-        filled = self.cache[:, :, :batch_size, :, : step.max_position + 1]  # [L, 2, B, G, T, D]
-        self._keys, self._values = (part.unbind(0) for part in filled.unbind(1))
-        if step.uniform:
-            self._slots = filled[:, :, :, :, -1].unbind(0)  # L times [2, B, G, D]
-        else:
-            slots = torch.arange(step.max_position + 1, device=step.positions.device)
-            self._mask = (slots <= step.positions[:, None])[:, None, None, :]  # [B, 1, 1, T]
-            self._batch_rows = torch.arange(batch_size, device=step.positions.device)
+        self.attend.begin(step, cache)
 
     def embedding(self, table: str) -> torch.Tensor:
         """float32, and with it the whole residual stream: sums of half-precision terms stay exact between the products,
@@ -152,44 +133,7 @@ class TorchOps:
         return qkv
 
     def attention(self, qkv: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
-        heads = qkv.view(qkv.shape[0], -1, self.model.head_size)  # [N, H + 2G, D]
-        if isinstance(self.step, GenerationStep):
-            return self._generation_attention(self.step, heads, layer, scale)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return self._context_attention(self.step, q, k, v, self.cache[layer], scale)
-
-    def _context_attention(
-        self, step: ContextStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Prompts attend to themselves; the cache is written and not read.  q [N, H, D], k and v [N, G, D] -> [N,
-        H*D]."""
-        if step.padded:
-            batch_size = len(step.lengths)
-            q, k, v = (t.unflatten(0, (batch_size, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, S, D]
-            num_slots = k.shape[2]
-            cache[0, :batch_size, :, :num_slots] = k
-            cache[1, :batch_size, :, :num_slots] = v
-            return self.attend(q, k, v, scale, None, causal=True).transpose(1, 2).flatten(2).flatten(0, 1)
-        outputs = []
-        parts = zip(*(t.split(step.lengths) for t in (q, k, v)), strict=True)
-        for row, (length, part) in enumerate(zip(step.lengths, parts, strict=True)):
-            q_row, k_row, v_row = (t.transpose(0, 1)[None] for t in part)  # [1, heads, P, D]
-            cache[0, row, :, :length] = k_row[0]
-            cache[1, row, :, :length] = v_row[0]
-            outputs.append(self.attend(q_row, k_row, v_row, scale, None, causal=True)[0].transpose(0, 1).flatten(1))
-        return torch.cat(outputs)
-
-    def _generation_attention(
-        self, step: GenerationStep, heads: torch.Tensor, layer: int, scale: float
-    ) -> torch.Tensor:
-        """One token per sequence attends to its cache, itself included: heads [B, H + 2G, D] -> [B, H*D]."""
-        q = heads[:, : self.num_heads].unsqueeze(2)  # [B, H, 1, D]
-        new = heads[:, self.num_heads :].view(len(heads), 2, self.num_kv_heads, -1)  # [B, 2, G, D]
-        if step.uniform:
-            self._slots[layer].copy_(new.transpose(0, 1))
-        else:
-            self.cache[layer][:, self._batch_rows, :, step.positions] = new
-        return self.attend(q, self._keys[layer], self._values[layer], scale, self._mask, causal=False).flatten(1)
+        return self.attend(qkv.view(qkv.shape[0], -1, self.model.head_size), layer, scale)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         self.comm.all_reduce(x)
@@ -221,34 +165,3 @@ def rotary_tables(
     steps = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32)
     angles = torch.outer(positions.float() / scaling, base ** (-steps / rotary_dim))
     return angles.cos(), angles.sin()
-
-
-def _fused_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None, *, causal: bool
-) -> torch.Tensor:
-    """q [B, H, S, D], k and v [B, G, T, D], mask [B, 1, S, T] bool or None -> [B, H, S, D]."""
-    k, v = (_repeat_heads(t, q.shape[1]) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-
-
-def _plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None, *, causal: bool
-) -> torch.Tensor:
-    """The same as `_fused_attention`, written out with scores and softmax in float32."""
-    k, v = (_repeat_heads(t, q.shape[1]) for t in (k, v))
-    scores = (q.float() @ k.float().transpose(-1, -2)) * scale  # [B, H, S, T]
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.softmax(scores, dim=-1).to(v.dtype) @ v
-
-
-def _repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """[B, G, T, D] -> [B, H, T, D]: a view where one head serves all."""
-    num_kv_heads = x.shape[1]
-    if num_kv_heads == num_heads:
-        return x
-    if num_kv_heads == 1:
-        return x.expand(-1, num_heads, -1, -1)
-    return x.repeat_interleave(num_heads // num_kv_heads, dim=1)

@@ -11,6 +11,7 @@ import torch
 
 from gpt.comm import Communicator, NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
+from gpt.engine.kv_cache import KvCache
 from gpt.engine.step import ContextStep, GenerationStep
 from gpt.engine.torch_executor import TorchOps
 from gpt.mapping import Mapping
@@ -40,17 +41,23 @@ class TorchSession:
         self.device = torch.device(device)
         self.ops = TorchOps(model, mapping, weights, fused=build.fused_attention, comm=self.comm)
         self._dtype = weights["model.wte"].dtype
-        self._cache = torch.empty(0)
+        self.cache: KvCache | None = None
         self._lengths: list[int] = []
         self._positions = torch.empty(0)
 
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)
-        heads = self.mapping.local_kv_heads(self.model)
-        shape = (self.model.n_layer, 2, batch_size, heads, max_seq_len, self.model.head_size)
-        if self._cache.shape != shape:
-            # Zeros, since a slot that is masked out still takes part in a product with weight zero.
-            self._cache = torch.zeros(shape, dtype=self._dtype, device=self.device)
+        cache = self.cache
+        if cache is None or (cache.num_blocks, cache.tokens_per_block) != (batch_size, max_seq_len):
+            self.cache = None  # the old one is gone before the new one is made
+            self.cache = KvCache.empty(
+                self.model,
+                self.build,
+                self.mapping,
+                self.device,
+                num_blocks=batch_size,
+                tokens_per_block=max_seq_len,
+            )
         self._lengths = []
 
     def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
@@ -84,8 +91,10 @@ class TorchSession:
         return dataclasses.replace(step, prompt_table=table, first_row=first_rows.repeat_interleave(counts))
 
     def _run(self, step: ContextStep | GenerationStep) -> torch.Tensor:
+        if self.cache is None:
+            raise RuntimeError("start comes before context and generation")
         with torch.inference_mode():
-            self.ops.begin(step, self._cache)
+            self.ops.begin(step, self.cache)
             return forward(self.ops, self.model, self.mapping)[:, : self.model.vocab_size]
 
 

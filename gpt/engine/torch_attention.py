@@ -1,0 +1,116 @@
+"""Attention over the cache by PyTorch, for each kind of step."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gpt.engine.kv_cache import KvCache
+from gpt.engine.step import ContextStep, GenerationStep, Step
+
+
+class TorchAttention:
+    """Writes the step's K and V into the cache and attends: one call per layer after `begin`.
+
+    fused: scaled_dot_product_attention, else scores and softmax written out in float32.
+    """
+
+    def __init__(self, num_heads: int, num_kv_heads: int, *, fused: bool):
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.attend = _fused_attention if fused else _plain_attention
+        self.step: Step
+        self.cache: KvCache
+        self._mask: torch.Tensor | None = None
+        self._keys: tuple[torch.Tensor, ...] = ()
+        self._values: tuple[torch.Tensor, ...] = ()
+        self._slots: tuple[torch.Tensor, ...] = ()
+        self._batch_rows = torch.empty(0)
+
+    def begin(self, step: Step, cache: KvCache) -> None:
+        self.step = step
+        self.cache = cache
+        self._mask = None
+        if isinstance(step, GenerationStep):
+            self._begin_generation(step, cache.blocks)
+
+    def _begin_generation(self, step: GenerationStep, blocks: torch.Tensor) -> None:
+        """Cuts the cache for all layers at once: layer by layer these small calls would cost a tenth of a step."""
+        batch_size = step.ids.shape[0]
+        filled = blocks[:, :, :batch_size, :, : step.max_position + 1]  # [L, 2, B, G, T, D]
+        self._keys, self._values = (part.unbind(0) for part in filled.unbind(1))
+        if step.uniform:
+            self._slots = filled[:, :, :, :, -1].unbind(0)  # L times [2, B, G, D]
+        else:
+            slots = torch.arange(step.max_position + 1, device=step.positions.device)
+            self._mask = (slots <= step.positions[:, None])[:, None, None, :]  # [B, 1, 1, T]
+            self._batch_rows = torch.arange(batch_size, device=step.positions.device)
+
+    def __call__(self, heads: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
+        """heads [N, H + 2G, D], queries first -> [N, H*D]."""
+        if isinstance(self.step, GenerationStep):
+            return self._generation(self.step, heads, layer, scale)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        return self._context(self.step, q, k, v, self.cache.blocks[layer], scale)
+
+    def _context(
+        self, step: ContextStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Prompts attend to themselves; the cache is written and not read.  q [N, H, D], k and v [N, G, D] -> [N,
+        H*D]."""
+        if step.padded:
+            batch_size = len(step.lengths)
+            q, k, v = (t.unflatten(0, (batch_size, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, S, D]
+            num_slots = k.shape[2]
+            cache[0, :batch_size, :, :num_slots] = k
+            cache[1, :batch_size, :, :num_slots] = v
+            return self.attend(q, k, v, scale, None, causal=True).transpose(1, 2).flatten(2).flatten(0, 1)
+        outputs = []
+        parts = zip(*(t.split(step.lengths) for t in (q, k, v)), strict=True)
+        for row, (length, part) in enumerate(zip(step.lengths, parts, strict=True)):
+            q_row, k_row, v_row = (t.transpose(0, 1)[None] for t in part)  # [1, heads, P, D]
+            cache[0, row, :, :length] = k_row[0]
+            cache[1, row, :, :length] = v_row[0]
+            outputs.append(self.attend(q_row, k_row, v_row, scale, None, causal=True)[0].transpose(0, 1).flatten(1))
+        return torch.cat(outputs)
+
+    def _generation(self, step: GenerationStep, heads: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
+        """One token per sequence attends to its cache, itself included: heads [B, H + 2G, D] -> [B, H*D]."""
+        q = heads[:, : self.num_heads].unsqueeze(2)  # [B, H, 1, D]
+        new = heads[:, self.num_heads :].view(len(heads), 2, self.num_kv_heads, -1)  # [B, 2, G, D]
+        if step.uniform:
+            self._slots[layer].copy_(new.transpose(0, 1))
+        else:
+            self.cache.blocks[layer][:, self._batch_rows, :, step.positions] = new
+        return self.attend(q, self._keys[layer], self._values[layer], scale, self._mask, causal=False).flatten(1)
+
+
+def _fused_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None, *, causal: bool
+) -> torch.Tensor:
+    """q [B, H, S, D], k and v [B, G, T, D], mask [B, 1, S, T] bool or None -> [B, H, S, D]."""
+    k, v = (_repeat_heads(t, q.shape[1]) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+
+
+def _plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None, *, causal: bool
+) -> torch.Tensor:
+    """The same as `_fused_attention`, written out with scores and softmax in float32."""
+    k, v = (_repeat_heads(t, q.shape[1]) for t in (k, v))
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale  # [B, H, S, T]
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, dim=-1).to(v.dtype) @ v
+
+
+def _repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[B, G, T, D] -> [B, H, T, D]: a view where one head serves all."""
+    num_kv_heads = x.shape[1]
+    if num_kv_heads == num_heads:
+        return x
+    if num_kv_heads == 1:
+        return x.expand(-1, num_heads, -1, -1)
+    return x.repeat_interleave(num_heads // num_kv_heads, dim=1)
