@@ -1,0 +1,427 @@
+"""Our engine beside its peers on one GPU: same random weights of real shapes, prompts and lengths, in one call.
+
+    python3 benchmarks/bench_gpu.py                                     everything, in about eight minutes
+    python3 benchmarks/bench_gpu.py --decode --case gpt2-xl --system ours hf_static
+    python3 benchmarks/bench_gpu.py --plot benchmarks/results/gpu.csv
+
+A row is appended to the CSV file as soon as it is measured, the most important ones first, until --budget is spent.
+Times are of whole calls, prompts as lists in and token ids as lists out: first_token_ms of calls for one token, token_ms
+the difference to calls for all tokens, divided.  The limit is the time in which the weights and the filled part of the
+cache could be read at the speed that a copy reaches in the same call; prompts are compared with a measured product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import RESULTS, Sample, append_csv, describe_device, describe_versions
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from gpt.cli import ArgumentParser, add_log_level, positive_int, run_main
+from gpt.console import setup_logging
+from gpt.dtypes import FLOAT_DTYPES
+from gpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gpu_cases import Case, Shape
+    from gpu_measure import Budget, Ceilings, Timing
+    from gpu_systems import Setup, System
+
+SYSTEMS = ("ours", "hf_static", "hf_eager", "vllm", "ctranslate2", "hf_compile")
+PEERS = ("vllm", "ctranslate2")
+KINDS = ("decode", "throughput", "prefill", "profile", "load")
+# What starting a piece of work costs before its first number, roughly: with less left it is not begun.
+START_SECONDS = {"hf_compile": 100.0, "vllm": 90.0, "load": 60.0}
+LARGE = ("gpt2-xl",)
+PROFILED = ("gpt2-medium", "gpt2-xl")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Shapes of one kind that one system runs after being made once."""
+
+    kind: str
+    system: str
+    case: Case
+    shapes: tuple[Shape, ...]
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decode", action="store_true", help="time per token at the batch sizes of each case")
+    parser.add_argument("--throughput", action="store_true", help="a large batch with long prompts (1.5B)")
+    parser.add_argument("--prefill", action="store_true", help="long prompts' step against a product (1.5B)")
+    parser.add_argument("--profile", action="store_true", help="time of each kernel in one of our steps")
+    parser.add_argument("--load", action="store_true", help="run.py as a process, to its first token (1.5B)")
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="models; none of the five flags above: all five")
+    parser.add_argument("--system", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all installed")
+    parser.add_argument("--batch_size", type=positive_int, nargs="+", help="of --decode and --profile")
+    parser.add_argument("--input_len", type=positive_int, default=128, help="of --decode and --profile")
+    parser.add_argument("--output_len", type=positive_int, default=128, help="of --decode and --profile, at least 2")
+    parser.add_argument("--throughput_shape", type=positive_int, nargs=3, default=[64, 512, 256], metavar="N")
+    parser.add_argument("--prefill_shape", type=positive_int, nargs=2, default=[8, 1024], metavar="N")
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, default="float16")
+    parser.add_argument("--build_flags", default="", help="more flags of build.py for our engine, in one string")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
+    parser.add_argument("--repeat", type=positive_int, default=5, help="rounds at most")
+    parser.add_argument("--row_seconds", type=float, default=8.0, help="no new round of a row after that")
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds for everything")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--csv", type=Path, default=RESULTS / "gpu.csv")
+    parser.add_argument("--profile_csv", type=Path, default=RESULTS / "gpu_kernels.csv")
+    parser.add_argument("--plot", type=Path, nargs="+", metavar="CSV", help="only draw what these files hold")
+    add_log_level(parser, default="warning")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    setup_logging(args.log_level)
+    return run_main(lambda: draw_plots(args.plot) if args.plot else run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    from gpu_measure import Budget, measure_ceilings
+
+    budget = Budget(args.budget)
+    works = list(plan(args))
+    import torch
+
+    if torch.device(args.device).type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("there is no GPU here", found=f"--device {args.device}", hint="--device cpu --case tiny")
+        torch.cuda.set_device(torch.device(args.device).index or 0)
+    ceilings = measure_ceilings(args.device)
+    print(
+        f"{device_name(args.device)}: copy {ceilings.copy_gb_per_s:.0f} GB/s, product {ceilings.gemm_tflops:.1f} TFLOP/s"
+    )
+    bench = Bench(args, budget, ceilings)
+    for work in works:
+        bench.run(work)
+    draw_plots([path for path in (args.csv, args.profile_csv) if path in bench.written])
+    print(
+        f"{args.budget - budget.left:.0f} s, {bench.num_failed} failed, {bench.num_skipped} left out for lack of time"
+    )
+    return 1 if bench.num_failed else 0
+
+
+def plan(args: argparse.Namespace) -> Iterator[Work]:
+    """All that is asked for, in the order of worth: ours, then the best of `transformers`, then the rest."""
+    from gpu_cases import CASES, PUBLISHED, Shape
+    from gpu_systems import is_installed
+
+    unknown = [name for name in args.case or () if name not in CASES]
+    if unknown:
+        raise ConfigError("unknown --case", found=", ".join(unknown), allowed=", ".join(CASES))
+    if args.output_len < 2:
+        raise ConfigError("--output_len 1 leaves no step to measure", allowed="at least 2", hint="--prefill")
+    kinds = [kind for kind in KINDS if getattr(args, kind)] or list(KINDS)
+    for name in (name for name in PEERS if name in args.system and not is_installed(name)):
+        print(f"{name}: not installed, left out")
+    systems = [name for name in SYSTEMS if name in args.system and (name not in PEERS or is_installed(name))]
+    for system in systems:
+        for kind in KINDS:
+            if kind not in kinds or not takes_part(system, kind):
+                continue
+            defaults = {"decode": PUBLISHED, "profile": PROFILED}.get(kind, LARGE)
+            if system == "hf_compile" and kind == "decode":
+                defaults = ("gpt2-xl", "gpt2-medium")
+            for case in (CASES[name] for name in args.case or defaults):
+                batches = args.batch_size or (case.batch_sizes if kind == "decode" else (1,))
+                if system == "hf_compile" and kind == "decode" and not args.batch_size:
+                    batches = batches[:1]
+                shapes = {
+                    "throughput": (Shape(*args.throughput_shape),),
+                    "prefill": (Shape(*args.prefill_shape, 1),),
+                    "load": (Shape(1, args.input_len, 1),),
+                }.get(kind, tuple(Shape(batch, args.input_len, args.output_len) for batch in batches))
+                yield Work(kind, system, case, shapes)
+
+
+def takes_part(system: str, kind: str) -> bool:
+    if kind in ("profile", "load"):
+        return system == "ours"
+    return not (kind == "prefill" and system in ("hf_static", "hf_compile"))  # their prompts' step is eager
+
+
+class Bench:
+    """Runs works one after the other and writes their rows."""
+
+    def __init__(self, args: argparse.Namespace, budget: Budget, ceilings: Ceilings):
+        self.args = args
+        self.budget = budget
+        self.ceilings = ceilings
+        self.ours: dict[tuple[str, Shape], list[list[int]]] = {}
+        self.written: set[Path] = set()
+        self.num_failed = self.num_skipped = 0
+
+    def run(self, work: Work) -> None:
+        """What goes wrong is told and ends this work alone."""
+        needed = max(START_SECONDS.get(work.system, 0.0), START_SECONDS.get(work.kind, 0.0))
+        if self._is_over(work, needed):
+            return
+        try:
+            with tempfile.TemporaryDirectory(prefix="bench_gpu-") as folder:
+                self._run(work, Path(folder))
+        except Exception:  # a peer may raise anything, and the rows behind it are still wanted
+            self.num_failed += 1
+            traceback.print_exc()
+            print(f"failed: {describe(work)}", flush=True)
+
+    def _run(self, work: Work, scratch: Path) -> None:
+        from gpu_measure import allocated_bytes
+
+        base_bytes = allocated_bytes(self.args.device)
+        setup = self._setup(work, scratch)
+        if work.kind == "load":
+            self._load(work, setup)
+            return
+        system = make_system(work.system, setup)
+        for shape in work.shapes:
+            if self._is_over(work, 0.0):
+                return
+            if work.kind == "profile":
+                self._profile(work, setup, system, shape)
+            else:
+                self._time(work, setup, system, shape, base_bytes)
+
+    def _is_over(self, work: Work, needed_s: float) -> bool:
+        if self.budget.left > needed_s:
+            return False
+        self.num_skipped += 1
+        print(f"left out: {describe(work)}: {max(0.0, self.budget.left):.0f} s left of --budget", flush=True)
+        return True
+
+    def _setup(self, work: Work, scratch: Path) -> Setup:
+        from gpu_cases import build_flags
+        from gpu_systems import Setup
+
+        import build
+        from gpt.engine.folder import open_engine
+
+        folder = scratch / "engine"
+        flags = build_flags(work.case, self.args.dtype, self.args.seed, list(work.shapes))
+        more = shlex.split(self.args.build_flags)
+        build.run_build([*flags, *more, "--output_dir", str(folder), "--log_level", self.args.log_level])
+        return Setup(open_engine(folder), self.args.device, scratch)
+
+    def _time(self, work: Work, setup: Setup, system: System, shape: Shape, base_bytes: int | None) -> None:
+        from gpu_measure import measure, worst_margin
+
+        prompts = random_prompts(work.case, shape)
+        seconds = min(self.args.row_seconds, self.budget.left)
+        timing = measure(system, shape, prompts, repeat=self.args.repeat, row_seconds=seconds, base_bytes=base_bytes)
+        ours = self.ours.setdefault((work.case.name, shape), timing.tokens) if work.system == "ours" else None
+        reference = self.ours.get((work.case.name, shape)) if ours is None else None
+        margin = worst_margin(system, prompts, reference, timing.tokens) if reference is not None else None
+        row = self._row(work, setup, shape, len(timing.first_token_ms))
+        row |= self._numbers(work, setup, shape, timing) | compare(reference, timing.tokens, margin)
+        self._write(self.args.csv, [{name: row.get(name, "") for name in COLUMNS}])
+        print(describe_row(row), flush=True)
+
+    def _numbers(self, work: Work, setup: Setup, shape: Shape, timing: Timing) -> dict[str, object]:
+        from gpu_cases import prefill_flops, step_bytes
+
+        from gpt.engine.weights import engine_bytes
+        from gpt.mapping import Mapping
+
+        model, build = setup.info.model, setup.info.build
+        first, token = Sample(timing.first_token_ms), Sample(timing.token_ms)
+        flops = prefill_flops(model, shape)
+        weight_bytes = engine_bytes(model, Mapping(), build.dtype)
+        cache_bytes = build.kv_cache_bytes(model, shape.batch_size, shape.num_slots)
+        found: dict[str, object] = {
+            "first_token_ms": round(first.median, 3),
+            "first_token_ms_min": round(min(first.values), 3),
+            "first_token_ms_max": round(max(first.values), 3),
+            "prefill_tflops": round(flops / first.median / 1e9, 3),
+            "gemm_tflops": round(self.ceilings.gemm_tflops, 2),
+            "gemm_share": round(flops / first.median / 1e9 / self.ceilings.gemm_tflops, 4),
+            "first_call_s": round(timing.first_call_s, 3),
+            "weight_bytes": weight_bytes,
+            "cache_bytes": cache_bytes,
+        }
+        if timing.token_ms:
+            num_bytes = step_bytes(model, build, shape)
+            gb_per_s = num_bytes / token.median / 1e6
+            found |= {
+                "token_ms": round(token.median, 4),
+                "token_ms_min": round(min(token.values), 4),
+                "token_ms_max": round(max(token.values), 4),
+                "tokens_per_s": round(shape.batch_size / token.median * 1e3, 1),
+                "call_tokens_per_s": round(
+                    shape.batch_size * shape.output_len * 1e3 / (first.median + token.median * (shape.output_len - 1)),
+                    1,
+                ),
+                "step_bytes": num_bytes,
+                "gb_per_s": round(gb_per_s, 1),
+                "copy_gb_per_s": round(self.ceilings.copy_gb_per_s, 1),
+                "limit_ms": round(num_bytes / self.ceilings.copy_gb_per_s / 1e6, 4),
+                "share": round(gb_per_s / self.ceilings.copy_gb_per_s, 4),
+            }
+        if timing.peak_bytes is not None and work.system not in PEERS:  # those do not allocate through PyTorch here
+            found["peak_bytes"] = timing.peak_bytes
+            found["peak_over_needed"] = round(timing.peak_bytes / (weight_bytes + cache_bytes), 3)
+        return found
+
+    def _load(self, work: Work, setup: Setup) -> None:
+        from gpu_load import measure_load
+
+        (shape,) = work.shapes
+        try:
+            timing = measure_load(setup, shape, random_prompts(work.case, shape), repeat=3, timeout_s=self.budget.left)
+        except subprocess.TimeoutExpired:
+            self._is_over(work, self.budget.left)
+            return
+        load = Sample(timing.seconds)
+        row = self._row(work, setup, shape, len(load.values)) | {
+            "load_s": round(load.median, 3),
+            "load_s_min": round(min(load.values), 3),
+            "load_s_max": round(max(load.values), 3),
+            "weight_bytes": timing.num_bytes,
+        }
+        self._write(self.args.csv, [{name: row.get(name, "") for name in COLUMNS}])
+        print(f"{describe(work)}: {load} s from the start of run.py to its end, one token", flush=True)
+
+    def _profile(self, work: Work, setup: Setup, system: System, shape: Shape) -> None:
+        from datetime import datetime, timezone
+
+        from gpu_measure import profile_step
+
+        kernels = profile_step(system, shape, random_prompts(work.case, shape), self.args.device)
+        total = sum(kernel.us for kernel in kernels)
+        stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        row = self._row(work, setup, shape, 1)
+        rows = [
+            {
+                "run": stamp,
+                **row,
+                "kernel": kernel.name,
+                "calls_per_step": round(kernel.calls, 2),
+                "us_per_step": round(kernel.us, 3),
+                "share": round(kernel.us / total, 4),
+            }
+            for kernel in kernels
+        ]
+        if not rows:
+            raise RuntimeError("the profiler saw no kernels")
+        self._write(self.args.profile_csv, rows)
+        print(f"{describe(work)}: {total:.0f} us of kernels per step, the longest:", flush=True)
+        for kernel in kernels[:8]:
+            print(f"  {kernel.us:9.1f} us {kernel.us / total:6.1%} {kernel.calls:7.1f} x {kernel.name[:90]}")
+
+    def _row(self, work: Work, setup: Setup, shape: Shape, repeat: int) -> dict[str, object]:
+        packages = {"vllm": "vllm", "ctranslate2": "ctranslate2"}.get(work.system)
+        return {
+            "device": device_name(self.args.device),
+            "versions": describe_versions(*installed("torch", "triton", "transformers", packages)),
+            "kind": work.kind,
+            "case": work.case.name,
+            "dtype": setup.info.build.dtype,
+            "batch_size": shape.batch_size,
+            "input_len": shape.input_len,
+            "output_len": shape.output_len,
+            "system": work.system,
+            "repeat": repeat,
+        }
+
+    def _write(self, path: Path, rows: list[dict[str, object]]) -> None:
+        append_csv(path, rows)
+        self.written.add(path)
+
+
+COLUMNS = (
+    "device", "versions", "kind", "case", "dtype", "batch_size", "input_len", "output_len", "system", "repeat",
+    "token_ms", "token_ms_min", "token_ms_max", "tokens_per_s", "call_tokens_per_s",
+    "first_token_ms", "first_token_ms_min", "first_token_ms_max", "first_call_s",
+    "step_bytes", "gb_per_s", "copy_gb_per_s", "limit_ms", "share",
+    "prefill_tflops", "gemm_tflops", "gemm_share",
+    "weight_bytes", "cache_bytes", "peak_bytes", "peak_over_needed",
+    "load_s", "load_s_min", "load_s_max", "rows_like_ours", "worst_margin",
+)  # fmt: skip
+
+
+def make_system(name: str, setup: Setup) -> System:
+    from gpu_peers import CTranslate2, Vllm
+    from gpu_systems import HfEager, HfStatic, Ours
+
+    if name == "hf_compile":
+        return HfStatic(setup, compiled=True)
+    kinds = {"ours": Ours, "hf_static": HfStatic, "hf_eager": HfEager, "vllm": Vllm, "ctranslate2": CTranslate2}
+    system: System = kinds[name](setup)
+    return system
+
+
+def random_prompts(case: Case, shape: Shape) -> list[list[int]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(case.vocab_size, (shape.batch_size, shape.input_len), generator=generator).tolist()
+
+
+def compare(ours: list[list[int]] | None, theirs: list[list[int]], margin: float | None) -> dict[str, object]:
+    if ours is None:
+        return {}
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    return {"rows_like_ours": f"{same}/{len(ours)}", "worst_margin": "" if margin is None else round(margin, 5)}
+
+
+def describe(work: Work) -> str:
+    return f"{work.kind} {work.case.name} {', '.join(map(str, work.shapes))} {work.system}"
+
+
+def describe_row(row: dict[str, object]) -> str:
+    parts = [f"{row['first_token_ms']} ms to the first token", f"first call {row['first_call_s']} s"]
+    if "token_ms" in row:
+        parts = [
+            f"{row['token_ms']} ms per token ({row['token_ms_min']} to {row['token_ms_max']}, limit {row['limit_ms']})",
+            f"{row['tokens_per_s']} tokens/s",
+            f"{row['gb_per_s']} GB/s, {float(str(row['share'])):.1%} of a copy",
+            *parts,
+        ]
+    if row["kind"] == "prefill":
+        parts.append(f"{row['prefill_tflops']} TFLOP/s, {float(str(row['gemm_share'])):.1%} of a product")
+    if "peak_bytes" in row:
+        parts.append(f"peak {row['peak_over_needed']} x (weights + cache)")
+    if "rows_like_ours" in row:
+        parts.append(f"rows like ours {row['rows_like_ours']} (margin {row['worst_margin'] or 0})")
+    lengths = f"{row['batch_size']} x ({row['input_len']} + {row['output_len']})"
+    return f"{row['kind']} {row['case']} {lengths} {row['system']}: {'; '.join(parts)}"
+
+
+def device_name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else describe_device()
+
+
+def installed(*packages: str | None) -> list[str]:
+    from gpu_systems import is_installed
+
+    return [package for package in packages if package is not None and is_installed(package)]
+
+
+def draw_plots(paths: Sequence[Path]) -> int:
+    from gpu_plots import draw
+
+    for path in paths:
+        try:
+            for file in draw(path):
+                print(f"drew {file}")
+        except ImportError:
+            print(f"no matplotlib here: bench_gpu.py --plot {path} draws it elsewhere")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""The plots of bench_gpu.py's CSV files: latency over batch, share of the limit, kernels of one step."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = dict[str, str]
+LABELS = {
+    "ours": "this project",
+    "hf_eager": "transformers, eager",
+    "hf_static": "transformers, static cache in a CUDA graph",
+    "hf_compile": "transformers, static cache + compile",
+    "vllm": "vLLM",
+    "ctranslate2": "CTranslate2",
+}
+_COLOURS = dict(zip(LABELS, ("#0072b2", "#999999", "#e69f00", "#d55e00", "#009e73", "#cc79a7"), strict=True))
+_NUM_KERNELS = 12
+
+
+def draw(path: Path) -> list[Path]:
+    """Draws what the rows of a CSV file hold, beside it; returns the files.  Of several rows of the same measurement on
+    the device of the last row, the last counts.  Raises ImportError without matplotlib."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    rows = [row for row in rows if row["device"] == rows[-1]["device"]]
+    if rows and "kernel" in rows[0]:
+        return draw_kernels(path, rows)
+    latest = {tuple(row[key] for key in ("case", "dtype", "batch_size", "input_len", "output_len", "system")): row
+              for row in rows if row["kind"] == "decode"}  # fmt: skip
+    decode = list(latest.values())
+    if not decode:
+        return []
+    return [draw_latency(path, decode), draw_share(path, decode)]
+
+
+def draw_latency(path: Path, rows: Sequence[Row]) -> Path:
+    """One panel per model: ms per token over the batch, a line per system, bars from the fastest to the slowest round,
+    and what reading weights and cache takes at the copy's speed."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure = new_figure(3.1 * len(cases), 3.4)
+    panels = figure.subplots(1, len(cases), squeeze=False)[0]
+    for axes, case in zip(panels, cases, strict=True):
+        own = sorted((row for row in rows if row["case"] == case), key=lambda row: int(row["batch_size"]))
+        for system in in_order(own):
+            mine = [row for row in own if row["system"] == system]
+            low, mid, high = (numbers(mine, name) for name in ("token_ms_min", "token_ms", "token_ms_max"))
+            spread = [[m - a for m, a in zip(mid, low, strict=True)], [b - m for m, b in zip(mid, high, strict=True)]]
+            axes.errorbar(
+                numbers(mine, "batch_size"), mid, spread, label=LABELS[system], color=_COLOURS[system], marker="o",
+                markersize=4, linewidth=1.6, capsize=2,
+            )  # fmt: skip
+        limits = {float(row["batch_size"]): float(row["limit_ms"]) for row in own}
+        style = {"marker": "_"} if len(limits) == 1 else {}
+        axes.plot(list(limits), list(limits.values()), "k--", linewidth=1.2, label="limit of the memory", **style)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(list(limits), [f"{batch:.0f}" for batch in limits])
+        axes.set(title=f"{case}, {own[-1]['dtype']}", xlabel="sequences in the batch")
+        axes.grid(axis="y", which="both", linewidth=0.4, alpha=0.5)
+    panels[0].set_ylabel("ms per token")
+    add_legend(figure, panels)
+    return save(figure, path, "latency")
+
+
+def draw_share(path: Path, rows: Sequence[Row]) -> Path:
+    """Bars: GB/s of weights and cache as a share of the copy's."""
+    groups = sorted({(row["case"], int(row["batch_size"])) for row in rows}, key=lambda g: case_order(rows, g))
+    systems = in_order(rows)
+    figure = new_figure(max(5.0, 0.9 * len(groups) + 2), 3.4)
+    axes = figure.subplots()
+    width = 0.8 / len(systems)
+    for index, system in enumerate(systems):
+        found = {(r["case"], int(r["batch_size"])): 100 * float(r["share"]) for r in rows if r["system"] == system}
+        places = [place + index * width - 0.4 for place, group in enumerate(groups) if group in found]
+        heights = [found[group] for group in groups if group in found]
+        axes.bar(places, heights, width * 0.92, align="edge", color=_COLOURS[system], label=LABELS[system])
+    axes.set_xticks(range(len(groups)), [f"{case}\nbatch {batch}" for case, batch in groups], fontsize=8)
+    axes.set(ylabel="% of a copy's bandwidth", title="Weights and cache read per second of a step")
+    axes.axhline(100, color="black", linestyle="--", linewidth=1)
+    add_legend(figure, [axes])
+    return save(figure, path, "share")
+
+
+def draw_kernels(path: Path, rows: Sequence[Row]) -> list[Path]:
+    """One file per model and batch: the kernels of a step by time, the smaller ones in one bar."""
+    files = []
+    for case, batch in dict.fromkeys((row["case"], row["batch_size"]) for row in rows):
+        mine = [row for row in rows if (row["case"], row["batch_size"]) == (case, batch)]
+        last = max(row["run"] for row in mine)
+        mine = [row for row in mine if row["run"] == last]
+        bars = [(shorten(row["kernel"]), float(row["us_per_step"])) for row in mine[:_NUM_KERNELS]]
+        rest = sum(float(row["us_per_step"]) for row in mine[_NUM_KERNELS:])
+        bars += [(f"{len(mine) - _NUM_KERNELS} others", rest)] if rest else []
+        figure = new_figure(7.5, 0.9 + 0.28 * len(bars))
+        axes = figure.subplots()
+        axes.barh([name for name, _ in bars][::-1], [us for _, us in bars][::-1], color=_COLOURS["ours"])
+        total = sum(us for _, us in bars)
+        axes.set(xlabel="µs per step", title=f"{case}, batch {batch}: {total:.0f} µs in kernels")
+        axes.tick_params(axis="y", labelsize=7)
+        files.append(save(figure, path, f"{case}_{batch}"))
+    return files
+
+
+def shorten(name: str, width: int = 60) -> str:
+    """A kernel's name without its return type and arguments, cut where it is still too long."""
+    name = name.removeprefix("void ").split("(")[0]
+    return name if len(name) <= width else name[: width - 3] + "..."
+
+
+def numbers(rows: Sequence[Row], name: str) -> list[float]:
+    return [float(row[name]) for row in rows]
+
+
+def in_order(rows: Sequence[Row]) -> list[str]:
+    found = {row["system"] for row in rows}
+    return [system for system in LABELS if system in found]
+
+
+def case_order(rows: Sequence[Row], group: tuple[str, int]) -> tuple[int, int]:
+    return list(dict.fromkeys(row["case"] for row in rows)).index(group[0]), group[1]
+
+
+def new_figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One for all panels, below them."""
+    entries: dict[str, object] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+
+
+def save(figure: Figure, path: Path, what: str) -> Path:
+    target = path.with_name(f"{path.stem}_{what}.svg")
+    figure.savefig(target, metadata={"Date": None})
+    return target
