@@ -5,8 +5,8 @@
     python3 benchmarks/bench_gpu.py --plot benchmarks/results/gpu.csv
 
 A row is appended to the CSV file as soon as it is measured, the most important ones first, until --budget is spent.
-Times are of whole calls, prompts as lists in and token ids as lists out: first_token_ms of calls for one token, token_ms
-the difference to calls for all tokens, divided.  The limit is the time in which the weights and the filled part of the
+Times are of whole calls, prompts as lists in and token ids as lists out: first_token_ms of calls for one token,
+token_ms the difference to calls for all tokens, divided.  The limit is the time in which the weights and the filled part of the
 cache could be read at the speed that a copy reaches in the same call; prompts are compared with a measured product.
 """
 
@@ -102,9 +102,8 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("there is no GPU here", found=f"--device {args.device}", hint="--device cpu --case tiny")
         torch.cuda.set_device(torch.device(args.device).index or 0)
     ceilings = measure_ceilings(args.device)
-    print(
-        f"{device_name(args.device)}: copy {ceilings.copy_gb_per_s:.0f} GB/s, product {ceilings.gemm_tflops:.1f} TFLOP/s"
-    )
+    reached = f"copy {ceilings.copy_gb_per_s:.0f} GB/s, product {ceilings.gemm_tflops:.3g} TFLOP/s"
+    print(f"{device_name(args.device)}: {reached}", flush=True)
     bench = Bench(args, budget, ceilings)
     for work in works:
         bench.run(work)
@@ -414,12 +413,12 @@ def installed(*packages: str | None) -> list[str]:
 def draw_plots(paths: Sequence[Path]) -> int:
     from gpu_plots import draw
 
+    if paths and not installed("matplotlib"):
+        print(f"no matplotlib here: bench_gpu.py --plot {' '.join(map(str, paths))} draws elsewhere")
+        return 0
     for path in paths:
-        try:
-            for file in draw(path):
-                print(f"drew {file}")
-        except ImportError:
-            print(f"no matplotlib here: bench_gpu.py --plot {path} draws it elsewhere")
+        for file in draw(path):
+            print(f"drew {file}")
     return 0
 
 

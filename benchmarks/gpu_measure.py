@@ -98,10 +98,8 @@ def measure_ceilings(device: str) -> Ceilings:
     """On a GPU a copy of 2 GiB and an 8192^3 product in bfloat16 of normal values; on a CPU small float32 ones."""
     on_gpu = torch.device(device).type == "cuda"
     num_bytes, size, dtype = (2 << 30, 8192, torch.bfloat16) if on_gpu else (64 << 20, 1024, torch.float32)
-    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    source, target = (torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     copy_ms = device_ms(lambda: target.copy_(source), on_gpu)
-    del source, target
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product_ms = device_ms(lambda: a @ b, on_gpu)
     return Ceilings(2 * num_bytes / copy_ms / 1e6, 2 * size**3 / product_ms / 1e9)

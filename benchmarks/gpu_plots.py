@@ -26,7 +26,7 @@ _NUM_KERNELS = 12
 
 def draw(path: Path) -> list[Path]:
     """Draws what the rows of a CSV file hold, beside it; returns the files.  Of several rows of the same measurement on
-    the device of the last row, the last counts.  Raises ImportError without matplotlib."""
+    the device of the last row, the last counts."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     rows = [row for row in rows if row["device"] == rows[-1]["device"]]

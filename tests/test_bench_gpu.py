@@ -1,0 +1,230 @@
+"""benchmarks/bench_gpu.py on a CPU with tiny models: it runs, its rows are right, its formulas count what they say."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import bench_gpu
+import gpu_peers
+from gpu_cases import CASES, Shape, build_flags, prefill_flops, step_bytes
+from gpu_measure import Timing, measure, worst_margin
+from gpu_systems import HfEager, HfStatic, Ours, Setup
+
+import build
+from gpt.engine.folder import open_engine
+from gpt.mapping import Mapping
+from gpt.runtime.load import load_torch_weights, pick_device
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--device", "cpu", "--dtype", "float32", "--input_len", "8", "--output_len", "6", "--repeat", "2"]
+SMALL += ["--throughput_shape", "2", "8", "4", "--prefill_shape", "2", "80"]
+SHAPE = Shape(3, 8, 6)
+
+
+@dataclass(frozen=True)
+class Result:
+    output: str
+    rows: list[dict[str, str]]
+    kernels: list[dict[str, str]]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """Everything, on both tiny models, as a user starts it."""
+    folder = tmp_path_factory.mktemp("bench")
+    files = ["--csv", str(folder / "gpu.csv"), "--profile_csv", str(folder / "kernels.csv")]
+    command = [sys.executable, "benchmarks/bench_gpu.py", *SMALL, *files, "--case", "tiny", "tiny-mq"]
+    command += ["--system", "ours", "hf_static", "hf_eager", "vllm"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return Result(run.stdout, read_rows(folder / "gpu.csv"), read_rows(folder / "kernels.csv"), folder)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def make_setup(folder: Path, case: str) -> Setup:
+    flags = build_flags(CASES[case], "float32", 1, [SHAPE])
+    build.run_build([*flags, "--output_dir", str(folder), "--log_level", "error"])
+    return Setup(open_engine(folder), "cpu", folder)
+
+
+def test_one_row_for_everything_that_was_asked_for(result: Result) -> None:
+    found = {(row["kind"], row["case"], row["batch_size"], row["system"]) for row in result.rows}
+    expected = set()
+    for case in ("tiny", "tiny-mq"):
+        for system in ("ours", "hf_static", "hf_eager"):
+            expected |= {
+                ("decode", case, "1", system),
+                ("decode", case, "3", system),
+                ("throughput", case, "2", system),
+            }
+        expected |= {("prefill", case, "2", "ours"), ("prefill", case, "2", "hf_eager"), ("load", case, "1", "ours")}
+    assert found == expected
+    assert len(result.rows) == len(expected)
+    assert "vllm: not installed, left out" in result.output
+    assert "0 failed, 0 left out" in result.output
+
+
+def test_columns_say_what_they_should(result: Result) -> None:
+    assert list(result.rows[0]) == ["date", *bench_gpu.COLUMNS, "command"]
+    for row in result.rows:
+        assert row["device"]
+        assert f"torch {torch.__version__}" in row["versions"]
+        if row["kind"] == "load":
+            assert float(row["load_s_min"]) <= float(row["load_s"]) <= float(row["load_s_max"])
+            continue
+        assert float(row["first_token_ms_min"]) <= float(row["first_token_ms"]) <= float(row["first_token_ms_max"])
+        assert (row["token_ms"] == "") == (row["kind"] == "prefill")
+        if row["token_ms"]:
+            token_ms, copy = float(row["token_ms"]), float(row["copy_gb_per_s"])
+            assert float(row["token_ms_min"]) <= token_ms <= float(row["token_ms_max"])
+            # Printed with four digits behind the point, and a copy's speed with one.
+            assert float(row["limit_ms"]) == pytest.approx(int(row["step_bytes"]) / copy / 1e6, rel=0.1, abs=1e-4)
+
+
+def test_same_ids_as_transformers(result: Result) -> None:
+    peers = [row for row in result.rows if row["system"] != "ours"]
+    assert {row["rows_like_ours"] for row in peers} == {"1/1", "2/2", "3/3"}
+    assert all(row["rows_like_ours"][0] == row["batch_size"] for row in peers)
+
+
+def test_kernels_of_a_step(result: Result) -> None:
+    for case in ("tiny", "tiny-mq"):
+        mine = [row for row in result.kernels if row["case"] == case]
+        assert sum(float(row["share"]) for row in mine) == pytest.approx(1.0, abs=1e-2)
+        times = [float(row["us_per_step"]) for row in mine]
+        assert times == sorted(times, reverse=True)
+        calls = {row["kernel"]: float(row["calls_per_step"]) for row in mine}
+        assert calls["aten::native_layer_norm"] == 5  # two in each of two layers, one at the end
+
+
+def test_plots_are_drawn_from_the_files_alone(result: Result) -> None:
+    for path in result.folder.glob("*.svg"):
+        path.unlink()
+    assert bench_gpu.main(["--plot", str(result.folder / "gpu.csv"), str(result.folder / "kernels.csv")]) == 0
+    names = {path.name for path in result.folder.glob("*.svg")}
+    assert names == {"gpu_latency.svg", "gpu_share.svg", "kernels_tiny_1.svg", "kernels_tiny-mq_1.svg"}
+
+
+def test_a_spent_budget_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*SMALL, "--case", "tiny", "--system", "ours", "--decode", "--budget", "0"]
+    assert bench_gpu.main([*flags, "--csv", str(tmp_path / "x.csv")]) == 0
+    assert "left out: decode tiny 1 x (8 + 6), 3 x (8 + 6) ours" in capsys.readouterr().out
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_a_failing_peer_ends_only_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(setup: Setup) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("gpu_systems.HfStatic", fail)
+    path = tmp_path / "x.csv"
+    flags = [*SMALL, "--case", "tiny", "--decode", "--batch_size", "2", "--system", "ours", "hf_static", "hf_eager"]
+    assert bench_gpu.main([*flags, "--csv", str(path)]) == 1
+    assert [row["system"] for row in read_rows(path)] == ["ours", "hf_eager"]
+
+
+@pytest.mark.parametrize("flags", [["--case", "gpt5"], ["--output_len", "1"]])
+def test_wrong_command_lines(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_gpu.main(["--device", "cpu", *flags]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["tiny", "tiny-mq"])
+def test_every_system_sees_the_weights_of_the_engine(case: str, tmp_path: Path) -> None:
+    setup = make_setup(tmp_path, case)
+    prompts = bench_gpu.random_prompts(CASES[case], SHAPE)
+    session = Ours(setup).session
+    session.start(SHAPE.batch_size, SHAPE.num_slots)
+    ours = session.context(prompts)
+    theirs = torch.stack([row for row in map(HfEager(setup).logits, prompts) if row is not None])
+    # The design's bound for float32 beside HF.
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["tiny", "tiny-mq"])
+def test_step_bytes(case: str, tmp_path: Path) -> None:
+    info = make_setup(tmp_path, case).info
+    weights = load_torch_weights(info, Mapping(), pick_device("cpu"))
+    read = sum(tensor.nbytes for name, tensor in weights.items() if name != "model.wpe")
+    # Steps read 9, 10, ... 13 slots behind a prompt of 8; the formula rounds their mean to 8 + 3.
+    per_slot = 3 * 2 * 2 * (1 if case == "tiny-mq" else 4) * 16 * 4  # B, L, K and V, G, D, bytes
+    assert step_bytes(info.model, info.build, SHAPE) == read + per_slot * 11
+
+
+@pytest.mark.parametrize("case", ["tiny", "tiny-mq"])
+def test_prefill_flops(case: str, tmp_path: Path) -> None:
+    """The counter of PyTorch sees the whole square of scores; half of it and half a diagonal are asked for."""
+    setup = make_setup(tmp_path, case)
+    model = HfEager(setup).model
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.config._attn_implementation = "eager"
+        model(torch.tensor(bench_gpu.random_prompts(CASES[case], SHAPE)), use_cache=False, logits_to_keep=1)
+    square, triangle = 8 * 8, 8 * 9 // 2
+    surplus = 2 * 2 * (square - triangle) * 3 * 64 * 2  # a product's two operations, Q K^T and P V, B, E, L
+    assert prefill_flops(setup.info.model, SHAPE) == counter.get_total_flops() - surplus
+
+
+def test_static_cache_begins_anew(tmp_path: Path) -> None:
+    setup = make_setup(tmp_path, "tiny")
+    prompts = bench_gpu.random_prompts(CASES["tiny"], SHAPE)
+    system = HfStatic(setup)
+    system.prepare(SHAPE)
+    first = system.generate(prompts, 6)
+    assert system.generate(prompts[::-1], 6) == first[::-1]
+    assert system.generate(prompts, 1) == [row[:1] for row in first]
+
+
+class Slow:
+    """Takes a second per token of its own clock, half a second for the prompts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 0.0
+        monkeypatch.setattr("gpu_measure.time.perf_counter", lambda: self.now)
+
+    def prepare(self, shape: Shape) -> None:
+        self.now += 7.0
+
+    def generate(self, prompts: object, num_tokens: int) -> list[list[int]]:
+        self.now += 0.5 + num_tokens
+        return [[5] * num_tokens]
+
+    def logits(self, ids: object) -> torch.Tensor:
+        return torch.tensor([0.0, 1.0, 2.0, 3.0])
+
+
+def test_time_per_token_leaves_out_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = Slow(monkeypatch)
+    timing = measure(system, Shape(1, 4, 3), [[1]], repeat=9, row_seconds=12.0, base_bytes=None)
+    assert timing == Timing([[5] * 3], 10.5, [1500.0] * 3, [1000.0] * 3)
+
+
+def test_margin_of_ids_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    deviation = float(torch.tensor([0.0, 1.0, 2.0, 3.0]).std())
+    prompts, theirs = [[1], [1]], [[3, 3], [3, 3]]
+    margin = worst_margin(Slow(monkeypatch), prompts, [[3, 2], [1, 0]], theirs)
+    assert margin == pytest.approx(2 / deviation)
+    assert worst_margin(Slow(monkeypatch), prompts, theirs, theirs) is None
+
+
+def test_folder_for_peers_holds_words_that_are_ids(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = gpu_peers.save_hf(make_setup(tmp_path, "tiny"))
+    gpu_peers.save_words(folder, 301)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.convert_tokens_to_ids(["0", "17", "300"]) == [0, 17, 300]
