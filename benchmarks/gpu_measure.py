@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from gpu_cases import Shape
@@ -153,7 +154,7 @@ def profile_step(system: System, shape: Shape, prompts: Prompts, device: str) ->
     system.prepare(shape)
     system.generate(prompts, shape.output_len)
     system.generate(prompts, 1)
-    long, short = (kernels_of(lambda n=n: system.generate(prompts, n), device) for n in (shape.output_len, 1))
+    long, short = (kernels_of(partial(system.generate, prompts, n), device) for n in (shape.output_len, 1))
     steps = shape.output_len - 1
     found = [
         KernelTime(name, (calls - short[name][0]) / steps, (us - short[name][1]) / steps)

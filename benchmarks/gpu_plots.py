@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -135,7 +136,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """One for all panels, below them."""
-    entries: dict[str, object] = {}
+    entries: dict[str, Artist] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)

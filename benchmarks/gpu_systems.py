@@ -111,7 +111,7 @@ class HfStatic(HfEager):
         self.chosen = torch.zeros(shape.batch_size, shape.output_len, dtype=torch.long, device=self.device)
         self.forward: Any = self.model
         if self.compiled:
-            torch._dynamo.reset()  # type: ignore[no-untyped-call]
+            torch._dynamo.reset()
             self.forward = torch.compile(self.model, dynamic=False)
 
     @torch.no_grad()
