@@ -46,7 +46,9 @@ class Vllm:
 
 
 class CTranslate2:
-    """CTranslate2's Generator; its own converter makes its folder, its tokens are the ids as words."""
+    """CTranslate2's Generator; its own converter makes its folder, its tokens are the ids as words.
+
+    A sequence cannot go on behind an end token there, so token 0, which has to be one, is never chosen."""
 
     def __init__(self, setup: Setup):
         import ctranslate2
@@ -95,4 +97,5 @@ def save_words(folder: Path, vocab_size: int) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({str(token): token for token in range(vocab_size)}, unk_token="0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0").save_pretrained(folder)
+    special = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "0")  # its model file needs the three
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
