@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Mapping as Dict
 
 import torch
@@ -14,18 +13,8 @@ from gpt.engine.kv_cache import KvCache
 from gpt.engine.linear import linear, wide_linear
 from gpt.engine.step import ContextStep, GenerationStep, Step
 from gpt.engine.torch_attention import TorchAttention
+from gpt.kernels.product import ACTIVATION_FUNCTIONS
 from gpt.mapping import Mapping, Split
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu_erf": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "squared_relu": lambda x: F.relu(x).square(),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
 
 
 class TorchOps:

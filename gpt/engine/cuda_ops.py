@@ -1,0 +1,423 @@
+"""The operations of one decode step as few kernels: what follows what is known, so little is done on its own.
+
+`gpt.network.gpt.forward` runs once per captured graph.  Operations that a kernel can take along (norms, biases,
+activations, gates, residual sums, rotation) return a description instead of a result; the operation that needs the
+value launches the kernel for all of it.  For one sequence a layer is five launches: norm and QKV, attention, dense and
+residual, norm and FC1, FC2 and residual.  For several, norms and residual sums share a launch of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from gpt.comm import Communicator, NullCommunicator
+from gpt.config import ModelConfig
+from gpt.engine.kv_cache import KvCache
+from gpt.engine.torch_executor import rotary_tables
+from gpt.engine.tuning import Tuning
+from gpt.kernels.attention import Rotary, decode_attention, scratch_size
+from gpt.kernels.gemv import gemv
+from gpt.kernels.norm import add_norm, embed
+from gpt.kernels.product import Gate, Norm
+from gpt.kernels.skinny import skinny
+from gpt.mapping import Mapping, Split
+
+
+@dataclass(frozen=True)
+class DecodeInputs:
+    """What a step reads and where it leaves its choice, at fixed addresses.
+
+    ids, positions: [B] int32.  table: [B, blocks] int32.  tiles: per sequence the largest logits of the head's tiles
+    and their token ids, [B, tiles] float32 and int32; set by the head.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    table: torch.Tensor
+    cache: KvCache
+
+
+@dataclass
+class _Words:
+    """An embedding nobody has looked up yet."""
+
+    table: str
+
+
+@dataclass
+class _Places:
+    table: str
+
+
+@dataclass
+class _Stream:
+    """The residual stream x [B, E] float32; `parts` [P, B, E] and `bias` [E] still have to be added to it."""
+
+    x: torch.Tensor
+    parts: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+@dataclass
+class _Normed:
+    stream: _Stream
+    norm: Norm
+    value: torch.Tensor | None = None
+
+
+@dataclass
+class _Product:
+    """activation(input @ weight.T + bias) * (input @ gate.T + its bias)."""
+
+    input: _Normed | _Parts | torch.Tensor
+    name: str
+    activation: str
+    bias: bool
+    gate: str | None = None
+
+
+@dataclass
+class _Rotated:
+    qkv: _Product
+    rotary: Rotary
+
+
+@dataclass
+class _Sum:
+    """A finished product and the bias that is still to be added."""
+
+    value: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass
+class _Parts:
+    """An attention's output in parts, as `decode_attention` leaves them: a product of one row joins them itself."""
+
+    parts: torch.Tensor
+    num_splits: int
+
+
+@dataclass
+class _Scratch:
+    """Grown to the largest attention's need; layers follow each other, so one is enough."""
+
+    tensor: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def get(self, size: int, device: torch.device) -> torch.Tensor | None:
+        if size == 0:
+            return None
+        if self.tensor.numel() < size:
+            self.tensor = torch.empty(size, dtype=torch.float32, device=device)
+        return self.tensor
+
+
+Value = _Words | _Places | _Stream | _Normed | _Product | _Rotated | _Sum | _Parts | torch.Tensor
+
+
+class DecodeOps:
+    """Ops for one token of each of B sequences; see gpt.network.ops.
+
+    weights: as the engine holds them, on one CUDA device (on a CPU with Triton's interpreter).  `tiles` is what the
+    head found: the largest logit of each of its tiles, [B, tiles] float32, and its token id, int32.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        mapping: Mapping,
+        weights: Dict[str, torch.Tensor],
+        tuning: Tuning,
+        *,
+        max_seq_len: int,
+        comm: Communicator | None = None,
+    ):
+        self.model = model
+        self.mapping = mapping
+        self.weights = weights
+        self.tuning = tuning
+        self.comm = comm or NullCommunicator()
+        self.dtype = weights["model.wte"].dtype
+        self.device = weights["model.wte"].device
+        self.num_heads = mapping.local_heads(model)
+        self.num_kv_heads = mapping.local_kv_heads(model)
+        self.tiles: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.inputs: DecodeInputs
+        self._norms = {name: tensor.float() for name, tensor in weights.items() if "layernorm." in name}
+        self._scratch = _Scratch()
+        self._rotary: Rotary | None = None
+        if not model.learned_positions:
+            positions = torch.arange(max_seq_len, device=self.device)
+            tables = rotary_tables(positions, model.rotary_dim, model.rotary_base, model.rotary_scaling)
+            self._rotary = Rotary(*(table.contiguous() for table in tables))
+
+    def begin(self, inputs: DecodeInputs) -> None:
+        """Takes the buffers the next `forward` works on."""
+        self.inputs = inputs
+        self.tiles = None
+
+    @property
+    def _batch_size(self) -> int:
+        return self.inputs.ids.shape[0]
+
+    def embedding(self, table: str) -> Value:
+        if self.mapping.embedding is Split.NONE:
+            return _Words(table)
+        ids = self.inputs.ids
+        weights = self.weights[table]
+        if self.mapping.embedding is Split.COLUMN:
+            return F.embedding(ids, weights).float()
+        own = ids - self.mapping.rank * weights.shape[0]
+        elsewhere = (own < 0) | (own >= weights.shape[0])
+        return F.embedding(own.masked_fill(elsewhere, 0), weights).masked_fill(elsewhere[:, None], 0).float()
+
+    def position_embedding(self, table: str) -> Value:
+        return _Places(table)
+
+    def add(self, a: Value, b: Value) -> Value:
+        if isinstance(b, _Places):
+            return self._embedded(a, b)
+        stream = self._stream(a)
+        if isinstance(b, _Product):
+            self._add_product(stream, b)
+        elif isinstance(b, _Sum):
+            stream.parts, stream.bias = b.value[None], b.bias
+        else:
+            raise TypeError(f"nothing adds {type(b).__name__} to the residual stream")
+        return stream
+
+    def _embedded(self, words: Value, places: _Places | None) -> _Stream:
+        table = self.weights[places.table] if places else None
+        if isinstance(words, torch.Tensor):
+            return _Stream(words if table is None else words.add_(F.embedding(self.inputs.positions, table)))
+        if not isinstance(words, _Words):
+            raise TypeError(f"no embedding: {type(words).__name__}")
+        x = self._empty(self.model.n_embd, torch.float32)
+        embed(self.inputs.ids, self.inputs.positions, self.weights[words.table], table, x)
+        return _Stream(x)
+
+    def _stream(self, x: Value) -> _Stream:
+        if isinstance(x, _Stream):
+            if x.parts is not None:  # two sums without a norm between them
+                add_norm(x.x, None, None, parts=x.parts, bias=x.bias)
+                x.parts = x.bias = None
+            return x
+        return self._embedded(x, None)
+
+    def _add_product(self, stream: _Stream, product: _Product) -> None:
+        weight, scale, bias = self._weight(product.name, product.bias)
+        num_rows, num_columns = weight.shape
+        if self._batch_size == 1:
+            self._gemv(product.input, weight, stream.x, bias=bias, scale=scale, add_to_out=True)
+            return
+        h = self._input(product.input)
+        skinny_config = self.tuning.skinny(self._batch_size, num_rows, num_columns, splits=True)
+        parts = torch.empty(
+            (skinny_config.split_k, self._batch_size, num_rows), dtype=torch.float32, device=self.device
+        )
+        skinny(h, weight, parts, config=skinny_config, scale=scale)
+        stream.parts, stream.bias = parts, bias
+
+    def layer_norm(self, x: Value, name: str, epsilon: float) -> Value:
+        return self._normed(x, Norm(self._norms[name + ".weight"], self._norms[name + ".bias"], epsilon))
+
+    def rms_norm(self, x: Value, name: str, epsilon: float) -> Value:
+        return self._normed(x, Norm(self._norms[name + ".weight"], None, epsilon))
+
+    def _normed(self, x: Value, norm: Norm) -> _Normed:
+        return _Normed(x if isinstance(x, _Stream) else self._stream(x), norm)
+
+    def linear(self, x: Value, name: str, *, activation: str | None = None, bias: bool = True) -> Value:
+        if not isinstance(x, (_Normed, _Parts, torch.Tensor)):
+            x = self.value(x)
+        return _Product(x, name, activation or "none", bias)
+
+    def multiply(self, a: Value, b: Value) -> Value:
+        if not (isinstance(a, _Product) and isinstance(b, _Product)):
+            raise TypeError(f"nothing multiplies {type(a).__name__} and {type(b).__name__}")
+        return _Product(a.input, a.name, a.activation, a.bias, gate=b.name)
+
+    def rotary(self, qkv: Value, rotary_dim: int, base: float, scaling: float) -> Value:
+        if not isinstance(qkv, _Product) or self._rotary is None:
+            raise TypeError(f"nothing rotates {type(qkv).__name__}")
+        return _Rotated(qkv, self._rotary)
+
+    def attention(self, qkv: Value, layer: int, scale: float) -> Value:
+        qkv, rotary = (qkv.qkv, qkv.rotary) if isinstance(qkv, _Rotated) else (qkv, None)
+        cache = self.inputs.cache
+        head_size = self.model.head_size
+        num_slots = self.inputs.table.shape[1] * cache.tokens_per_block
+        config = self.tuning.attention(self._batch_size, self.num_heads, self.num_kv_heads, num_slots)
+        parts = self._scratch.get(scratch_size(self._batch_size, self.num_heads, head_size, config), self.device)
+        in_parts = parts is not None and self._batch_size == 1 and head_size & (head_size - 1) == 0
+        out = self._empty(self.num_heads * head_size, self.dtype)
+        decode_attention(
+            self.value(qkv).view(self._batch_size, -1, head_size),
+            self.inputs.positions,
+            self.inputs.table,
+            cache.blocks[layer, 0],
+            cache.blocks[layer, 1],
+            out.view(self._batch_size, self.num_heads, head_size),
+            scale=scale,
+            config=config,
+            rotary=rotary,
+            parts=parts,
+            join=not in_parts,
+            next_weight=self.weights.get(f"model.layers.{layer}.mlp.dense_h_to_4h.weight"),
+        )
+        if parts is not None and in_parts:
+            return _Parts(parts, config.num_splits)
+        return out
+
+    def all_reduce(self, x: Value) -> Value:
+        value = self.value(x)
+        self.comm.all_reduce(value)
+        return _Sum(value) if isinstance(x, _Product) else value
+
+    def all_gather(self, x: Value) -> Value:
+        return self.comm.all_gather(self.value(x), -1)
+
+    def add_bias(self, x: Value, name: str) -> Value:
+        if not isinstance(x, _Sum):
+            raise TypeError(f"nothing adds a bias to {type(x).__name__}")
+        return _Sum(x.value, self.weights.get(name + ".bias"))
+
+    def gather_last(self, x: Value) -> Value:
+        return x
+
+    def logits(self, x: Value, name: str) -> Value:
+        head, rows = self.weights[name], self.mapping.local_vocab_size(self.model)
+        if head.shape[0] > rows:  # a tied head whose table is whole for the embedding's sake
+            head = head.narrow(0, self.mapping.rank * rows, rows)
+        first = self.mapping.rank * rows
+        num_valid = min(max(self.model.vocab_size - first, 0), rows)
+        out = self._empty(rows, torch.float32)
+        self._multiply(x, head, out, num_valid=num_valid)
+        return out
+
+    def name(self, x: Value, name: str) -> Value:
+        return x
+
+    def value(self, x: Value) -> torch.Tensor:
+        """The tensor a description stands for."""
+        if isinstance(x, torch.Tensor):
+            return x
+        if isinstance(x, _Sum) and x.bias is None:
+            return x.value
+        if not isinstance(x, _Product):
+            raise TypeError(f"{type(x).__name__} has no value of its own")
+        weight, scale, bias = self._weight(x.name, x.bias)
+        gate = None
+        if x.gate is not None:
+            gate_weight, gate_scale, gate_bias = self._weight(x.gate, x.bias)
+            gate = Gate(gate_weight, gate_bias, gate_scale)
+        out = self._empty(weight.shape[0], self.dtype)
+        self._multiply(x.input, weight, out, bias=bias, scale=scale, activation=x.activation, gate=gate)
+        return out
+
+    def _multiply(
+        self,
+        x: Value,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        bias: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+        activation: str = "none",
+        gate: Gate | None = None,
+        num_valid: int | None = None,
+    ) -> None:
+        """num_valid: rows of a head that are tokens; `tiles` is set for it."""
+        num_rows, num_columns = weight.shape
+        if self._batch_size == 1:
+            self._gemv(x, weight, out, bias=bias, scale=scale, activation=activation, gate=gate, num_valid=num_valid)
+        else:
+            skinny_config = self.tuning.skinny(self._batch_size, num_rows, num_columns, splits=False)
+            tiles = None if num_valid is None else self._make_tiles(num_rows, skinny_config.block_n)
+            skinny(
+                self._input(x),
+                weight,
+                out,
+                config=skinny_config,
+                bias=bias,
+                scale=scale,
+                activation=activation,
+                gate=gate,
+                tiles=tiles,
+                num_valid=num_valid,
+            )
+
+    def _gemv(
+        self,
+        x: Value,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        activation: str = "none",
+        gate: Gate | None = None,
+        add_to_out: bool = False,
+        num_valid: int | None = None,
+    ) -> None:
+        """One row's product, which takes the norm before it along, or the joining of an attention's parts."""
+        num_rows, num_columns = weight.shape
+        config = self.tuning.gemv(num_rows, num_columns)
+        norm, splits = None, 1
+        if isinstance(x, _Parts):
+            h, splits = x.parts, x.num_splits
+            config = dataclasses.replace(config, block_k=max(config.block_k, self.model.head_size))
+        elif isinstance(x, _Normed) and x.value is None and x.stream.parts is None:
+            h, norm = x.stream.x, x.norm
+        else:
+            h = self._input(x)
+        gemv(
+            h,
+            weight,
+            out,
+            config=config,
+            bias=bias,
+            scale=scale,
+            norm=norm,
+            activation=activation,
+            gate=gate,
+            add_to_out=add_to_out,
+            tiles=None if num_valid is None else self._make_tiles(num_rows, config.block_n),
+            num_valid=num_valid,
+            splits=splits,
+            head_size=self.model.head_size,
+        )
+
+    def _input(self, x: Value) -> torch.Tensor:
+        """What a product multiplies, [B, E] in the engine's dtype; a pending sum enters the residual stream first."""
+        if not isinstance(x, _Normed):
+            return self.value(x)
+        if x.value is None:
+            x.value = self._empty(x.norm.weight.shape[0], self.dtype)
+            add_norm(x.stream.x, x.value, x.norm, parts=x.stream.parts, bias=x.stream.bias)
+            x.stream.parts = x.stream.bias = None
+        return x.value
+
+    def _weight(self, name: str, bias: bool) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        weights = self.weights
+        return (
+            weights[name + ".weight"],
+            weights.get(name + ".weight_scale"),
+            weights.get(name + ".bias") if bias else None,
+        )
+
+    def _make_tiles(self, num_rows: int, block_n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (self._batch_size, -(-num_rows // block_n))
+        self.tiles = (
+            torch.empty(shape, dtype=torch.float32, device=self.device),
+            torch.empty(shape, dtype=torch.int32, device=self.device),
+        )
+        return self.tiles
+
+    def _empty(self, width: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty((self._batch_size, width), dtype=dtype, device=self.device)

@@ -1,0 +1,424 @@
+"""Attention of one new token per sequence over the cache, with rotation and the cache's update inside.
+
+A program takes the heads that share one key/value head (one with multi-head, all with multi-query attention, so that K
+and V are read once) and a part of the past; parts are joined by their softmax sums (flash-decoding, Dao et al. 2023).
+The past is requested before the kernel waits for the query: older steps wrote it.  The new token never makes the trip
+through the cache: the first part takes it from the projection and stores it for later steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from gpt.kernels.launch import launch_options, num_multiprocessors, prefetch, supports_dependent_launch, wait_for_inputs
+
+# Values of next weights that one thread asks for: 1 KB in half precision.
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    block_t: int
+    num_splits: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """cos and sin of every position's angles, [T, rotary_dim / 2] float32."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@triton.jit
+def _attention_kernel(
+    qkv_ptr,  # [B, H + 2G, D]
+    positions_ptr,  # [B] int32
+    table_ptr,  # [B, table_width] int32
+    keys_ptr,  # [num_blocks, G, TOKENS_PER_BLOCK, D]
+    values_ptr,  # the same
+    kv_scale_ptr,  # [2] float32
+    cos_ptr,  # [T, ROTARY_DIM / 2] float32
+    sin_ptr,
+    out_ptr,  # [B, H, D]
+    part_out_ptr,  # [B, H, NUM_SPLITS, D] float32
+    part_sum_ptr,  # [2, B, H, NUM_SPLITS] float32: largest score, sum of exponentials
+    scale,
+    table_width,
+    next_weight_ptr,  # what the kernels after this one will read
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    TOKENS_PER_BLOCK: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NEXT_CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    split = tl.program_id(0)
+    if split >= NUM_SPLITS:
+        # Attention leaves the memory idle: these programs fetch weights meanwhile, a row of CHUNK values per thread.
+        program = (split - NUM_SPLITS) * tl.num_programs(1) + tl.program_id(1)
+        chunks = program * 128 + tl.arange(0, 128)
+        prefetch(next_weight_ptr, tl.minimum(chunks, NEXT_CHUNKS - 1).to(tl.int64) * CHUNK, 2 * CHUNK)
+        return
+    group = tl.program_id(1)
+    row = tl.program_id(2)
+    heads_per_group: tl.constexpr = H // G
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < D
+    past = tl.load(positions_ptr + row)
+    tokens_per_split = tl.cdiv(tl.cdiv(past, BLOCK_T), NUM_SPLITS) * BLOCK_T
+    begin = split * tokens_per_split
+    end = tl.minimum(begin + tokens_per_split, past)
+    k_scale = 1.0
+    v_scale = 1.0
+    if QUANTIZED:
+        k_scale = tl.load(kv_scale_ptr)
+        v_scale = tl.load(kv_scale_ptr + 1)
+    k, v = _load_past(
+        keys_ptr, values_ptr, table_ptr, row, group, begin, end, table_width, G, TOKENS_PER_BLOCK, D, BLOCK_T, BLOCK_D
+    )
+    wait_for_inputs(DEPENDENT)
+    heads = tl.arange(0, BLOCK_H)
+    in_group = heads < heads_per_group
+    qkv_row = qkv_ptr + row.to(tl.int64) * (H + 2 * G) * D
+    query = qkv_row + (group * heads_per_group + heads)[:, None] * D
+    in_query = in_group[:, None] & in_head[None, :]
+    q = _rotated(query, dims[None, :], in_query, past, cos_ptr, sin_ptr, ROTARY_DIM)  # [BLOCK_H, BLOCK_D]
+    q *= scale * 1.4426950408889634  # exponentials are taken to base 2
+    if split == 0:
+        new_key = qkv_row + (H + group) * D
+        new_value = new_key + G * D
+        k_new = _rotated(new_key, dims, in_head, past, cos_ptr, sin_ptr, ROTARY_DIM)  # [BLOCK_D]
+        v_new = tl.load(new_value + dims, mask=in_head, other=0.0).to(tl.float32)
+        own = past + tl.zeros((1,), tl.int32)
+        place = _places(table_ptr, row, group, own, past + 1, table_width, G, TOKENS_PER_BLOCK, D)
+        k_stored = _stored(k_new, k_scale, keys_ptr.dtype.element_ty, QUANTIZED)
+        v_stored = _stored(v_new, v_scale, values_ptr.dtype.element_ty, QUANTIZED)
+        tl.store(keys_ptr + place + dims, k_stored, mask=in_head)
+        tl.store(values_ptr + place + dims, v_stored, mask=in_head)
+        # What later steps will read is what this one uses.
+        k_new = k_stored.to(tl.float32) * k_scale
+        v_new = v_stored.to(tl.float32) * v_scale
+        largest = tl.sum(q * k_new[None, :], 1)
+        total = tl.full((BLOCK_H,), 1.0, tl.float32)
+        out = tl.zeros((BLOCK_H, BLOCK_D), tl.float32) + v_new[None, :]
+    else:
+        largest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_H,), tl.float32)
+        out = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+    for start in range(begin, end, BLOCK_T):
+        # The next block is on its way while this one is worked on.
+        next_k, next_v = _load_past(
+            keys_ptr,
+            values_ptr,
+            table_ptr,
+            row,
+            group,
+            start + BLOCK_T,
+            end,
+            table_width,
+            G,
+            TOKENS_PER_BLOCK,
+            D,
+            BLOCK_T,
+            BLOCK_D,
+        )
+        inside = start + tl.arange(0, BLOCK_T) < end
+        largest, total, out = _attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H, qkv_ptr)
+        k = next_k
+        v = next_v
+    if NUM_SPLITS == 1:
+        out = out / total[:, None]
+        target = out_ptr + (row * H + group * heads_per_group + heads).to(tl.int64)[:, None] * D + dims[None, :]
+        tl.store(target, out.to(out_ptr.dtype.element_ty), mask=in_query)
+    else:
+        parts = (row * H + group * heads_per_group + heads).to(tl.int64) * NUM_SPLITS + split
+        tl.store(part_out_ptr + parts[:, None] * D + dims[None, :], out, mask=in_query)
+        tl.store(part_sum_ptr + parts, largest, mask=in_group)
+        num_parts = tl.num_programs(2) * H * NUM_SPLITS
+        tl.store(part_sum_ptr + num_parts + parts, total, mask=in_group)
+
+
+@triton.jit
+def _load_past(
+    keys_ptr,
+    values_ptr,
+    table_ptr,
+    row,
+    group,
+    start,
+    end,
+    table_width,
+    G: tl.constexpr,
+    TOKENS_PER_BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """K and V of BLOCK_T slots from `start`, zeros from `end`: [BLOCK_T, BLOCK_D] each, as stored."""
+    slots = start + tl.arange(0, BLOCK_T)
+    dims = tl.arange(0, BLOCK_D)
+    places = _places(table_ptr, row, group, slots, end, table_width, G, TOKENS_PER_BLOCK, D)
+    inside = (slots < end)[:, None] & (dims < D)[None, :]
+    k = tl.load(keys_ptr + places[:, None] + dims[None, :], mask=inside, other=0.0)
+    v = tl.load(values_ptr + places[:, None] + dims[None, :], mask=inside, other=0.0)
+    return k, v
+
+
+@triton.jit
+def _places(
+    table_ptr,
+    row,
+    group,
+    slots,
+    end,
+    table_width,
+    G: tl.constexpr,
+    TOKENS_PER_BLOCK: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Where in the cache the slots of a sequence start, in values."""
+    block = tl.load(table_ptr + row * table_width + slots // TOKENS_PER_BLOCK, mask=slots < end, other=0)
+    return ((block.to(tl.int64) * G + group) * TOKENS_PER_BLOCK + slots % TOKENS_PER_BLOCK) * D
+
+
+@triton.jit
+def _rotated(ptr, dims, inside, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr):
+    x = tl.load(ptr + dims, mask=inside, other=0.0).to(tl.float32)
+    if ROTARY_DIM > 0:
+        half: tl.constexpr = ROTARY_DIM // 2
+        rotates = dims < ROTARY_DIM
+        partner = tl.where(dims < half, dims + half, dims - half)
+        other = tl.load(ptr + partner, mask=inside & rotates, other=0.0).to(tl.float32)
+        angles = position.to(tl.int64) * half + dims % half
+        cos = tl.load(cos_ptr + angles, mask=rotates, other=1.0)
+        sin = tl.load(sin_ptr + angles, mask=rotates, other=0.0)
+        x = x * cos + tl.where(dims < half, -other, other) * sin
+    return x
+
+
+@triton.jit
+def _stored(x, scale, DTYPE: tl.constexpr, QUANTIZED: tl.constexpr):
+    if QUANTIZED:
+        # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, half to even.
+        steps = tl.minimum(tl.maximum(x / scale, -127.0), 127.0)
+        return ((steps + 12582912.0) - 12582912.0).to(DTYPE)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def _attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H: tl.constexpr, dtype_ptr):
+    """One block of the past joins the running softmax: q [BLOCK_H, D] float32, k and v [BLOCK_T, D]."""
+    if BLOCK_H == 1:
+        scores = tl.sum(k.to(tl.float32) * q, 1)[None, :] * k_scale  # [1, BLOCK_T]
+    else:
+        dtype: tl.constexpr = dtype_ptr.dtype.element_ty
+        scores = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), input_precision="ieee") * k_scale  # [BLOCK_H, BLOCK_T]
+    scores = tl.where(inside[None, :], scores, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(scores, 1))
+    # A part without any token stays at -inf, and -inf - -inf is not a number.
+    reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    weights = tl.exp2(scores - reference[:, None])
+    shrink = tl.exp2(largest - reference)
+    total = total * shrink + tl.sum(weights, 1)
+    if BLOCK_H == 1:
+        mixed = tl.sum(tl.trans(weights) * v.to(tl.float32), 0)[None, :]
+    else:
+        value_dtype: tl.constexpr = dtype_ptr.dtype.element_ty
+        mixed = tl.dot(weights.to(value_dtype), v.to(value_dtype), input_precision="ieee")
+    out = out * shrink[:, None] + mixed * v_scale
+    return new_largest, total, out
+
+
+@triton.jit
+def _join_kernel(
+    part_out_ptr,  # [rows, NUM_SPLITS, D] float32
+    part_sum_ptr,  # [2, rows, NUM_SPLITS] float32
+    out_ptr,  # [rows, D]
+    D: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    PADDED_SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    wait_for_inputs(DEPENDENT)
+    row = tl.program_id(0).to(tl.int64)
+    splits = tl.arange(0, PADDED_SPLITS)
+    dims = tl.arange(0, BLOCK_D)
+    present = splits < NUM_SPLITS
+    largest = tl.load(part_sum_ptr + row * NUM_SPLITS + splits, mask=present, other=float("-inf"))
+    totals = tl.load(part_sum_ptr + (tl.num_programs(0) + row) * NUM_SPLITS + splits, mask=present, other=0.0)
+    weights = tl.exp2(largest - tl.max(largest, 0))
+    inside = present[:, None] & (dims < D)[None, :]
+    parts = tl.load(part_out_ptr + (row * NUM_SPLITS + splits)[:, None] * D + dims[None, :], mask=inside, other=0.0)
+    out = tl.sum(parts * weights[:, None], 0) / tl.sum(totals * weights, 0)
+    tl.store(out_ptr + row * D + dims, out.to(out_ptr.dtype.element_ty), mask=dims < D)
+
+
+def decode_attention(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    config: AttentionConfig,
+    rotary: Rotary | None = None,
+    kv_scale: torch.Tensor | None = None,
+    parts: torch.Tensor | None = None,
+    join: bool = True,
+    next_weight: torch.Tensor | None = None,
+) -> None:
+    """Stores the new K and V in the cache and attends to the past and them.
+
+    qkv [B, H + 2G, D].  positions [B] int32: how many tokens each sequence has already.  table [B, blocks] int32: the
+    cache blocks of each sequence.  keys, values [num_blocks, G, tokens_per_block, D], in qkv's dtype, or int8 with
+    kv_scale [2]: the value of one step in K and in V.  out [B, H, D].  parts: float32 scratch of
+    `scratch_size` values where the past is divided; with `join` off they are the result, for a product that joins them
+    itself (gpt.kernels.gemv).  next_weight: half-precision weights of a kernel to come, fetched into the L2 cache on
+    the way.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    batch_size, num_all_heads, head_size = qkv.shape
+    num_kv_heads, tokens_per_block = keys.shape[1:3]
+    num_heads = num_all_heads - 2 * num_kv_heads
+    if out.shape != (batch_size, num_heads, head_size) or keys.shape != values.shape or keys.shape[3] != head_size:
+        raise ValueError(f"found out {tuple(out.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}")
+    if not (keys.is_contiguous() and values.is_contiguous() and qkv.is_contiguous() and out.is_contiguous()):
+        raise ValueError("found strides, expected contiguous tensors")
+    if (keys.dtype == torch.int8) != (kv_scale is not None):
+        raise ValueError(f"keys: found {keys.dtype} and {'a' if kv_scale is not None else 'no'} scale")
+    num_parts = batch_size * num_heads * config.num_splits
+    part_out = part_sum = out
+    if config.num_splits > 1:
+        if parts is None or parts.numel() < num_parts * (head_size + 2):
+            raise ValueError(f"parts: expected {num_parts * (head_size + 2)} values")
+        part_out, part_sum = parts[: num_parts * head_size], parts[num_parts * head_size :]
+    per_group = num_heads // num_kv_heads
+    block_d = max(16, triton.next_power_of_2(head_size))
+    num_chunks = next_weight.numel() // _CHUNK if next_weight is not None and _can_prefetch(next_weight) else 0
+    helpers = triton.cdiv(triton.cdiv(num_chunks, 128), num_kv_heads) if batch_size == 1 else 0
+    _attention_kernel[(config.num_splits + helpers, num_kv_heads, batch_size)](
+        qkv,
+        positions,
+        table,
+        keys,
+        values,
+        kv_scale if kv_scale is not None else qkv,
+        rotary.cos if rotary else qkv,
+        rotary.sin if rotary else qkv,
+        out,
+        part_out,
+        part_sum,
+        scale,
+        table.shape[1],
+        next_weight if next_weight is not None else qkv,
+        H=num_heads,
+        G=num_kv_heads,
+        D=head_size,
+        ROTARY_DIM=rotary.cos.shape[1] * 2 if rotary else 0,
+        TOKENS_PER_BLOCK=tokens_per_block,
+        QUANTIZED=kv_scale is not None,
+        NUM_SPLITS=config.num_splits,
+        BLOCK_H=1 if per_group == 1 else max(16, triton.next_power_of_2(per_group)),
+        BLOCK_T=config.block_t,
+        BLOCK_D=block_d,
+        NEXT_CHUNKS=num_chunks,
+        CHUNK=_CHUNK,
+        num_warps=config.num_warps,
+        **launch_options(qkv.device),
+    )
+    if config.num_splits > 1 and join:
+        _join_kernel[(batch_size * num_heads,)](
+            part_out,
+            part_sum,
+            out,
+            D=head_size,
+            NUM_SPLITS=config.num_splits,
+            PADDED_SPLITS=triton.next_power_of_2(config.num_splits),
+            BLOCK_D=block_d,
+            num_warps=1,
+            **launch_options(qkv.device),
+        )
+
+
+def _can_prefetch(weight: torch.Tensor) -> bool:
+    return weight.itemsize == 2 and supports_dependent_launch(weight.device)
+
+
+def scratch_size(batch_size: int, num_heads: int, head_size: int, config: AttentionConfig) -> int:
+    """float32 values `decode_attention` needs in `parts`."""
+    return batch_size * num_heads * config.num_splits * (head_size + 2) if config.num_splits > 1 else 0
+
+
+def default_config(
+    batch_size: int, num_heads: int, num_kv_heads: int, num_slots: int, device: torch.device
+) -> AttentionConfig:
+    """As many programs as fill the card, none with less than a block of the past."""
+    shared = num_heads > num_kv_heads
+    block_t, num_warps = (32, 4) if shared else (64, 2)
+    wanted = triton.cdiv(2 * num_multiprocessors(device), batch_size * num_kv_heads)
+    num_splits = triton.next_power_of_2(max(1, min(wanted, num_slots // block_t, 16)))
+    if batch_size > 1 and num_slots <= 1024 and batch_size * num_kv_heads >= num_multiprocessors(device) // 2:
+        num_splits = 1  # joining costs a launch of its own
+    return AttentionConfig(block_t, num_splits, num_warps)
+
+
+def reference(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scale: float,
+    rotary: Rotary | None = None,
+    kv_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output [B, H, D] in float64, and copies of keys and values with the new token in."""
+    num_kv_heads, tokens_per_block = keys.shape[1:3]
+    num_heads = qkv.shape[1] - 2 * num_kv_heads
+    keys, values = keys.clone(), values.clone()
+    steps = torch.ones(2, dtype=torch.float64) if kv_scale is None else kv_scale.double().cpu()
+    outputs = []
+    for row, position in enumerate(positions.tolist()):
+        heads = qkv[row].double()
+        if rotary is not None:
+            heads = _rotate(heads, num_heads + num_kv_heads, rotary.cos[position], rotary.sin[position])
+        q, new_k, new_v = heads.split([num_heads, num_kv_heads, num_kv_heads])
+        block, offset = table[row, position // tokens_per_block], position % tokens_per_block
+        for cache, new, step in ((keys, new_k, steps[0]), (values, new_v, steps[1])):
+            if kv_scale is not None:
+                new = (new / step).round().clamp(-127, 127)
+            cache[block, :, offset] = new.to(cache.dtype)
+        slots = torch.arange(position + 1, device=qkv.device)
+        blocks = table[row, slots // tokens_per_block].long()
+        k = keys[blocks, :, slots % tokens_per_block].double().transpose(0, 1) * steps[0]  # [G, T, D]
+        v = values[blocks, :, slots % tokens_per_block].double().transpose(0, 1) * steps[1]
+        k, v = (t.repeat_interleave(num_heads // num_kv_heads, 0) for t in (k, v))
+        weights = torch.softmax(scale * (q[:, None] @ k.transpose(1, 2)), -1)
+        outputs.append((weights @ v)[:, 0])
+    return torch.stack(outputs), keys, values
+
+
+def _rotate(heads: torch.Tensor, num_rotated: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    size = 2 * cos.shape[0]
+    first, second, rest = heads.split([size // 2, size // 2, heads.shape[1] - size], dim=1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=1)
+    return torch.cat([rotated[:num_rotated], heads[num_rotated:]])

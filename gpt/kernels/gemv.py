@@ -1,0 +1,256 @@
+"""One token's product with a weight matrix, with normalisation before and bias, activation, gate and residual after.
+
+At batch 1 a product is a read of its weights: N * K values that nothing else needs.  Each program multiplies BLOCK_N
+whole rows, so that sums stay inside it and their order never depends on the launch; its first weights are on their way
+before the kernel waits for the vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from gpt.kernels.choose import best_of
+from gpt.kernels.launch import activate, launch_options, num_multiprocessors, wait_for_inputs
+from gpt.kernels.product import Gate, Norm, check_product
+
+
+@dataclass(frozen=True)
+class GemvConfig:
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+@triton.jit
+def _gemv_kernel(
+    x_ptr,  # [K], or with SPLITS an attention's parts: [K / HEAD_SIZE, SPLITS, HEAD_SIZE] float32
+    part_sum_ptr,  # [2, K / HEAD_SIZE, SPLITS] float32
+    norm_weight_ptr,  # [K] float32
+    norm_bias_ptr,  # [K] float32
+    weight_ptr,  # [N, K]
+    gate_ptr,  # [N, K]
+    scale_ptr,  # [N]
+    gate_scale_ptr,  # [N]
+    bias_ptr,  # [N]
+    gate_bias_ptr,  # [N]
+    out_ptr,  # [N]
+    tile_max_ptr,  # [cdiv(N, BLOCK_N)] float32
+    tile_argmax_ptr,  # [cdiv(N, BLOCK_N)] int32
+    N,
+    num_valid,
+    epsilon,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    GATED: tl.constexpr,
+    ADD_TO_OUT: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_K)
+    in_rows = rows < N
+    first = _load_weights(weight_ptr, rows, columns, in_rows, K)
+    if GATED:
+        first_gate = _load_weights(gate_ptr, rows, columns, in_rows, K)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+        if GATED:
+            gate_bias = tl.load(gate_bias_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+    stretch, shift = _load_norm(norm_weight_ptr, norm_bias_ptr, columns, K, NORM)
+    wait_for_inputs(DEPENDENT)
+    mean = 0.0
+    inverse = 1.0
+    if NORM != "none":
+        whole = tl.arange(0, PADDED_K)
+        x = tl.load(x_ptr + whole, mask=whole < K, other=0.0).to(tl.float32)
+        total, squares = tl.reduce((x, x * x), 0, _add_pairs)
+        if NORM == "layernorm":
+            mean = total / K
+        inverse = tl.rsqrt(squares / K - mean * mean + epsilon)
+    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    gate_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        if SPLITS > 1:
+            x = _load_joined(x_ptr, part_sum_ptr, start, K, SPLITS, HEAD_SIZE, BLOCK_K)
+        else:
+            x = tl.load(x_ptr + start + columns, mask=start + columns < K, other=0.0).to(tl.float32)
+        if start == 0:
+            weights = first
+        else:
+            weights = _load_weights(weight_ptr, rows, start + columns, in_rows, K)
+            stretch, shift = _load_norm(norm_weight_ptr, norm_bias_ptr, start + columns, K, NORM)
+        if NORM != "none":
+            x = (x - mean) * inverse * stretch
+        if NORM == "layernorm":
+            x += shift
+        sums += weights.to(tl.float32) * x[None, :]
+        if GATED:
+            if start == 0:
+                gates = first_gate
+            else:
+                gates = _load_weights(gate_ptr, rows, start + columns, in_rows, K)
+            gate_sums += gates.to(tl.float32) * x[None, :]
+    y = tl.sum(sums, 1)
+    if HAS_SCALE:
+        y *= tl.load(scale_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += bias
+    y = activate(y, ACTIVATION)
+    if GATED:
+        gate = tl.sum(gate_sums, 1)
+        if HAS_SCALE:
+            gate *= tl.load(gate_scale_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            gate += gate_bias
+        y *= gate
+    if ADD_TO_OUT:
+        y += tl.load(out_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=in_rows)
+    if ARGMAX:
+        y = tl.where(rows < num_valid, y, float("-inf"))
+        value, index = best_of(y, 0)
+        tl.store(tile_max_ptr + tl.program_id(0), value)
+        tl.store(tile_argmax_ptr + tl.program_id(0), tl.minimum(tl.program_id(0) * BLOCK_N + index, num_valid - 1))
+
+
+@triton.jit
+def _add_pairs(a, b, more_a, more_b):
+    return a + more_a, b + more_b
+
+
+@triton.jit
+def _load_norm(norm_weight_ptr, norm_bias_ptr, columns, K: tl.constexpr, NORM: tl.constexpr):
+    inside = columns < K
+    stretch = inside.to(tl.float32)
+    shift = stretch
+    if NORM != "none":
+        stretch = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0)
+    if NORM == "layernorm":
+        shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0)
+    return stretch, shift
+
+
+@triton.jit
+def _load_joined(
+    parts_ptr,
+    part_sum_ptr,
+    start,
+    K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_K values of an attention's output from its parts and their softmax sums."""
+    num_heads: tl.constexpr = K // HEAD_SIZE
+    heads = start // HEAD_SIZE + tl.arange(0, BLOCK_K // HEAD_SIZE)
+    splits = tl.arange(0, SPLITS)
+    inside = (heads < num_heads)[:, None]
+    places = heads[:, None] * SPLITS + splits[None, :]
+    largest = tl.load(part_sum_ptr + places, mask=inside, other=0.0)
+    totals = tl.load(part_sum_ptr + num_heads * SPLITS + places, mask=inside, other=1.0)
+    weights = tl.exp2(largest - tl.max(largest, 1)[:, None])
+    weights = weights / tl.sum(totals * weights, 1)[:, None]
+    values = places[:, :, None] * HEAD_SIZE + tl.arange(0, HEAD_SIZE)[None, None, :]
+    parts = tl.load(parts_ptr + values, mask=inside[:, :, None], other=0.0)
+    return tl.reshape(tl.sum(parts * weights[:, :, None], 1), (BLOCK_K,))
+
+
+@triton.jit
+def _load_weights(weight_ptr, rows, columns, in_rows, K: tl.constexpr):
+    inside = in_rows[:, None] & (columns < K)[None, :]
+    starts = rows.to(tl.int64)[:, None] * K
+    return tl.load(weight_ptr + starts + columns[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+def gemv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    config: GemvConfig,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    norm: Norm | None = None,
+    activation: str = "none",
+    gate: Gate | None = None,
+    add_to_out: bool = False,
+    tiles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    num_valid: int | None = None,
+    splits: int = 1,
+    head_size: int = 0,
+) -> None:
+    """out = [out +] activation(norm(x) @ weight.T + bias) [* (norm(x) @ gate.T + gate bias)].
+
+    x: K values, float32 or the weight's dtype.  weight [N, K], contiguous: a float type, or int8 with `scale` [N].
+    bias [N].  out: N values of any float type.  tiles: where the largest of each BLOCK_N values of the first
+    `num_valid` goes, and its index: float32 and int32, cdiv(N, BLOCK_N) of each.  splits: x holds the parts of an
+    attention over heads of `head_size` (a power of two), as `decode_attention` leaves them; the block of K must be a
+    multiple of the head.
+
+    Raises ValueError for shapes that do not fit and weights that are not contiguous.
+    """
+    num_rows, num_columns = weight.shape
+    part_sum = x
+    if splits > 1:
+        parts = num_columns * splits
+        x, part_sum = x[:parts], x[parts : parts + 2 * num_columns // head_size * splits]
+        check_product(x[:num_columns].view(1, -1), weight, out.view(1, -1), bias, scale)
+    else:
+        check_product(x.view(1, -1), weight, out.view(1, -1), bias, scale)
+    tile_max, tile_argmax = tiles or (out, out)
+    grid = (triton.cdiv(num_rows, config.block_n),)
+    _gemv_kernel[grid](
+        x,
+        part_sum,
+        norm.weight if norm else x,
+        norm.bias if norm and norm.bias is not None else x,
+        weight,
+        gate.weight if gate else weight,
+        scale if scale is not None else x,
+        gate.scale if gate and gate.scale is not None else x,
+        bias if bias is not None else x,
+        gate.bias if gate and gate.bias is not None else x,
+        out,
+        tile_max,
+        tile_argmax,
+        num_rows,
+        num_rows if num_valid is None else num_valid,
+        norm.epsilon if norm else 0.0,
+        K=num_columns,
+        NORM="none" if norm is None else "rmsnorm" if norm.bias is None else "layernorm",
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        HAS_SCALE=scale is not None,
+        GATED=gate is not None,
+        ADD_TO_OUT=add_to_out,
+        ARGMAX=tiles is not None,
+        SPLITS=splits,
+        HEAD_SIZE=head_size,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        PADDED_K=triton.next_power_of_2(num_columns),
+        num_warps=config.num_warps,
+        **launch_options(x.device),
+    )
+
+
+def default_config(num_rows: int, num_columns: int, device: torch.device) -> GemvConfig:
+    """Enough programs to fill the card, each with a few kilobytes of weights in flight: 64 values per thread."""
+    block_k = min(4096, triton.next_power_of_2(num_columns))
+    block_n = 8
+    while block_n > 1 and triton.cdiv(num_rows, block_n) < num_multiprocessors(device):
+        block_n //= 2
+    block_k = max(min(block_k, 512), min(block_k, 16384 // block_n))
+    return GemvConfig(block_n, block_k, max(1, min(8, block_n * block_k // 2048)))

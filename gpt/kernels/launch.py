@@ -1,0 +1,83 @@
+"""What the kernels share: how one waits for the one before it, epilogue functions, and facts about the device.
+
+Decoding is a chain of short kernels, each needing the result of the last.  With programmatic dependent launch (compute
+capability 9.0 and above) a kernel starts while its predecessor still computes, loads what does not depend on it (its
+weights), then waits.  A kernel lets its successor start only after its own wait, so that whatever was written two
+kernels ago may be read before waiting.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache
+def supports_dependent_launch(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Keyword arguments for a launch: DEPENDENT for the kernel, launch_pdl for Triton."""
+    dependent = supports_dependent_launch(device)
+    return {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
+
+
+@triton.jit
+def wait_for_inputs(DEPENDENT: tl.constexpr):
+    """What stands before it may run while the kernel before this one still computes."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(ptr, offsets, num_bytes: tl.constexpr):
+    """Asks for `num_bytes` (a multiple of 16) behind each of `ptr + offsets` to be brought into the L2 cache."""
+    addresses = (ptr + offsets).to(tl.int64, bitcast=True)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [addresses, num_bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """An `Activation.function` of float32 values."""
+    if ACTIVATION == "gelu_tanh":
+        # 0.5 (1 + tanh u) = sigmoid(2u)
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "gelu_erf":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "quick_gelu":
+        y = x * tl.sigmoid(1.702 * x)
+    elif ACTIVATION == "relu":
+        y = tl.maximum(x, 0.0)
+    elif ACTIVATION == "squared_relu":
+        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    elif ACTIVATION == "silu":
+        y = x * tl.sigmoid(x)
+    elif ACTIVATION == "tanh":
+        y = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    elif ACTIVATION == "sigmoid":
+        y = tl.sigmoid(x)
+    else:
+        tl.static_assert(ACTIVATION == "none")
+        y = x
+    return y

@@ -1,0 +1,130 @@
+"""The residual stream of a decode step: embedding into it, adding to it, and normalising what it holds.
+
+The stream is float32, [M, E]: one row per sequence, one program per row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gpt.kernels.launch import launch_options, wait_for_inputs
+from gpt.kernels.product import Norm
+
+
+@triton.jit
+def _embed_kernel(
+    ids_ptr,  # [M] int32
+    positions_ptr,  # [M] int32
+    words_ptr,  # [V, E]
+    places_ptr,  # [P, E]
+    x_ptr,  # [M, E] float32
+    E: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    wait_for_inputs(DEPENDENT)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < E
+    token = tl.load(ids_ptr + row).to(tl.int64)
+    x = tl.load(words_ptr + token * E + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_PLACES:
+        position = tl.load(positions_ptr + row).to(tl.int64)
+        x += tl.load(places_ptr + position * E + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x_ptr + row * E + columns, x, mask=inside)
+
+
+def embed(
+    ids: torch.Tensor, positions: torch.Tensor, words: torch.Tensor, places: torch.Tensor | None, x: torch.Tensor
+) -> None:
+    """x [M, E] float32 = words[ids] (+ places[positions]); ids and positions [M] int32, words [V, E], places [P, E]."""
+    num_rows, width = x.shape
+    block = min(1024, triton.next_power_of_2(width))
+    _embed_kernel[(num_rows, triton.cdiv(width, block))](
+        ids,
+        positions,
+        words,
+        places if places is not None else words,
+        x,
+        E=width,
+        HAS_PLACES=places is not None,
+        BLOCK=block,
+        num_warps=4,
+        **launch_options(x.device),
+    )
+
+
+@triton.jit
+def _add_norm_kernel(
+    x_ptr,  # [M, E] float32
+    parts_ptr,  # [PARTS, M, E]
+    bias_ptr,  # [E]
+    weight_ptr,  # [E] float32
+    norm_bias_ptr,  # [E] float32
+    out_ptr,  # [M, E]
+    M,
+    epsilon,
+    E: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    PADDED_E: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, PADDED_E)
+    inside = columns < E
+    if NORM != "none":
+        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    wait_for_inputs(DEPENDENT)
+    x = tl.load(x_ptr + row * E + columns, mask=inside, other=0.0)
+    if PARTS > 0:
+        for part in tl.static_range(PARTS):
+            x += tl.load(parts_ptr + (part * M + row) * E + columns, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(x_ptr + row * E + columns, x, mask=inside)
+    if NORM == "layernorm":
+        centred = tl.where(inside, x - tl.sum(x, 0) / E, 0.0)
+        y = centred * tl.rsqrt(tl.sum(centred * centred, 0) / E + epsilon) * weight
+        y += tl.load(norm_bias_ptr + columns, mask=inside, other=0.0)
+        tl.store(out_ptr + row * E + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
+    elif NORM == "rmsnorm":
+        y = x * tl.rsqrt(tl.sum(x * x, 0) / E + epsilon) * weight
+        tl.store(out_ptr + row * E + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def add_norm(
+    x: torch.Tensor,
+    out: torch.Tensor | None,
+    norm: Norm | None,
+    *,
+    parts: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> None:
+    """x += sum of parts (+ bias); out = norm(x).
+
+    x [M, E] float32.  parts [PARTS, M, E] of any float type, added in their order; bias [E], only with parts.  out
+    [M, E] of any float type, or None with `norm` None.
+    """
+    num_rows, width = x.shape
+    _add_norm_kernel[(num_rows,)](
+        x,
+        parts if parts is not None else x,
+        bias if bias is not None else x,
+        norm.weight if norm else x,
+        norm.bias if norm and norm.bias is not None else x,
+        out if out is not None else x,
+        num_rows,
+        norm.epsilon if norm else 0.0,
+        E=width,
+        PARTS=0 if parts is None else parts.numel() // x.numel(),
+        HAS_BIAS=bias is not None,
+        NORM="none" if norm is None else "rmsnorm" if norm.bias is None else "layernorm",
+        PADDED_E=triton.next_power_of_2(width),
+        num_warps=4 if width <= 4096 else 8,
+        **launch_options(x.device),
+    )

@@ -1,0 +1,242 @@
+"""A few tokens' product with a weight matrix on the matrix units: 2 to 128 rows.
+
+Still a read of the weights, now with enough arithmetic that plain multiply-adds would be late.  A program owns BLOCK_N
+weight rows, or with SPLIT_K part of their length; parts are stored side by side and added in a fixed order by the
+kernel that reads them (gpt.kernels.norm), which has to read the residual anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from gpt.kernels.choose import best_of
+from gpt.kernels.launch import (
+    activate,
+    launch_options,
+    num_multiprocessors,
+    prefetch,
+    supports_dependent_launch,
+    wait_for_inputs,
+)
+from gpt.kernels.product import Gate, check_product
+
+
+@dataclass(frozen=True)
+class SkinnyConfig:
+    """weights_first: the weights are the left operand, which the matrix units want 64 rows of; else the tokens.
+    prefetch: weights are fetched into the L2 cache ahead of the wait."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int = 4
+    split_k: int = 1
+    weights_first: bool = True
+    prefetch: bool = False
+
+
+@triton.jit
+def _skinny_kernel(
+    x_ptr,  # [M, K]
+    weight_ptr,  # [N, K]
+    gate_ptr,  # [N, K]
+    scale_ptr,  # [N]
+    gate_scale_ptr,  # [N]
+    bias_ptr,  # [N]
+    gate_bias_ptr,  # [N]
+    out_ptr,  # [SPLIT_K, M, N]
+    tile_max_ptr,  # [M, cdiv(N, BLOCK_N)] float32
+    tile_argmax_ptr,  # [M, cdiv(N, BLOCK_N)] int32
+    M,
+    N,
+    num_valid,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    GATED: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_K)
+    length: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + SPLIT_K - 1) // SPLIT_K * BLOCK_K
+    begin = part * length
+    end = tl.minimum(begin + length, K)
+    # The last part may begin behind the end.
+    EVEN: tl.constexpr = K % (BLOCK_K * SPLIT_K) == 0
+    if PREFETCH:
+        # All of this program's weights, not just the first tile: they arrive while the kernel before computes.
+        segments: tl.constexpr = 128 // BLOCK_N
+        lanes = tl.arange(0, 128)
+        row = tl.minimum(tile * BLOCK_N + lanes // segments, N - 1)
+        size: tl.constexpr = length // segments
+        offset = tl.minimum(begin + lanes % segments * size, K - size)
+        prefetch(
+            weight_ptr, row.to(tl.int64) * K + offset, size * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        )
+    first = _load_tile(weight_ptr, rows, begin + columns, N, K, EVEN)
+    if GATED:
+        first_gate = _load_tile(gate_ptr, rows, begin + columns, N, K, EVEN)
+    wait_for_inputs(DEPENDENT)
+    x = _load_tile(x_ptr, tokens, begin + columns, M, K, EVEN)
+    if WEIGHTS_FIRST:
+        sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        gate_sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        gate_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums = _multiply_add(x, first, sums, WEIGHTS_FIRST)
+    if GATED:
+        gate_sums = _multiply_add(x, first_gate, gate_sums, WEIGHTS_FIRST)
+    WHOLE: tl.constexpr = K % BLOCK_K == 0
+    for start in tl.range(begin + BLOCK_K, end, BLOCK_K, num_stages=STAGES):
+        x = _load_tile(x_ptr, tokens, start + columns, M, K, WHOLE)
+        weights = _load_tile(weight_ptr, rows, start + columns, N, K, WHOLE)
+        sums = _multiply_add(x, weights, sums, WEIGHTS_FIRST)
+        if GATED:
+            gates = _load_tile(gate_ptr, rows, start + columns, N, K, WHOLE)
+            gate_sums = _multiply_add(x, gates, gate_sums, WEIGHTS_FIRST)
+    if WEIGHTS_FIRST:
+        sums = tl.trans(sums)
+        gate_sums = tl.trans(gate_sums)
+    y = _finish(sums, scale_ptr, bias_ptr, rows, N, HAS_SCALE, HAS_BIAS)
+    y = activate(y, ACTIVATION)
+    if GATED:
+        y *= _finish(gate_sums, gate_scale_ptr, gate_bias_ptr, rows, N, HAS_SCALE, HAS_BIAS)
+    inside = (tokens < M)[:, None] & (rows < N)[None, :]
+    places = (part * M + tokens).to(tl.int64)[:, None] * N + rows[None, :]
+    tl.store(out_ptr + places, y.to(out_ptr.dtype.element_ty), mask=inside)
+    if ARGMAX:
+        y = tl.where((rows < num_valid)[None, :], y, float("-inf"))
+        value, index = best_of(y, 1)
+        num_tiles = tl.num_programs(0)
+        tl.store(tile_max_ptr + tokens * num_tiles + tile, value, mask=tokens < M)
+        tl.store(
+            tile_argmax_ptr + tokens * num_tiles + tile,
+            tl.minimum(tile * BLOCK_N + index, num_valid - 1),
+            mask=tokens < M,
+        )
+
+
+@triton.jit
+def _multiply_add(x, weights, sums, WEIGHTS_FIRST: tl.constexpr):
+    weights = weights.to(x.dtype)
+    if WEIGHTS_FIRST:
+        return tl.dot(weights, tl.trans(x), sums, input_precision="ieee")
+    else:
+        return tl.dot(x, tl.trans(weights), sums, input_precision="ieee")
+
+
+@triton.jit
+def _load_tile(ptr, rows, columns, num_rows, K: tl.constexpr, WHOLE: tl.constexpr):
+    places = rows.to(tl.int64)[:, None] * K + columns[None, :]
+    if WHOLE:
+        inside = (rows < num_rows)[:, None]
+    else:
+        inside = (rows < num_rows)[:, None] & (columns < K)[None, :]
+    return tl.load(ptr + places, mask=inside, other=0.0)
+
+
+@triton.jit
+def _finish(y, scale_ptr, bias_ptr, rows, N, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    if HAS_SCALE:
+        y *= tl.load(scale_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+def skinny(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    config: SkinnyConfig,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    activation: str = "none",
+    gate: Gate | None = None,
+    tiles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    num_valid: int | None = None,
+) -> None:
+    """out = activation(x @ weight.T + bias) [* (x @ gate.T + gate bias)].
+
+    x [M, K] of one float type with weight [N, K], which may also be int8 with `scale` [N]; both contiguous.  out:
+    [M, N], or [SPLIT_K, M, N] of partial sums, which then take neither bias nor anything else.  tiles: where the
+    largest of each BLOCK_N values of the first `num_valid` goes, and its index: [M, cdiv(N, BLOCK_N)] of each.
+
+    Raises ValueError for shapes that do not fit and tensors that are not contiguous.
+    """
+    num_tokens = x.shape[0]
+    num_rows, num_columns = weight.shape
+    check_product(x, weight, out.view(-1, num_tokens, num_rows)[0], bias, scale)
+    block_m = min(64, max(16, triton.next_power_of_2(num_tokens)))
+    tile_max, tile_argmax = tiles or (out, out)
+    grid = (triton.cdiv(num_rows, config.block_n), config.split_k, triton.cdiv(num_tokens, block_m))
+    _skinny_kernel[grid](
+        x,
+        weight,
+        gate.weight if gate else weight,
+        scale if scale is not None else x,
+        gate.scale if gate and gate.scale is not None else x,
+        bias if bias is not None else x,
+        gate.bias if gate and gate.bias is not None else x,
+        out,
+        tile_max,
+        tile_argmax,
+        num_tokens,
+        num_rows,
+        num_rows if num_valid is None else num_valid,
+        K=num_columns,
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        HAS_SCALE=scale is not None,
+        GATED=gate is not None,
+        ARGMAX=tiles is not None,
+        WEIGHTS_FIRST=config.weights_first,
+        SPLIT_K=config.split_k,
+        BLOCK_M=block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.num_stages,
+        PREFETCH=config.prefetch and _can_prefetch(weight, config),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch_options(x.device),
+    )
+
+
+def _can_prefetch(weight: torch.Tensor, config: SkinnyConfig) -> bool:
+    """Whether the rows of a program divide into 128 pieces of whole 16 bytes."""
+    if not supports_dependent_launch(weight.device) or config.block_n > 128:
+        return False
+    blocks = triton.cdiv(triton.cdiv(weight.shape[1], config.block_k), config.split_k)
+    size = blocks * config.block_k // (128 // config.block_n)
+    return size <= weight.shape[1] and size * weight.itemsize % 16 == 0 and weight.shape[1] * weight.itemsize % 16 == 0
+
+
+def default_config(
+    num_tokens: int, num_rows: int, num_columns: int, device: torch.device, *, splits: bool
+) -> SkinnyConfig:
+    """splits: whether the reader can add partial sums."""
+    block_n = 64 if num_rows >= 64 * num_multiprocessors(device) else 32
+    num_tiles = triton.cdiv(num_rows, block_n)
+    split_k = 1
+    while splits and num_tiles * split_k < num_multiprocessors(device) and num_columns >= 512 * split_k:
+        split_k *= 2
+    return SkinnyConfig(block_n, 128 if num_columns % 128 == 0 else 64, 4, 4, split_k)
