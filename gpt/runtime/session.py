@@ -11,6 +11,7 @@ from gpt.config import BuildConfig, ModelConfig
 if TYPE_CHECKING:
     import torch
 
+    from gpt.engine.step import PagedStep
     from gpt.runtime.virtual_tokens import VirtualTokens
 
 
@@ -39,4 +40,23 @@ class Session(Protocol):
 
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
         """Appends one token to each sequence (ids [B], any integer dtype, on `device`): the logits that follow."""
+        ...
+
+
+class PagedSession(Session, Protocol):
+    """A session that has a pool of cache blocks as well: sequences come and go, each step names their blocks.
+
+    Who schedules decides which block belongs to whom (`gpt.runtime.blocks`).  Logits are valid until the next step.
+    """
+
+    def start_paged(self, num_blocks: int, tokens_per_block: int) -> None:
+        """Makes the pool.  One of the same size is kept with what it holds."""
+        ...
+
+    def run_paged(self, step: PagedStep) -> torch.Tensor:
+        """Writes the new tokens' K and V to their blocks: the logits [K, V] float32 of the wanted tokens."""
+        ...
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies whole blocks of all layers, (from, to); no block is written twice or both read and written."""
         ...

@@ -12,7 +12,7 @@ import torch
 from gpt.comm import Communicator, NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.kv_cache import KvCache
-from gpt.engine.step import ContextStep, GenerationStep
+from gpt.engine.step import ContextStep, GenerationStep, PagedStep, Step
 from gpt.engine.torch_executor import TorchOps
 from gpt.mapping import Mapping
 from gpt.network.gpt import forward
@@ -42,6 +42,7 @@ class TorchSession:
         self.ops = TorchOps(model, mapping, weights, fused=build.fused_attention, comm=self.comm)
         self._dtype = weights["model.wte"].dtype
         self.cache: KvCache | None = None
+        self.pool: KvCache | None = None
         self._lengths: list[int] = []
         self._positions = torch.empty(0)
 
@@ -93,9 +94,38 @@ class TorchSession:
     def _run(self, step: ContextStep | GenerationStep) -> torch.Tensor:
         if self.cache is None:
             raise RuntimeError("start comes before context and generation")
+        return self._forward(step, self.cache)
+
+    def _forward(self, step: Step, cache: KvCache) -> torch.Tensor:
         with torch.inference_mode():
-            self.ops.begin(step, self.cache)
+            self.ops.begin(step, cache)
             return forward(self.ops, self.model, self.mapping)[:, : self.model.vocab_size]
+
+    def start_paged(self, num_blocks: int, tokens_per_block: int) -> None:
+        pool = self.pool
+        if pool is None or (pool.num_blocks, pool.tokens_per_block) != (num_blocks, tokens_per_block):
+            self.cache = self.pool = None  # the old ones are gone before the new one is made
+            self.pool = KvCache.empty(
+                self.model,
+                self.build,
+                self.mapping,
+                self.device,
+                num_blocks=num_blocks,
+                tokens_per_block=tokens_per_block,
+            )
+
+    def run_paged(self, step: PagedStep) -> torch.Tensor:
+        return self._forward(step, self._pool())
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        sources, targets = (torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True))
+        blocks = self._pool().blocks
+        blocks[:, :, targets] = blocks[:, :, sources]
+
+    def _pool(self) -> KvCache:
+        if self.pool is None:
+            raise RuntimeError("start_paged comes before run_paged and copy_blocks")
+        return self.pool
 
 
 def _packed_step(prompts: Sequence[Sequence[int]], device: torch.device) -> ContextStep:
