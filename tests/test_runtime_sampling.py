@@ -234,6 +234,7 @@ def test_a_sequence_that_has_ended_needs_no_possible_token() -> None:
     prompt = [token for token in range(VOCAB) if token != END]
     sampler = make_sampler([prompt], no_repeat_ngram_size=1)
     assert sampler.choose(torch.zeros(1, VOCAB)).tolist() == [END]
+    sampler.close(0)
     sampler.choose(torch.zeros(1, VOCAB))
 
 

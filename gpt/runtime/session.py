@@ -42,6 +42,11 @@ class Session(Protocol):
         """Appends one token to each sequence (ids [B], any integer dtype, on `device`): the logits that follow."""
         ...
 
+    def reorder(self, sources: Sequence[int]) -> None:
+        """Sequence i goes on as sequence sources[i] has come so far.  Their number may change, up to the batch size of
+        `start`: after `context` of B prompts, beams or samples of them are B * K sequences."""
+        ...
+
 
 class PagedSession(Session, Protocol):
     """A session that has a pool of cache blocks as well: sequences come and go, each step names their blocks.

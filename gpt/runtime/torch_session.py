@@ -17,6 +17,7 @@ from gpt.engine.torch_executor import TorchOps
 from gpt.mapping import Mapping
 from gpt.network.gpt import forward
 from gpt.runtime.limits import check_start
+from gpt.runtime.shared_beginnings import SharedBeginnings, copy_rows
 from gpt.runtime.virtual_tokens import VirtualTokens
 
 
@@ -45,6 +46,7 @@ class TorchSession:
         self.pool: KvCache | None = None
         self._lengths: list[int] = []
         self._positions = torch.empty(0)
+        self._beginnings = SharedBeginnings([])
 
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)
@@ -68,6 +70,7 @@ class TorchSession:
         if virtual is not None:
             step = self._with_table(step, virtual)
         self._positions = torch.tensor(self._lengths, dtype=torch.int32, device=self.device)
+        self._beginnings = SharedBeginnings(self._lengths)
         return self._run(step)
 
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
@@ -81,7 +84,16 @@ class TorchSession:
         logits = self._run(step)
         self._lengths = [length + 1 for length in self._lengths]
         self._positions = self._positions + 1
+        self._beginnings.grow()
         return logits
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        if self.cache is None or len(sources) > self.cache.num_blocks:
+            raise RuntimeError("start makes room for the rows of reorder")
+        with torch.inference_mode():
+            copy_rows(self.cache.blocks, self._beginnings.reorder(sources))
+        self._lengths = [self._lengths[source] for source in sources]
+        self._positions = self._positions[torch.tensor(sources, device=self.device)]
 
     def _with_table(self, step: ContextStep, virtual: VirtualTokens) -> ContextStep:
         table = virtual.table.to(self.device, self._dtype).flatten(0, 1)
