@@ -6,13 +6,13 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsupported, run_main
+from gpt.cli import ArgumentParser, add_log_level, positive_int, run_main
 from gpt.console import setup_logging
 from gpt.errors import ConfigError
-from gpt.runtime.sampling_config import SamplingConfig
+from gpt.text.decoding_options import add_decoding_flags, decoding_of_call, read_decoding
 from gpt.text.prompt_tuning import parse_tasks
 from gpt.text.prompts import TOKEN_SUFFIXES, check_input_file
 from gpt.text.run_prompts import DEFAULT_PROMPT, RunConfig, run_prompts
@@ -42,8 +42,7 @@ def build_parser() -> ArgumentParser:
     words.add_argument(
         "--end_id", type=int, metavar="ID", help="ends a text (default: the tokenizer's or the checkpoint's)"
     )
-    parser.add_argument("--num_beams", type=int, default=1, help="1 is what this version has")
-    _add_sampling_flags(parser)
+    add_decoding_flags(parser)
     tuning = parser.add_argument_group("prompt tuning")
     tuning.add_argument(
         "--prompt_table", type=Path, metavar="FILE", help="virtual tokens, .npy [tasks, tokens, hidden size]"
@@ -57,20 +56,6 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_log_level(parser, default="error")
     return parser
-
-
-def _add_sampling_flags(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("choice of tokens (default: greedy)")
-    group.add_argument("--top_k", type=int, default=1, help="draw from so many likeliest tokens; 1 greedy, 0 all")
-    group.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
-    group.add_argument("--min_p", type=float, default=0.0, help="probability, as part of the likeliest token's")
-    group.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
-    group.add_argument("--repetition_penalty", type=float, default=1.0, help="on tokens of prompt and output, 1 is off")
-    group.add_argument("--presence_penalty", type=float, default=0.0, help="once per generated token that came before")
-    group.add_argument("--frequency_penalty", type=float, default=0.0, help="each time that a generated token came")
-    group.add_argument("--min_length", type=int, default=0, help="new tokens before the end token may come")
-    group.add_argument("--no_repeat_ngram_size", type=int, default=0, help="no so many tokens in a row come twice")
-    group.add_argument("--seed", type=int, help="repeats what was drawn (default: another one each time)")
 
 
 def generate(
@@ -90,26 +75,17 @@ def generate(
     device: str = "auto",
     end_id: int | None = None,
     streaming: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 1,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    min_length: int = 0,
-    no_repeat_ngram_size: int = 0,
-    seed: int | None = None,
+    **decoding: Any,
 ) -> list[str]:
     """Runs the prompts, prints the new texts or writes the token files where one is named, and returns the texts.
 
     Without a tokenizer, token files can be read and written, and the result is empty.
     prompt_table, tasks: virtual tokens, and the task of each prompt or one for all, "0,1" or (0, 1).
-    temperature to seed: see `SamplingConfig`; the default is greedy.
+    decoding: see `DecodingOptions`, by the names of the flags (temperature, stop_words, length_penalty, ...); the
+    default is greedy.  With several results per prompt, the texts of one prompt follow each other, the best first.
     Raises ConfigError, CheckpointError (the table) or EngineError for what the command line would refuse.
     """
     setup_logging(log_level)
-    reject_unsupported(_unsupported(num_beams, streaming, output_csv or output_npy))
     config = RunConfig(
         max_output_len=max_output_len,
         engine_dir=Path(engine_dir),
@@ -124,29 +100,9 @@ def generate(
         tasks=parse_tasks(tasks) if isinstance(tasks, str) else None if tasks is None else tuple(tasks),
         device=device,
         streaming=streaming,
-        sampling=SamplingConfig(
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            presence_penalty,
-            frequency_penalty,
-            min_length,
-            no_repeat_ngram_size,
-            seed,
-        ),
+        decoding=decoding_of_call(num_beams=num_beams, **decoding),
     )
     return run_prompts(config, sys.stdout)
-
-
-def _unsupported(num_beams: int, streaming: bool, output_file: object) -> list[str]:
-    problems = []
-    if num_beams != 1:
-        problems.append(f"--num_beams {num_beams}: this version has no beam search, 1 is allowed")
-    if streaming and output_file is not None:
-        problems.append("--streaming prints text, --output_csv and --output_npy write token ids instead of it")
-    return problems
 
 
 def _path(value: str | Path | None) -> Path | None:
@@ -159,24 +115,23 @@ def _run(args: Namespace) -> None:
         raise ConfigError("the prompts come from one place", found=", ".join(f"--{flag}" for flag in given))
     if args.input_tokens is not None:
         check_input_file(args.input_tokens, TOKEN_SUFFIXES)
-    generate(
-        args.max_output_len,
-        args.log_level,
-        args.engine_dir,
-        DEFAULT_PROMPT if args.input_text is None else args.input_text,
-        args.input_tokens or args.input_file,
-        args.output_csv,
-        args.output_npy,
-        args.tokenizer,
-        args.vocab_file,
-        args.num_beams,
-        args.prompt_table,
-        args.tasks,
-        device=args.device,
+    config = RunConfig(
+        max_output_len=args.max_output_len,
+        engine_dir=args.engine_dir,
+        texts=(DEFAULT_PROMPT,) if args.input_text is None else tuple(args.input_text),
+        input_file=args.input_tokens or args.input_file,
+        output_csv=args.output_csv,
+        output_npy=args.output_npy,
+        tokenizer=args.tokenizer,
+        vocab_file=args.vocab_file,
         end_id=args.end_id,
+        prompt_table=args.prompt_table,
+        tasks=None if args.tasks is None else parse_tasks(args.tasks),
+        device=args.device,
         streaming=args.streaming,
-        **{field.name: getattr(args, field.name) for field in fields(SamplingConfig)},
+        decoding=read_decoding(args),
     )
+    run_prompts(config, sys.stdout)
 
 
 def _spawn(args: Namespace, argv: Sequence[str]) -> int | None:

@@ -49,6 +49,7 @@ def generate(
     max_new_tokens: int,
     end_id: int | None,
     on_tokens: Callable[[Sequence[int | None]], None] | None = None,
+    on_end: Callable[[int], None] | None = None,
     virtual: VirtualTokens | None = None,
     sampling: SamplingConfig | None = None,
     first_row: int = 0,
@@ -58,11 +59,12 @@ def generate(
 ) -> Generation:
     """Continues each prompt until `end_id`, a stop word or `max_new_tokens`.
 
-    Among several ranks, what rank 0 was given counts: all arguments but `on_tokens`.
+    Among several ranks, what rank 0 was given counts: all arguments but `on_tokens` and `on_end`.
 
     virtual: the embeddings behind token ids V and above, for engines built for prompt tuning.
 
     on_tokens: called after each step with one new token per prompt, None for prompts that have ended.
+    on_end: called with the number of each row once it has its last token.
 
     sampling: how tokens are chosen, greedily for None.  first_row: index of the first prompt in the whole input, which
     together with the seed decides what is drawn.  keys: (index of the prompt, number of the sample) of each row, where
@@ -101,8 +103,9 @@ def generate(
             for row, token_record in enumerate(record(logits, chosen, num_top_logprobs)):
                 if running[row]:
                     result.logprobs[row].append(token_record)
+        ended = [row for row, was in enumerate(running) if was and not rows.running[row]]
         if sampler is not None:
-            for row in [row for row, was in enumerate(running) if was and not rows.running[row]]:
+            for row in ended:
                 sampler.close(row)
         now = time.perf_counter()
         if step == 0:
@@ -111,9 +114,15 @@ def generate(
             result.step_ms.append((now - begin) * 1e3)
         if on_tokens is not None:
             on_tokens(new)
+        for row in ended:
+            if on_end is not None:
+                on_end(row)
         if not any(rows.running):
             break
         begin = time.perf_counter()
+    for row, alive in enumerate(rows.running):
+        if alive and on_end is not None:
+            on_end(row)
     return result
 
 
@@ -169,7 +178,7 @@ def run_context(
     firsts = [row for row, key in enumerate(keys) if row == 0 or key[0] != keys[row - 1][0]]
     if len(firsts) == len(keys):
         return session.context(prompts, virtual)
-    part = None if virtual is None else VirtualTokens(virtual.table, tuple(virtual.tasks[row] for row in firsts))
+    part = None if virtual is None else virtual.of_prompts(firsts)
     logits = session.context([prompts[row] for row in firsts], part)
     counts = [after - row for row, after in zip(firsts, [*firsts[1:], len(keys)], strict=True)]
     sources = [source for source, count in enumerate(counts) for _ in range(count)]
