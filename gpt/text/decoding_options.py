@@ -85,6 +85,10 @@ class DecodingOptions:
             return self.num_return_sequences
         return self.beams.num_beams
 
+    def with_seed(self) -> DecodingOptions:
+        """The same with a seed, where one is needed: see `SamplingConfig.with_seed`."""
+        return replace(self, sampling=self.sampling.with_seed())
+
     @property
     def search(self) -> BeamConfig:
         return replace(self.beams, num_return=self.num_results)
