@@ -124,13 +124,11 @@ def test_drafts_that_were_wrong_leave_no_trace(session: TorchSession) -> None:
     check(session, found, [prompt + right[:2]])
 
 
-def test_blocks_can_be_shared_and_copied(session: TorchSession) -> None:
-    prompt, left, right = random_prompts((7, 4, 4), 50)
+def test_sequences_can_share_blocks(session: TorchSession) -> None:
+    prompt, left, right = random_prompts((8, 4, 4), 50)
     pages = Pages(64)
     session.run_paged(pages.step({0: prompt}))
-    copy = pages.free.pop()
-    session.copy_blocks([(pages.tables[0][1], copy)])
-    pages.tables[1], pages.filled[1] = [pages.tables[0][0], copy], 7
+    pages.tables[1], pages.filled[1] = list(pages.tables[0]), len(prompt)
     found = session.run_paged(pages.step({0: left, 1: right}))
     check(session, found, [prompt + left, prompt + right])
 
@@ -150,4 +148,4 @@ def test_half_precision_is_as_near_as_in_a_contiguous_cache(tmp_path: Path) -> N
 def test_a_step_needs_its_pool(tmp_path: Path) -> None:
     session = open_session(build_engine(None, tmp_path / "e", *SIZES, *LIMITS, "--random_seed", "1"))
     with pytest.raises(RuntimeError, match="start_paged comes before"):
-        session.copy_blocks([(0, 1)])
+        session.run_paged(Pages(1).step({0: [1]}))

@@ -47,6 +47,13 @@ class Session(Protocol):
         `start`: after `context` of B prompts, beams or samples of them are B * K sequences."""
         ...
 
+    def prompt_logits(
+        self, prompt: Sequence[int], places: Sequence[int], virtual: VirtualTokens | None = None
+    ) -> torch.Tensor:
+        """Runs one prompt: the logits [K, V] behind its tokens number `places`, counted from 0.  `start` comes before,
+        and before anything else.  Raises ConfigError where the engine only tells those of the last token."""
+        ...
+
 
 class PagedSession(Session, Protocol):
     """A session that has a pool of cache blocks as well: sequences come and go, each step names their blocks.
@@ -60,8 +67,4 @@ class PagedSession(Session, Protocol):
 
     def run_paged(self, step: PagedStep) -> torch.Tensor:
         """Writes the new tokens' K and V to their blocks: the logits [K, V] float32 of the wanted tokens."""
-        ...
-
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies whole blocks of all layers, (from, to); no block is written twice or both read and written."""
         ...

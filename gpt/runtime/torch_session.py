@@ -95,6 +95,12 @@ class TorchSession:
         self._lengths = [self._lengths[source] for source in sources]
         self._positions = self._positions[torch.tensor(sources, device=self.device)]
 
+    def prompt_logits(
+        self, prompt: Sequence[int], places: Sequence[int], virtual: VirtualTokens | None = None
+    ) -> torch.Tensor:
+        step = dataclasses.replace(_packed_step([prompt], self.device), last=torch.tensor(places, device=self.device))
+        return self._run(step if virtual is None else self._with_table(step, virtual))
+
     def _with_table(self, step: ContextStep, virtual: VirtualTokens) -> ContextStep:
         table = virtual.table.to(self.device, self._dtype).flatten(0, 1)
         first_rows = torch.tensor(virtual.tasks, dtype=torch.int32, device=self.device) * virtual.num_tokens
@@ -129,14 +135,9 @@ class TorchSession:
     def run_paged(self, step: PagedStep) -> torch.Tensor:
         return self._forward(step, self._pool())
 
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        sources, targets = (torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True))
-        blocks = self._pool().blocks
-        blocks[:, :, targets] = blocks[:, :, sources]
-
     def _pool(self) -> KvCache:
         if self.pool is None:
-            raise RuntimeError("start_paged comes before run_paged and copy_blocks")
+            raise RuntimeError("start_paged comes before run_paged")
         return self.pool
 
 

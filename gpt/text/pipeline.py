@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from gpt.config import ModelConfig
 from gpt.console import log
@@ -13,10 +13,11 @@ from gpt.errors import ConfigError, Problems
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from gpt.runtime.batching_config import BatchingConfig
     from gpt.runtime.beam_config import BeamConfig
     from gpt.runtime.generate import Generation
     from gpt.runtime.sampling_config import SamplingConfig
-    from gpt.runtime.session import Session
+    from gpt.runtime.session import PagedSession, Session
     from gpt.runtime.stopping import Stops
     from gpt.runtime.virtual_tokens import VirtualTokens
 
@@ -119,13 +120,14 @@ def generate_batches(
     stops: Stops | None = None,
     num_top_logprobs: int | None = None,
     results: list[Generation] | None = None,
+    batching: BatchingConfig | None = None,
 ) -> list[Generation]:
-    """Runs any number of prompts in batches that the engine holds.
+    """Runs any number of prompts in batches that the engine holds, all of them as one where its cache is paged.
 
     virtual: the embeddings behind token ids V and above, with one task per prompt.
     sampling: how tokens are chosen, greedily for None; a seed that it lacks is made up once for all batches.
     num_samples: rows of the result per prompt; row p * num_samples + k is sample k of prompt p.
-    stops, num_top_logprobs: see `generate`.
+    stops, num_top_logprobs: see `generate`.  batching: of a paged cache.
     on_token: called with (row, new token id) as tokens come; on_end: with each row at its end.
     results: a list that gets each batch's result when it is complete; it is what is returned.
     Raises ConfigError for prompts that the engine cannot take.
@@ -136,6 +138,26 @@ def generate_batches(
         sampling = sampling.with_seed()
     results = [] if results is None else results
     rows = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(num_samples)]
+    if session.build.paged_kv_cache:
+        from gpt.runtime.batcher import generate_paged
+
+        results.append(
+            generate_paged(
+                cast("PagedSession", session),
+                [prompts[prompt] for prompt, _ in rows],
+                max_new_tokens=max_new_tokens,
+                end_id=end_id,
+                on_token=on_token,
+                on_end=on_end,
+                virtual=None if virtual is None else virtual.of_prompts([prompt for prompt, _ in rows]),
+                sampling=sampling,
+                keys=rows,
+                stops=stops,
+                num_top_logprobs=num_top_logprobs,
+                batching=batching,
+            )
+        )
+        return results
     for first, keys in batches(rows, session.build.max_batch_size):
 
         def show(tokens: Sequence[int | None], first: int = first) -> None:
