@@ -9,22 +9,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt.cli import ArgumentParser, add_log_level, positive_int, run_main
+from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsupported, run_main
 from gpt.console import setup_logging
 from gpt.errors import ConfigError
+from gpt.launch import read_launch
 from gpt.text.decoding_options import add_decoding_flags, decoding_of_call, read_decoding
+from gpt.text.interactive import interact
 from gpt.text.prompt_tuning import parse_tasks
 from gpt.text.prompts import TOKEN_SUFFIXES, check_input_file
 from gpt.text.run_prompts import DEFAULT_PROMPT, RunConfig, run_prompts
+from gpt.text.score_prompts import contradictions, score_prompts
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--max_output_len", type=positive_int, required=True, help="number of new tokens at most")
+    parser.add_argument(
+        "--max_output_len", type=positive_int, help="number of new tokens at most; required to make text"
+    )
     parser.add_argument("--engine_dir", type=Path, default=Path("gpt_outputs"), help="folder that build.py wrote")
     source = parser.add_argument_group("prompts, one of")
     source.add_argument(
-        "--input_text", nargs="+", metavar="TEXT", help=f"one or more prompts (default: {DEFAULT_PROMPT!r})"
+        "--input_text",
+        nargs="+",
+        metavar="TEXT",
+        help=f"one or more prompts (default: {DEFAULT_PROMPT!r}, or a session where you type them on a terminal)",
     )
     source.add_argument(
         "--input_tokens", type=Path, metavar="FILE", help="token ids: .csv, one prompt per line, or .npy"
@@ -36,6 +44,7 @@ def build_parser() -> ArgumentParser:
     result.add_argument("--output_csv", type=Path, metavar="FILE", help="token ids of whole rows")
     result.add_argument("--output_npy", type=Path, metavar="FILE", help="token ids of whole rows, int32")
     result.add_argument("--streaming", action="store_true", help="print the text while it is generated")
+    result.add_argument("--score_prompts", action="store_true", help="make no text, tell how likely each prompt is")
     words = parser.add_argument_group("tokenizer (default: the one in the engine folder)")
     words.add_argument("--tokenizer", metavar="PLACE", help="local folder, or name on the model hub")
     words.add_argument("--vocab_file", type=Path, metavar="FILE", help="sentencepiece model; goes before --tokenizer")
@@ -116,7 +125,7 @@ def _run(args: Namespace) -> None:
     if args.input_tokens is not None:
         check_input_file(args.input_tokens, TOKEN_SUFFIXES)
     config = RunConfig(
-        max_output_len=args.max_output_len,
+        max_output_len=args.max_output_len or 0,
         engine_dir=args.engine_dir,
         texts=(DEFAULT_PROMPT,) if args.input_text is None else tuple(args.input_text),
         input_file=args.input_tokens or args.input_file,
@@ -131,7 +140,18 @@ def _run(args: Namespace) -> None:
         streaming=args.streaming,
         decoding=read_decoding(args),
     )
-    run_prompts(config, sys.stdout)
+    if args.score_prompts:
+        reject_unsupported(contradictions(config))
+        score_prompts(config, sys.stdout)
+    elif not given and _is_terminal(config):
+        interact(config, args, sys.stdout)
+    else:
+        run_prompts(config, sys.stdout)
+
+
+def _is_terminal(config: RunConfig) -> bool:
+    """Whether somebody may type prompts: several ranks have no terminal."""
+    return not config.writes_files and read_launch().size == 1 and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _spawn(args: Namespace, argv: Sequence[str]) -> int | None:
@@ -144,7 +164,10 @@ def _spawn(args: Namespace, argv: Sequence[str]) -> int | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.max_output_len is None and not args.score_prompts:
+        parser.error("the following arguments are required: --max_output_len")
     setup_logging(args.log_level)
     return run_main(lambda: _spawn(args, sys.argv[1:] if argv is None else argv) if args.spawn else _run(args))
 

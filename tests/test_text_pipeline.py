@@ -57,6 +57,10 @@ class SumSession:
     def reorder(self, sources: Sequence[int]) -> None:
         self._sums = self._sums[list(sources)]
 
+    def prompt_logits(self, prompt: Sequence[int], places: Sequence[int], virtual: object = None) -> torch.Tensor:
+        self._sums = torch.tensor([sum(prompt[: place + 1]) for place in places])
+        return self._logits()
+
     def _logits(self) -> torch.Tensor:
         return torch.nn.functional.one_hot(self._sums % 7, MODEL.vocab_size).float()
 

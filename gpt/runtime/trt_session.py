@@ -128,6 +128,14 @@ class TrtSession:
         self._lengths = [length + 1 for length in self._lengths]
         return logits
 
+    def prompt_logits(
+        self, prompt: Sequence[int], places: Sequence[int], virtual: VirtualTokens | None = None
+    ) -> torch.Tensor:
+        raise ConfigError(
+            "a TensorRT engine tells the logits of a prompt's last token only, so that it cannot score texts",
+            hint="build a PyTorch engine of the same checkpoint: build.py --backend torch",
+        )
+
     def reorder(self, sources: Sequence[int]) -> None:
         """The caches' rows are gathered whole: the library writes them, and what they share is not known here."""
         if len(sources) > self._max_rows:

@@ -113,7 +113,7 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     ranks = join_ranks(info)
     tokenizer = choose_tokenizer(info, config.tokenizer, config.vocab_file)
     end_id = choose_end_id(config.end_id, tokenizer, info.model)
-    prompts, tuning = _read_prompts(config, info, tokenizer, end_id)
+    prompts, tuning = read_prompts(config, info, tokenizer, end_id)
     if not config.writes_files:
         require_tokenizer(tokenizer, info, "print the result")
     num_virtual = 0 if tuning is None else tuning.virtual.num_tokens
@@ -122,9 +122,7 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     decoding.check_fits(info.build, info.model.vocab_size, config.max_output_len)
     choice = decoding.choice(tokenizer)
     choice.check_fits(info.model.vocab_size, config.max_output_len)
-    stops = None
-    if decoding.stop_words or decoding.stop_ids:
-        stops = StopWords(decoding.stop_words, decoding.stop_ids, tokenizer)
+    stops = make_stops(decoding, tokenizer)
     for path in config.wanted(end_id, None, ranks.rank).files:
         if ranks.rank == 0:
             check_output_file(path)
@@ -147,7 +145,14 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     return results.finish(batches) if ranks.rank == 0 else []
 
 
-def _read_prompts(
+def make_stops(decoding: DecodingOptions, tokenizer: Tokenizer | None) -> StopWords | None:
+    """None where nothing but its end token and its length ends a text."""
+    if not decoding.stop_words and not decoding.stop_ids:
+        return None
+    return StopWords(decoding.stop_words, decoding.stop_ids, tokenizer)
+
+
+def read_prompts(
     config: RunConfig, info: EngineInfo, tokenizer: Tokenizer | None, end_id: int | None
 ) -> tuple[list[list[int]], PromptTuning | None]:
     """The prompts with their virtual tokens: text gets those of its task in front, token files have them already."""

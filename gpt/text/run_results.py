@@ -16,11 +16,11 @@ from gpt.text.pipeline import describe_speed, without_end
 from gpt.text.prompts import full_rows, write_csv, write_npy
 from gpt.text.stop_words import StopWords
 from gpt.text.streaming import RowText, StreamPrinter, print_results
+from gpt.text.token_records import describe_token
 from gpt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gpt.runtime.generate import Generation
-    from gpt.runtime.logprobs import TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,7 @@ class Results:
             self._printer.interrupt()
 
     def text(self, tokens: Sequence[int]) -> str:
-        """A row's text, without the end token or stop word that ended it."""
-        tokens = without_end(tokens, self._end_id)
-        stops = self._stops
-        decoded = self._decode(tokens if stops is None else stops.trim(tokens))
-        return decoded if stops is None else stops.cut(decoded)
+        return final_text(tokens, self._tokenizer, self._end_id, self._stops)
 
     def _print(self, texts: Sequence[str]) -> None:
         count = self._wanted.num_results
@@ -166,18 +162,21 @@ class Results:
             if scores:
                 line["score"] = scores[row]
             line["total"] = sum(one.logprob for one in logprobs)
-            line["tokens"] = [self._describe(*pair) for pair in zip(tokens, logprobs, strict=True)]
+            pairs = zip(tokens, logprobs, strict=True)
+            line["tokens"] = [describe_token(token, one, self._tokenizer) for token, one in pairs]
             lines.append(line)
         return lines
 
-    def _describe(self, token: int, one: TokenLogprob) -> dict[str, Any]:
-        result = {**self._name(token), "logprob": one.logprob}
-        if one.top:
-            result["top"] = [{**self._name(other), "logprob": logprob} for other, logprob in one.top]
-        return result
 
-    def _name(self, token: int) -> dict[str, Any]:
-        return {"id": token} if self._tokenizer is None else {"id": token, "text": self._decode([token])}
+def final_text(
+    tokens: Sequence[int], tokenizer: Tokenizer | None, end_id: int | None, stops: StopWords | None
+) -> str:
+    """A row's text, without the end token or stop word that ended it; none without a tokenizer."""
+    if tokenizer is None:
+        return ""
+    tokens = without_end(tokens, end_id)
+    decoded = tokenizer.decode(tokens if stops is None else stops.trim(tokens), skip_special=False)
+    return decoded if stops is None else stops.cut(decoded)
 
 
 def _interrupted_name(path: Path | None) -> Path | None:
