@@ -13,8 +13,10 @@ from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsuppor
 from gpt.console import setup_logging
 from gpt.errors import ConfigError
 from gpt.launch import read_launch
+from gpt.runtime.batching_config import DEFAULT_BATCHING, BatchingConfig
 from gpt.text.decoding_options import add_decoding_flags, decoding_of_call, read_decoding
 from gpt.text.interactive import interact
+from gpt.text.prompt_fit import ON_LONG_PROMPT
 from gpt.text.prompt_tuning import parse_tasks
 from gpt.text.prompts import TOKEN_SUFFIXES, check_input_file
 from gpt.text.run_prompts import DEFAULT_PROMPT, RunConfig, run_prompts
@@ -38,11 +40,16 @@ def build_parser() -> ArgumentParser:
         "--input_tokens", type=Path, metavar="FILE", help="token ids: .csv, one prompt per line, or .npy"
     )
     source.add_argument(
-        "--input_file", type=Path, metavar="FILE", help=".txt, one prompt per line, or .csv or .npy as above"
+        "--input_file",
+        type=Path,
+        metavar="FILE",
+        help=".txt, one prompt per line; .jsonl, .parquet, or .csv with --column; .csv or .npy as above",
     )
     result = parser.add_argument_group("results (text on stdout where no file is named)")
     result.add_argument("--output_csv", type=Path, metavar="FILE", help="token ids of whole rows")
     result.add_argument("--output_npy", type=Path, metavar="FILE", help="token ids of whole rows, int32")
+    result.add_argument("--output_file", type=Path, metavar="FILE", help="one line of JSON per prompt, as they end")
+    result.add_argument("--resume", action="store_true", help="go on with an --output_file that a run left behind")
     result.add_argument("--streaming", action="store_true", help="print the text while it is generated")
     result.add_argument("--score_prompts", action="store_true", help="make no text, tell how likely each prompt is")
     words = parser.add_argument_group("tokenizer (default: the one in the engine folder)")
@@ -52,6 +59,7 @@ def build_parser() -> ArgumentParser:
         "--end_id", type=int, metavar="ID", help="ends a text (default: the tokenizer's or the checkpoint's)"
     )
     add_decoding_flags(parser)
+    _add_batch_flags(parser)
     tuning = parser.add_argument_group("prompt tuning")
     tuning.add_argument(
         "--prompt_table", type=Path, metavar="FILE", help="virtual tokens, .npy [tasks, tokens, hidden size]"
@@ -65,6 +73,27 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_log_level(parser, default="error")
     return parser
+
+
+def _add_batch_flags(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("many prompts")
+    group.add_argument("--column", metavar="NAME", help="of the texts in a table (default: prompt; .csv: token ids)")
+    group.add_argument("--max_input_length", type=positive_int, help="tokens of a prompt (default: what fits)")
+    group.add_argument(
+        "--on_long_prompt", choices=ON_LONG_PROMPT, default="refuse", help="truncate keeps the end of the prompt"
+    )
+    group = parser.add_argument_group("paged cache (engines built with --paged_kv_cache)")
+    group.add_argument(
+        "--max_draft_len", type=int, default=0, metavar="N", help="tokens guessed from the text at a time"
+    )
+    group.add_argument(
+        "--kv_cache_free_gpu_memory_fraction",
+        type=float,
+        default=0.9,
+        metavar="PART",
+        help="of free memory, for the cache",
+    )
+    group.add_argument("--max_tokens_in_paged_kv_cache", type=int, metavar="N", help="tokens that the cache holds")
 
 
 def generate(
@@ -84,6 +113,12 @@ def generate(
     device: str = "auto",
     end_id: int | None = None,
     streaming: bool = False,
+    output_file: str | Path | None = None,
+    resume: bool = False,
+    column: str | None = None,
+    max_input_length: int | None = None,
+    on_long_prompt: str = "refuse",
+    batching: BatchingConfig = DEFAULT_BATCHING,
     **decoding: Any,
 ) -> list[str]:
     """Runs the prompts, prints the new texts or writes the token files where one is named, and returns the texts.
@@ -92,6 +127,8 @@ def generate(
     prompt_table, tasks: virtual tokens, and the task of each prompt or one for all, "0,1" or (0, 1).
     decoding: see `DecodingOptions`, by the names of the flags (temperature, stop_words, length_penalty, ...); the
     default is greedy.  With several results per prompt, the texts of one prompt follow each other, the best first.
+    output_file: results go there as lines of JSON, and the return value is empty; `resume` goes on with such a file.
+    batching: of engines with a paged cache.
     Raises ConfigError, CheckpointError (the table) or EngineError for what the command line would refuse.
     """
     setup_logging(log_level)
@@ -110,6 +147,12 @@ def generate(
         device=device,
         streaming=streaming,
         decoding=decoding_of_call(num_beams=num_beams, **decoding),
+        output_file=_path(output_file),
+        resume=resume,
+        column=column,
+        max_input_length=max_input_length,
+        on_long_prompt=on_long_prompt,
+        batching=batching,
     )
     return run_prompts(config, sys.stdout)
 
@@ -139,6 +182,14 @@ def _run(args: Namespace) -> None:
         device=args.device,
         streaming=args.streaming,
         decoding=read_decoding(args),
+        output_file=args.output_file,
+        resume=args.resume,
+        column=args.column,
+        max_input_length=args.max_input_length,
+        on_long_prompt=args.on_long_prompt,
+        batching=BatchingConfig(
+            args.kv_cache_free_gpu_memory_fraction, args.max_tokens_in_paged_kv_cache, args.max_draft_len
+        ),
     )
     if args.score_prompts:
         reject_unsupported(contradictions(config))
@@ -151,7 +202,9 @@ def _run(args: Namespace) -> None:
 
 def _is_terminal(config: RunConfig) -> bool:
     """Whether somebody may type prompts: several ranks have no terminal."""
-    return not config.writes_files and read_launch().size == 1 and sys.stdin.isatty() and sys.stdout.isatty()
+    if config.writes_files or config.output_file is not None:
+        return False
+    return read_launch().size == 1 and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _spawn(args: Namespace, argv: Sequence[str]) -> int | None:

@@ -33,3 +33,6 @@ class BatchingConfig:
         if not 0 <= self.max_draft_len <= MAX_DRAFT_LEN:
             problems.add(f"--max_draft_len {self.max_draft_len}: allowed are 0 (off) to {MAX_DRAFT_LEN}")
         problems.raise_if_any(ConfigError, "these settings cannot be used")
+
+
+DEFAULT_BATCHING = BatchingConfig()

@@ -121,13 +121,14 @@ def generate_batches(
     num_top_logprobs: int | None = None,
     results: list[Generation] | None = None,
     batching: BatchingConfig | None = None,
+    indices: Sequence[int] | None = None,
 ) -> list[Generation]:
     """Runs any number of prompts in batches that the engine holds, all of them as one where its cache is paged.
 
     virtual: the embeddings behind token ids V and above, with one task per prompt.
     sampling: how tokens are chosen, greedily for None; a seed that it lacks is made up once for all batches.
     num_samples: rows of the result per prompt; row p * num_samples + k is sample k of prompt p.
-    stops, num_top_logprobs: see `generate`.  batching: of a paged cache.
+    stops, num_top_logprobs: see `generate`.  batching: of a paged cache.  indices: of the prompts in the whole input.
     on_token: called with (row, new token id) as tokens come; on_end: with each row at its end.
     results: a list that gets each batch's result when it is complete; it is what is returned.
     Raises ConfigError for prompts that the engine cannot take.
@@ -137,6 +138,7 @@ def generate_batches(
     if sampling is not None:
         sampling = sampling.with_seed()
     results = [] if results is None else results
+    names = range(len(prompts)) if indices is None else indices
     rows = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(num_samples)]
     if session.build.paged_kv_cache:
         from gpt.runtime.batcher import generate_paged
@@ -151,14 +153,14 @@ def generate_batches(
                 on_end=on_end,
                 virtual=None if virtual is None else virtual.of_prompts([prompt for prompt, _ in rows]),
                 sampling=sampling,
-                keys=rows,
+                keys=[(names[prompt], sample) for prompt, sample in rows],
                 stops=stops,
                 num_top_logprobs=num_top_logprobs,
                 batching=batching,
             )
         )
         return results
-    for first, keys in batches(rows, session.build.max_batch_size):
+    for first, batch in batches(rows, session.build.max_batch_size):
 
         def show(tokens: Sequence[int | None], first: int = first) -> None:
             for row, token in enumerate(tokens, start=first):
@@ -172,14 +174,14 @@ def generate_batches(
         results.append(
             generate(
                 session,
-                [prompts[prompt] for prompt, _ in keys],
+                [prompts[prompt] for prompt, _ in batch],
                 max_new_tokens=max_new_tokens,
                 end_id=end_id,
                 on_tokens=show,
                 on_end=end,
-                virtual=None if virtual is None else virtual.of_prompts([prompt for prompt, _ in keys]),
+                virtual=None if virtual is None else virtual.of_prompts([prompt for prompt, _ in batch]),
                 sampling=sampling,
-                keys=keys,
+                keys=[(names[prompt], sample) for prompt, sample in batch],
                 stops=stops,
                 num_top_logprobs=num_top_logprobs,
             )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from gpt.cli import reject_unsupported
 from gpt.comm import start
 from gpt.engine.folder import EngineInfo, open_engine
+from gpt.errors import ConfigError
+from gpt.runtime.batching_config import DEFAULT_BATCHING, BatchingConfig
 from gpt.runtime.limits import check_prompts
 from gpt.runtime.ranks import join_ranks
 from gpt.text.decoding_options import GREEDY_DECODING, DecodingOptions
@@ -21,15 +23,11 @@ from gpt.text.pipeline import (
     require_tokenizer,
     search_batches,
 )
+from gpt.text.prompt_fit import fit_prompts, prompt_limit
+from gpt.text.prompt_rows import ROW_SUFFIXES, holds_tokens, read_row_texts
 from gpt.text.prompt_tuning import PromptTuning, load_prompt_tuning
-from gpt.text.prompts import (
-    TEXT_SUFFIXES,
-    TOKEN_SUFFIXES,
-    check_input_file,
-    check_output_file,
-    read_texts,
-    read_tokens,
-)
+from gpt.text.prompts import check_input_file, check_output_file, read_tokens
+from gpt.text.run_job import prepare_job, run_job, with_earlier_seed
 from gpt.text.run_results import Results, Wanted
 from gpt.text.stop_words import StopWords
 from gpt.text.tokenizer import Tokenizer
@@ -49,6 +47,8 @@ class RunConfig:
     input_file: prompts as .txt, .csv or .npy, in place of `texts`.  output_csv, output_npy: token files written in
     place of the text on stdout.  tokenizer, vocab_file, end_id: None takes what the engine folder knows.  prompt_table,
     tasks: see `load_prompt_tuning`.  decoding: how texts are made, by default greedily.
+    output_file: results as .jsonl, which `resume` goes on with.  column: of the texts in a table.  max_input_length,
+    on_long_prompt: see `prompt_limit` and ON_LONG_PROMPT.  batching: of a paged cache.
     Raises ConfigError for what goes against each other.
     """
 
@@ -66,6 +66,12 @@ class RunConfig:
     device: str = "auto"
     streaming: bool = False
     decoding: DecodingOptions = GREEDY_DECODING
+    output_file: Path | None = None
+    resume: bool = False
+    column: str | None = None
+    max_input_length: int | None = None
+    on_long_prompt: str = "refuse"
+    batching: BatchingConfig = DEFAULT_BATCHING
 
     def __post_init__(self) -> None:
         reject_unsupported(self._contradictions())
@@ -87,8 +93,27 @@ class RunConfig:
             self.decoding.num_results,
         )
 
+    def check_batching(self, info: EngineInfo) -> None:
+        """Raises ConfigError for settings of a paged cache that the engine does not have."""
+        if self.batching != DEFAULT_BATCHING and not info.build.paged_kv_cache:
+            raise ConfigError(
+                "the engine has no paged cache",
+                found="--max_draft_len, --kv_cache_free_gpu_memory_fraction or --max_tokens_in_paged_kv_cache",
+                hint="build.py --paged_kv_cache makes one that has",
+            )
+
     def _contradictions(self) -> list[str]:
         problems = []
+        if self.resume and self.output_file is None:
+            problems.append("--resume without --output_file: only that file says what is done already")
+        if self.output_file is not None and (self.writes_files or self.streaming):
+            problems.append("--output_file with --output_csv, --output_npy or --streaming: results go to one place")
+        if self.output_file is not None and self.decoding.logprobs is not None:
+            problems.append("--output_file with --logprobs: that file is written at the end, and cannot be resumed")
+        if self.decoding.uses_beams and self.batching.max_draft_len > 0:
+            problems.append(
+                f"--max_draft_len {self.batching.max_draft_len} with beams: drafts are checked for one text"
+            )
         if self.streaming and self.writes_files:
             problems.append("--streaming prints text, --output_csv and --output_npy write token ids instead of it")
         if self.streaming and self.decoding.uses_beams:
@@ -107,22 +132,29 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     EngineError for a bad engine.
     """
     if config.input_file is not None:
-        check_input_file(config.input_file, (*TEXT_SUFFIXES, *TOKEN_SUFFIXES))
+        check_input_file(config.input_file, ROW_SUFFIXES)
+    if config.output_file is not None:
+        config = with_earlier_seed(config)
     start()  # first, so that what fails on one rank alone ends them all
     info = open_engine(config.engine_dir)
     ranks = join_ranks(info)
     tokenizer = choose_tokenizer(info, config.tokenizer, config.vocab_file)
     end_id = choose_end_id(config.end_id, tokenizer, info.model)
-    prompts, tuning = read_prompts(config, info, tokenizer, end_id)
-    if not config.writes_files:
-        require_tokenizer(tokenizer, info, "print the result")
-    num_virtual = 0 if tuning is None else tuning.virtual.num_tokens
-    check_prompts(info.model, info.build, prompts, config.max_output_len, num_virtual=num_virtual)
+    config.check_batching(info)
     decoding = config.decoding
     decoding.check_fits(info.build, info.model.vocab_size, config.max_output_len)
     choice = decoding.choice(tokenizer)
     choice.check_fits(info.model.vocab_size, config.max_output_len)
     stops = make_stops(decoding, tokenizer)
+    if config.output_file is not None:
+        job = prepare_job(config, info, tokenizer, end_id, stops)
+        run_job(job, ranks, choice, out)
+        return []
+    prompts, tuning = read_prompts(config, info, tokenizer, end_id)
+    if not config.writes_files:
+        require_tokenizer(tokenizer, info, "print the result")
+    num_virtual = 0 if tuning is None else tuning.virtual.num_tokens
+    check_prompts(info.model, info.build, prompts, config.max_output_len, num_virtual=num_virtual)
     for path in config.wanted(end_id, None, ranks.rank).files:
         if ranks.rank == 0:
             check_output_file(path)
@@ -157,16 +189,26 @@ def read_prompts(
 ) -> tuple[list[list[int]], PromptTuning | None]:
     """The prompts with their virtual tokens: text gets those of its task in front, token files have them already."""
     vocab_size = info.model.vocab_size
-    if config.input_file is not None and config.input_file.suffix.lower() in TOKEN_SUFFIXES:
-        prompts = read_tokens(config.input_file, end_id)
+    if config.input_file is not None and holds_tokens(config.input_file, config.column):
+        prompts = _fit(read_tokens(config.input_file, end_id), config, info, 0)
         tuning = load_prompt_tuning(config.prompt_table, config.tasks, info, len(prompts))
         if tuning is not None:
             tuning.check_ids(prompts, vocab_size)
         return prompts, tuning
-    texts = config.texts if config.input_file is None else read_texts(config.input_file)
+    texts = config.texts if config.input_file is None else read_row_texts(config.input_file, config.column)
     prompts = encode_prompts(require_tokenizer(tokenizer, info, "read the prompts"), texts, info.model)
     tuning = load_prompt_tuning(config.prompt_table, config.tasks, info, len(prompts))
-    return prompts if tuning is None else tuning.prepend(prompts, vocab_size), tuning
+    if tuning is None:
+        return _fit(prompts, config, info, 0), None
+    return tuning.prepend(_fit(prompts, config, info, tuning.virtual.num_tokens), vocab_size), tuning
+
+
+def _fit(prompts: list[list[int]], config: RunConfig, info: EngineInfo, num_virtual: int) -> list[list[int]]:
+    """As --max_input_length and --on_long_prompt say; what else is too long is refused later, with everything else."""
+    if config.max_input_length is None and config.on_long_prompt == "refuse":
+        return prompts
+    limit, reason = prompt_limit(info.model, info.build, config.max_output_len, config.max_input_length)
+    return fit_prompts(prompts, limit - num_virtual, reason, truncate=config.on_long_prompt == "truncate")
 
 
 def _generate(
@@ -195,4 +237,5 @@ def _generate(
         search_batches(session, prompts, beams=decoding.search, **settings)
     else:
         settings |= {"num_samples": decoding.num_results, "on_token": results.add, "on_end": results.end}
+        settings["batching"] = config.batching
         generate_batches(session, prompts, **settings)

@@ -32,6 +32,7 @@ def contradictions(config: RunConfig) -> list[str]:
         "streaming": config.streaming,
         "output_csv": config.output_csv,
         "output_npy": config.output_npy,
+        "output_file": config.output_file,
         "bad_words": decoding.bad_words or decoding.bad_ids,
         "stop_words": decoding.stop_words or decoding.stop_ids,
         "num_return_sequences": decoding.num_return_sequences,
