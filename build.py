@@ -32,6 +32,7 @@ _RANDOM_DEFAULTS = {
     "hidden_act": "gelu",
     "rotary_pct": 0.0,
 }
+_TOKENS_PER_BLOCK, _MAX_NUM_TOKENS = 64, 2048
 _LIMIT_DEFAULTS = {"max_input_len": 200, "max_output_len": 200}
 
 
@@ -63,7 +64,7 @@ def build_parser() -> ArgumentParser:
     limits.add_argument("--max_batch_size", type=positive_int, default=256, help="sequences per batch")
     limits.add_argument("--max_input_len", type=positive_int, help="tokens of a prompt (default: 200)")
     limits.add_argument("--max_output_len", type=positive_int, help="new tokens (default: 200)")
-    limits.add_argument("--max_beam_width", type=positive_int, default=1, help="only 1 in this version")
+    limits.add_argument("--max_beam_width", type=positive_int, default=1, help="beams per sequence at most")
     limits.add_argument(
         "--max_prompt_embedding_table_size",
         type=int,
@@ -87,9 +88,16 @@ def build_parser() -> ArgumentParser:
         "--enable_context_fmha_fp32_acc", action="store_true", help="fused prompt attention, float32 sums"
     )
     plugins.add_argument("--remove_input_padding", action="store_true", help="pack prompts of different lengths")
-    plugins.add_argument("--paged_kv_cache", action="store_true", help="not in this version")
-    plugins.add_argument("--tokens_per_block", type=positive_int, help="of the paged cache; not in this version")
-    plugins.add_argument("--use_inflight_batching", action="store_true", help="not in this version")
+    plugins.add_argument("--paged_kv_cache", action="store_true", help="cache in blocks that sequences share")
+    plugins.add_argument("--tokens_per_block", type=positive_int, help="of the paged cache (default: 64)")
+    plugins.add_argument(
+        "--use_inflight_batching",
+        action="store_true",
+        help="sequences join and leave a running batch; with --paged_kv_cache",
+    )
+    plugins.add_argument(
+        "--max_num_tokens", type=positive_int, help="tokens of a step over the paged cache (default: 2048)"
+    )
     build = parser.add_argument_group("building")
     build.add_argument(
         "--backend",
@@ -161,12 +169,11 @@ def _unsupported(args: Namespace) -> list[str]:
             args.world_size > 1 and (args.backend == "tensorrt" or bool(args.target)),
             f"--world_size {args.world_size} with --backend tensorrt: TensorRT engines are built for one rank",
         ),
-        (args.max_beam_width > 1, f"--max_beam_width {args.max_beam_width}: decoding is greedy in this version"),
-        (args.paged_kv_cache, "--paged_kv_cache: the cache of this version is contiguous, sized to each batch"),
         (
-            args.use_inflight_batching,
-            "--use_inflight_batching: needs the paged cache, which this version does not have",
+            args.paged_kv_cache and (args.backend == "tensorrt" or bool(args.target)),
+            "--paged_kv_cache with --backend tensorrt: its network attends to one contiguous cache per sequence",
         ),
+        (args.use_inflight_batching and not args.paged_kv_cache, "--use_inflight_batching: needs --paged_kv_cache"),
         (
             args.max_prompt_embedding_table_size > 0 and args.use_lookup_plugin is not None,
             "--max_prompt_embedding_table_size with --use_lookup_plugin: the plugin has no prompt table",
@@ -240,6 +247,10 @@ def _build_config(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | 
         lookup_plugin=_plugin_dtype(args, "lookup", dtype),
         context_fmha=1 if args.enable_context_fmha else 2 if args.enable_context_fmha_fp32_acc else 0,
         remove_input_padding=args.remove_input_padding,
+        paged_kv_cache=args.paged_kv_cache,
+        tokens_per_block=args.tokens_per_block or _TOKENS_PER_BLOCK,
+        use_inflight_batching=args.use_inflight_batching,
+        max_num_tokens=args.max_num_tokens or max(_MAX_NUM_TOKENS, args.max_batch_size),
         builder_opt=args.builder_opt,
         seed=_seed(args) if checkpoint is None else None,
     )
@@ -309,7 +320,10 @@ def _seed(args: Namespace) -> int:
 
 def _explain_idle_flags(args: Namespace) -> None:
     for given, text in (
-        (args.tokens_per_block is not None, "--tokens_per_block belongs to the paged cache"),
+        (
+            (args.tokens_per_block or args.max_num_tokens) is not None and not args.paged_kv_cache,
+            "--tokens_per_block and --max_num_tokens belong to --paged_kv_cache",
+        ),
         (args.timing_cache is not None, "--timing_cache: PyTorch has none and TensorRT-RTX ignores it"),
         (args.parallel_build and args.world_size == 1, "--parallel_build: one rank is built in this process"),
         (args.use_parallel_embedding and args.world_size == 1, "--use_parallel_embedding: there is one rank"),

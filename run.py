@@ -6,44 +6,60 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsupported, run_main
 from gpt.console import setup_logging
 from gpt.errors import ConfigError
-from gpt.runtime.sampling_config import SamplingConfig
+from gpt.launch import read_launch
+from gpt.runtime.batching_config import DEFAULT_BATCHING, BatchingConfig
+from gpt.text.decoding_options import add_decoding_flags, decoding_of_call, read_decoding
+from gpt.text.interactive import interact
+from gpt.text.prompt_fit import ON_LONG_PROMPT
 from gpt.text.prompt_tuning import parse_tasks
 from gpt.text.prompts import TOKEN_SUFFIXES, check_input_file
 from gpt.text.run_prompts import DEFAULT_PROMPT, RunConfig, run_prompts
+from gpt.text.score_prompts import contradictions, score_prompts
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--max_output_len", type=positive_int, required=True, help="number of new tokens at most")
+    parser.add_argument(
+        "--max_output_len", type=positive_int, help="number of new tokens at most; required to make text"
+    )
     parser.add_argument("--engine_dir", type=Path, default=Path("gpt_outputs"), help="folder that build.py wrote")
     source = parser.add_argument_group("prompts, one of")
     source.add_argument(
-        "--input_text", nargs="+", metavar="TEXT", help=f"one or more prompts (default: {DEFAULT_PROMPT!r})"
+        "--input_text",
+        nargs="+",
+        metavar="TEXT",
+        help=f"one or more prompts (default: {DEFAULT_PROMPT!r}, or a session where you type them on a terminal)",
     )
     source.add_argument(
         "--input_tokens", type=Path, metavar="FILE", help="token ids: .csv, one prompt per line, or .npy"
     )
     source.add_argument(
-        "--input_file", type=Path, metavar="FILE", help=".txt, one prompt per line, or .csv or .npy as above"
+        "--input_file",
+        type=Path,
+        metavar="FILE",
+        help=".txt, one prompt per line; .jsonl, .parquet, or .csv with --column; .csv or .npy as above",
     )
     result = parser.add_argument_group("results (text on stdout where no file is named)")
     result.add_argument("--output_csv", type=Path, metavar="FILE", help="token ids of whole rows")
     result.add_argument("--output_npy", type=Path, metavar="FILE", help="token ids of whole rows, int32")
+    result.add_argument("--output_file", type=Path, metavar="FILE", help="one line of JSON per prompt, as they end")
+    result.add_argument("--resume", action="store_true", help="go on with an --output_file that a run left behind")
     result.add_argument("--streaming", action="store_true", help="print the text while it is generated")
+    result.add_argument("--score_prompts", action="store_true", help="make no text, tell how likely each prompt is")
     words = parser.add_argument_group("tokenizer (default: the one in the engine folder)")
     words.add_argument("--tokenizer", metavar="PLACE", help="local folder, or name on the model hub")
     words.add_argument("--vocab_file", type=Path, metavar="FILE", help="sentencepiece model; goes before --tokenizer")
     words.add_argument(
         "--end_id", type=int, metavar="ID", help="ends a text (default: the tokenizer's or the checkpoint's)"
     )
-    parser.add_argument("--num_beams", type=int, default=1, help="1 is what this version has")
-    _add_sampling_flags(parser)
+    add_decoding_flags(parser)
+    _add_batch_flags(parser)
     tuning = parser.add_argument_group("prompt tuning")
     tuning.add_argument(
         "--prompt_table", type=Path, metavar="FILE", help="virtual tokens, .npy [tasks, tokens, hidden size]"
@@ -59,18 +75,25 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def _add_sampling_flags(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("choice of tokens (default: greedy)")
-    group.add_argument("--top_k", type=int, default=1, help="draw from so many likeliest tokens; 1 greedy, 0 all")
-    group.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
-    group.add_argument("--min_p", type=float, default=0.0, help="probability, as part of the likeliest token's")
-    group.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
-    group.add_argument("--repetition_penalty", type=float, default=1.0, help="on tokens of prompt and output, 1 is off")
-    group.add_argument("--presence_penalty", type=float, default=0.0, help="once per generated token that came before")
-    group.add_argument("--frequency_penalty", type=float, default=0.0, help="each time that a generated token came")
-    group.add_argument("--min_length", type=int, default=0, help="new tokens before the end token may come")
-    group.add_argument("--no_repeat_ngram_size", type=int, default=0, help="no so many tokens in a row come twice")
-    group.add_argument("--seed", type=int, help="repeats what was drawn (default: another one each time)")
+def _add_batch_flags(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("many prompts")
+    group.add_argument("--column", metavar="NAME", help="of the texts in a table (default: prompt; .csv: token ids)")
+    group.add_argument("--max_input_length", type=positive_int, help="tokens of a prompt (default: what fits)")
+    group.add_argument(
+        "--on_long_prompt", choices=ON_LONG_PROMPT, default="refuse", help="truncate keeps the end of the prompt"
+    )
+    group = parser.add_argument_group("paged cache (engines built with --paged_kv_cache)")
+    group.add_argument(
+        "--max_draft_len", type=int, default=0, metavar="N", help="tokens guessed from the text at a time"
+    )
+    group.add_argument(
+        "--kv_cache_free_gpu_memory_fraction",
+        type=float,
+        default=0.9,
+        metavar="PART",
+        help="of free memory, for the cache",
+    )
+    group.add_argument("--max_tokens_in_paged_kv_cache", type=int, metavar="N", help="tokens that the cache holds")
 
 
 def generate(
@@ -90,26 +113,25 @@ def generate(
     device: str = "auto",
     end_id: int | None = None,
     streaming: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 1,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    min_length: int = 0,
-    no_repeat_ngram_size: int = 0,
-    seed: int | None = None,
+    output_file: str | Path | None = None,
+    resume: bool = False,
+    column: str | None = None,
+    max_input_length: int | None = None,
+    on_long_prompt: str = "refuse",
+    batching: BatchingConfig = DEFAULT_BATCHING,
+    **decoding: Any,
 ) -> list[str]:
     """Runs the prompts, prints the new texts or writes the token files where one is named, and returns the texts.
 
     Without a tokenizer, token files can be read and written, and the result is empty.
     prompt_table, tasks: virtual tokens, and the task of each prompt or one for all, "0,1" or (0, 1).
-    temperature to seed: see `SamplingConfig`; the default is greedy.
+    decoding: see `DecodingOptions`, by the names of the flags (temperature, stop_words, length_penalty, ...); the
+    default is greedy.  With several results per prompt, the texts of one prompt follow each other, the best first.
+    output_file: results go there as lines of JSON, and the return value is empty; `resume` goes on with such a file.
+    batching: of engines with a paged cache.
     Raises ConfigError, CheckpointError (the table) or EngineError for what the command line would refuse.
     """
     setup_logging(log_level)
-    reject_unsupported(_unsupported(num_beams, streaming, output_csv or output_npy))
     config = RunConfig(
         max_output_len=max_output_len,
         engine_dir=Path(engine_dir),
@@ -124,29 +146,15 @@ def generate(
         tasks=parse_tasks(tasks) if isinstance(tasks, str) else None if tasks is None else tuple(tasks),
         device=device,
         streaming=streaming,
-        sampling=SamplingConfig(
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            presence_penalty,
-            frequency_penalty,
-            min_length,
-            no_repeat_ngram_size,
-            seed,
-        ),
+        decoding=decoding_of_call(num_beams=num_beams, **decoding),
+        output_file=_path(output_file),
+        resume=resume,
+        column=column,
+        max_input_length=max_input_length,
+        on_long_prompt=on_long_prompt,
+        batching=batching,
     )
     return run_prompts(config, sys.stdout)
-
-
-def _unsupported(num_beams: int, streaming: bool, output_file: object) -> list[str]:
-    problems = []
-    if num_beams != 1:
-        problems.append(f"--num_beams {num_beams}: this version has no beam search, 1 is allowed")
-    if streaming and output_file is not None:
-        problems.append("--streaming prints text, --output_csv and --output_npy write token ids instead of it")
-    return problems
 
 
 def _path(value: str | Path | None) -> Path | None:
@@ -159,24 +167,44 @@ def _run(args: Namespace) -> None:
         raise ConfigError("the prompts come from one place", found=", ".join(f"--{flag}" for flag in given))
     if args.input_tokens is not None:
         check_input_file(args.input_tokens, TOKEN_SUFFIXES)
-    generate(
-        args.max_output_len,
-        args.log_level,
-        args.engine_dir,
-        DEFAULT_PROMPT if args.input_text is None else args.input_text,
-        args.input_tokens or args.input_file,
-        args.output_csv,
-        args.output_npy,
-        args.tokenizer,
-        args.vocab_file,
-        args.num_beams,
-        args.prompt_table,
-        args.tasks,
-        device=args.device,
+    config = RunConfig(
+        max_output_len=args.max_output_len or 0,
+        engine_dir=args.engine_dir,
+        texts=(DEFAULT_PROMPT,) if args.input_text is None else tuple(args.input_text),
+        input_file=args.input_tokens or args.input_file,
+        output_csv=args.output_csv,
+        output_npy=args.output_npy,
+        tokenizer=args.tokenizer,
+        vocab_file=args.vocab_file,
         end_id=args.end_id,
+        prompt_table=args.prompt_table,
+        tasks=None if args.tasks is None else parse_tasks(args.tasks),
+        device=args.device,
         streaming=args.streaming,
-        **{field.name: getattr(args, field.name) for field in fields(SamplingConfig)},
+        decoding=read_decoding(args),
+        output_file=args.output_file,
+        resume=args.resume,
+        column=args.column,
+        max_input_length=args.max_input_length,
+        on_long_prompt=args.on_long_prompt,
+        batching=BatchingConfig(
+            args.kv_cache_free_gpu_memory_fraction, args.max_tokens_in_paged_kv_cache, args.max_draft_len
+        ),
     )
+    if args.score_prompts:
+        reject_unsupported(contradictions(config))
+        score_prompts(config, sys.stdout)
+    elif not given and _is_terminal(config):
+        interact(config, args, sys.stdout)
+    else:
+        run_prompts(config, sys.stdout)
+
+
+def _is_terminal(config: RunConfig) -> bool:
+    """Whether somebody may type prompts: several ranks have no terminal."""
+    if config.writes_files or config.output_file is not None:
+        return False
+    return read_launch().size == 1 and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _spawn(args: Namespace, argv: Sequence[str]) -> int | None:
@@ -189,7 +217,10 @@ def _spawn(args: Namespace, argv: Sequence[str]) -> int | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.max_output_len is None and not args.score_prompts:
+        parser.error("the following arguments are required: --max_output_len")
     setup_logging(args.log_level)
     return run_main(lambda: _spawn(args, sys.argv[1:] if argv is None else argv) if args.spawn else _run(args))
 

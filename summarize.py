@@ -13,8 +13,8 @@ from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsuppor
 from gpt.console import setup_logging
 from gpt.dtypes import canonical_dtype
 from gpt.errors import ConfigError
-from gpt.runtime.sampling_config import SamplingConfig
 from gpt.text.comparison import SummarizeConfig, compare
+from gpt.text.decoding_options import add_beam_flags, read_decoding
 from gpt.text.evaluation import TASKS
 
 
@@ -47,12 +47,12 @@ def build_parser() -> ArgumentParser:
         default="summarize",
         help="code_completion compares the text with a reference solution and executes nothing",
     )
-    parser.add_argument("--num_beams", type=int, default=1, help="1 is what this version has")
     choice = parser.add_argument_group("choice of tokens, the same for both sides")
     choice.add_argument("--top_k", type=int, default=1, help="draw from so many likeliest tokens; 1 greedy, 0 all")
     choice.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
     choice.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
     choice.add_argument("--seed", type=int, help="repeats what was drawn (default: another one each time)")
+    add_beam_flags(parser)
     check = parser.add_argument_group("results")
     check.add_argument("--check_accuracy", action="store_true", help="exit code 1 unless ROUGE-1 exceeds the threshold")
     threshold = ("--tensorrt_llm_rouge1_threshold", "--rouge1_threshold")
@@ -93,14 +93,17 @@ def _run(args: Namespace, command: str) -> None:
         report=args.report,
         command=command,
         eval_type=args.eval_type,
-        sampling=SamplingConfig(args.temperature, args.top_k, args.top_p, seed=args.seed),
+        decoding=read_decoding(args),
     )
     compare(config, sys.stdout)
 
 
 def _unsupported(args: Namespace) -> list[str]:
     checks = (
-        (args.num_beams != 1, f"--num_beams {args.num_beams}: this version has no beam search, 1 is allowed"),
+        (
+            args.num_beam_groups > 1 and args.test_hf,
+            f"--num_beam_groups {args.num_beam_groups} with --test_hf: transformers has no groups of beams any more",
+        ),
         (
             args.check_accuracy and not args.test_engine,
             "--check_accuracy: it checks the engine's texts, so it goes with --test_trt_llm",

@@ -284,7 +284,6 @@ _PLUGINS_ABSENT = (
     "nccl_plugin",
     "quantize_per_token_plugin",
     "quantize_tensor_plugin",
-    "in_flight_batching",
 )
 
 
@@ -293,8 +292,8 @@ class BuildConfig:
     """How an engine is built: the options of build.py after defaults and the checkpoint have been taken in.
 
     A plugin field holds a dtype name, or None where the plugin is off.  `context_fmha` is 0 off, 1 half-precision
-    accumulation, 2 fp32 accumulation.  `embedding_sharding_dim` is 0 by vocabulary, 1 by hidden size.  `seed` is set
-    for random weights only.
+    accumulation, 2 fp32 accumulation.  `tokens_per_block` and `max_num_tokens`, of a step, belong to `paged_kv_cache`.
+    `embedding_sharding_dim` is 0 by vocabulary, 1 by hidden size.  `seed` is set for random weights only.
     """
 
     dtype: str = "float16"
@@ -315,13 +314,18 @@ class BuildConfig:
     lookup_plugin: str | None = None
     context_fmha: int = 0
     remove_input_padding: bool = False
+    paged_kv_cache: bool = False
+    tokens_per_block: int = 64
+    use_inflight_batching: bool = False
+    max_num_tokens: int = 2048
     builder_opt: int | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
         canonical_dtype(self.dtype)
         problems = Problems()
-        for name in ("world_size", "max_batch_size", "max_input_len", "max_output_len", "max_beam_width"):
+        sizes = ("world_size", "max_batch_size", "max_input_len", "max_output_len", "max_beam_width")
+        for name in (*sizes, "tokens_per_block", "max_num_tokens"):
             value = getattr(self, name)
             if not 1 <= value < 2**31:
                 problems.add(f"{name}: found {value}, allowed: 1 to {2**31 - 1}")
@@ -330,6 +334,10 @@ class BuildConfig:
             problems.add(f"max_prompt_embedding_table_size: found {found}, allowed: 0 to {2**31 - 1}")
         if self.embedding_sharding_dim not in (0, 1):
             problems.add(f"embedding_sharding_dim: found {self.embedding_sharding_dim}, allowed: 0, 1")
+        if self.use_inflight_batching and not self.paged_kv_cache:
+            problems.add("use_inflight_batching: needs paged_kv_cache")
+        if self.paged_kv_cache and self.backend == "tensorrt":
+            problems.add("paged_kv_cache: a TensorRT network here attends to one contiguous cache per sequence")
         problems.raise_if_any(ConfigError, "the build configuration is not valid")
 
     @property
@@ -367,8 +375,9 @@ class BuildConfig:
             "max_beam_width": self.max_beam_width,
             "max_prompt_embedding_table_size": self.max_prompt_embedding_table_size,
             "apply_query_key_layer_scaling": False,
-            "paged_kv_cache": False,
-            "tokens_per_block": 64,
+            "max_num_tokens": self.max_num_tokens,
+            "paged_kv_cache": self.paged_kv_cache,
+            "tokens_per_block": self.tokens_per_block,
             "use_prompt_tuning": self.max_prompt_embedding_table_size > 0,
             "use_parallel_embedding": self.use_parallel_embedding,
             "use_refit": False,
@@ -387,7 +396,8 @@ class BuildConfig:
             lookup_plugin=self.lookup_plugin or False,
             context_fmha_type=self.context_fmha,
             remove_input_padding=self.remove_input_padding,
-            paged_kv_cache=False,
+            paged_kv_cache=self.paged_kv_cache,
+            in_flight_batching=self.use_inflight_batching,
         )
         return config
 

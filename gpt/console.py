@@ -67,15 +67,27 @@ def print_banner(title: str, arguments: Mapping[str, object]) -> None:
     print("=" * 40, flush=True)
 
 
-def progress(iterable: Iterable[Any] | None = None, *, total: int | None = None, what: str, unit: str = "it") -> Any:
-    """A tqdm bar on stderr; silent when stderr is no terminal or the log level is above info."""
+def progress(
+    iterable: Iterable[Any] | None = None,
+    *,
+    total: int | None = None,
+    what: str,
+    unit: str = "it",
+    initial: int = 0,
+    always: bool = False,
+) -> Any:
+    """A tqdm bar on stderr; silent when stderr is no terminal or, unless `always`, the log level is above info.
+
+    initial: what was done before, which the estimate leaves out.
+    """
     from tqdm import tqdm  # the field's progress bar
 
-    quiet = not sys.stderr.isatty() or not log.isEnabledFor(logging.INFO)
+    quiet = not sys.stderr.isatty() or not (always or log.isEnabledFor(logging.INFO))
     scaled = unit == "B"
     return tqdm(
         iterable,
         total=total,
+        initial=initial,
         desc=what,
         unit=unit,
         unit_scale=scaled,

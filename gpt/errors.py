@@ -1,6 +1,7 @@
 """Errors a person can act on: what is wrong, what was found, what is allowed, what to do next.
 
-Exit codes of every script: 2 wrong command line or configuration, 3 bad checkpoint or engine, 1 anything else.
+Exit codes of every script: 2 wrong command line or configuration, 3 bad checkpoint or engine, 130 an interrupt, 1
+anything else.
 """
 
 from __future__ import annotations
@@ -61,6 +62,12 @@ class EngineError(GptError):
     """An engine folder that cannot be used."""
 
     exit_code = 3
+
+
+class InterruptError(GptError):
+    """Somebody pressed Ctrl-C; what there was has been printed or written."""
+
+    exit_code = 130
 
 
 class Problems:

@@ -215,6 +215,21 @@ def test_config_json_says_what_the_original_says() -> None:
     assert plugins["gpt_attention_plugin"] == "float16"
     assert plugins["gemm_plugin"] is False
     assert (plugins["context_fmha_type"], plugins["remove_input_padding"]) == (2, True)
+    assert (plugins["paged_kv_cache"], plugins["in_flight_batching"]) == (False, False)
+
+
+def test_config_json_tells_of_the_paged_cache() -> None:
+    build = BuildConfig(paged_kv_cache=True, tokens_per_block=16, use_inflight_batching=True, max_num_tokens=512)
+    builder, plugins = build.builder_config(MULTI_QUERY), build.plugin_config()
+    assert (builder["paged_kv_cache"], builder["tokens_per_block"], builder["max_num_tokens"]) == (True, 16, 512)
+    assert (plugins["paged_kv_cache"], plugins["in_flight_batching"]) == (True, True)
+
+
+def test_a_paged_cache_has_its_conditions() -> None:
+    with pytest.raises(ConfigError, match=r"use_inflight_batching: needs paged_kv_cache"):
+        BuildConfig(use_inflight_batching=True)
+    with pytest.raises(ConfigError, match=r"paged_kv_cache: a TensorRT network"):
+        BuildConfig(backend="tensorrt", paged_kv_cache=True)
 
 
 def test_cache_bytes() -> None:

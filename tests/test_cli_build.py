@@ -130,7 +130,9 @@ def test_estimate_and_times_are_told(checkpoint: Path, tmp_path: Path, capfd: py
     ("flags", "told"),
     [
         (["--enable_context_fmha", "--enable-context-fmha-fp32-acc"], ["give one of the two"]),
-        (["--max_beam_width", "4", "--paged_kv_cache"], ["--max_beam_width 4", "--paged_kv_cache"]),
+        (["--use_inflight_batching"], ["--use_inflight_batching: needs --paged_kv_cache"]),
+        (["--paged_kv_cache", "--target", "ada"], ["--paged_kv_cache with --backend tensorrt", "contiguous"]),
+        (["--paged_kv_cache", "--tokens_per_block", "9999999999"], ["tokens_per_block: found 9999999999"]),
         (["--world_size", "4"], ["n_head 2 is not divisible by 4", "tensor parallelism of 1, 2"]),
         (["--world_size", "2", "--target", "ada"], ["one rank"]),
         (

@@ -89,7 +89,9 @@ def test_text_is_what_hugging_face_generates(engine: Engine, main: Main) -> None
 
 def test_streaming_prints_the_same_text(engine: Engine, main: Main) -> None:
     expected = _expected_text(engine, PROMPTS, MAX_OUTPUT)
-    assert main("--input_text", *PROMPTS, "--streaming", max_output_len=MAX_OUTPUT) == (0, expected, "")
+    code, out, err = main("--input_text", *PROMPTS, "--streaming", max_output_len=MAX_OUTPUT)
+    assert (code, out) == (0, expected)
+    assert re.fullmatch(r"\d+ new tokens in [\d.]+ s, [\d.]+ tokens/s, [\d.]+ ms per token\n", err)
 
 
 def test_no_flag_but_the_length_uses_the_default_prompt(main: Main) -> None:
@@ -171,8 +173,8 @@ def test_timing_is_told_at_info_level(main: Main) -> None:
     assert re.search(r"new tokens in [\d.]+ s, [\d.]+ tokens/s", err)
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_interrupt_ends_the_line(main: Main, monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
+    """Every session behaves as if somebody pressed Ctrl-C instead of its step number `num_steps`."""
     real = load.load_session
 
     def interrupted_session(*args: Any) -> Any:
@@ -182,7 +184,7 @@ def test_interrupt_ends_the_line(main: Main, monkeypatch: pytest.MonkeyPatch, st
 
         def step(ids: torch.Tensor) -> torch.Tensor:
             calls.append(1)
-            if len(calls) == 3:
+            if len(calls) == num_steps:
                 raise KeyboardInterrupt
             return generation(ids)
 
@@ -190,10 +192,31 @@ def test_interrupt_ends_the_line(main: Main, monkeypatch: pytest.MonkeyPatch, st
         return session
 
     monkeypatch.setattr(load, "load_session", interrupted_session)
-    code, out, err = main("--input_text", "the end", *(["--streaming"] if streaming else []))
-    assert (code, err) == (130, "error: interrupted\n")
-    assert out.startswith('Input: "the end"\nOutput: "') == streaming
-    assert out.endswith('"\n') == streaming
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_an_interrupt_leaves_what_there_is(
+    engine: Engine, main: Main, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    """Three prompts are complete, the fourth has three of its tokens, the fifth has not begun."""
+    whole = _expected_text(engine, PROMPTS[:3], 8) + _expected_text(engine, PROMPTS[3:], 3)
+    interrupt_after(monkeypatch, 7 + 3)
+    prompts = [*PROMPTS[:3], PROMPTS[3]]
+    code, out, err = main("--input_text", *prompts, *(["--streaming"] if streaming else []))
+    assert (code, out) == (130, whole)
+    assert err == "error: interrupted\n  found:\n    - 3 of 4 outputs are complete\n"
+
+
+def test_an_interrupted_token_file_has_another_name(
+    engine: Engine, main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    interrupt_after(monkeypatch, 3)
+    code, out, err = main("--input_text", *PROMPTS, "--output_csv", tmp_path / "a.csv", "--end_id", 0)
+    assert (code, out) == (130, "")
+    assert "0 of 4 outputs are complete" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.interrupted.csv"]
+    assert "a.interrupted.csv" in err
+    assert len((tmp_path / "a.interrupted.csv").read_text().splitlines()) == 3
 
 
 def _csv(folder: Path, content: str) -> list[object]:
@@ -249,7 +272,7 @@ def test_everything_unsupported_is_listed_at_once(main: Main, tmp_path: Path) ->
     flags = ("--num_beams", 4, "--streaming", "--output_csv", tmp_path / "a")
     code, out, err = main(*flags)
     assert (code, out) == (2, "")
-    for part in ("--num_beams 4", "--streaming"):
+    for part in ("--streaming with --num_beams 4", "--streaming prints text"):
         assert part in err
 
 

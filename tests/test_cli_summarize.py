@@ -30,7 +30,7 @@ class Engine:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     base = tmp_path_factory.mktemp("summarize")
     hf = tiny_gpt2(base / "hf", vocab_size=264)
-    limits = ["--max_batch_size", "4", "--max_input_len", "40", "--max_output_len", "20"]
+    limits = ["--max_batch_size", "4", "--max_beam_width", "3", "--max_input_len", "40", "--max_output_len", "20"]
     build_engine(convert(hf, base / "ft"), base / "engine", *limits)
     return Engine(hf, base / "engine")
 
@@ -126,6 +126,22 @@ def test_log_has_the_lines_of_the_original(tiny: Engine, articles: Path, main: M
     assert "identical output ids: 5 of 5 articles" in out
 
 
+def test_every_beam_has_a_block(tiny: Engine, articles: Path, main: Main, tmp_path: Path) -> None:
+    """Three beams of both sides, prompts of a batch padded in different places: the same ids, hence scores."""
+    report = tmp_path / "report.html"
+    flags = ("--num_beams", 3, "--length_penalty", 2, "--early_stopping", "--report", report)
+    code, out, _ = main(*_both(tiny, articles), "--batch_size", 2, "--output_len", 10, *flags)
+    assert code == 0
+    assert "identical output ids: 5 of 5 articles" in out
+    blocks = {
+        label: [re.findall(rf"^{label} beam {beam} result\n((?:  rouge.*\n)+)", out, re.M) for beam in range(4)]
+        for label in ("Engine", "HF")
+    }
+    assert blocks["Engine"] == blocks["HF"]
+    assert [len(found) for found in blocks["HF"]] == [1, 1, 1, 0]
+    assert "3 beams, length_penalty 2, early_stopping true" in report.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("side", [["--test_engine"], ["--test_hf"]])
 def test_one_side_alone(tiny: Engine, articles: Path, main: Main, side: list[str]) -> None:
     location = ["--hf_model_location", tiny.hf] if side == ["--test_hf"] else []
@@ -189,7 +205,8 @@ def test_the_threshold_itself_is_not_enough() -> None:
     [
         ([], ["nothing to test", "--test_trt_llm", "--test_hf"]),
         (["--test_hf"], ["--test_hf needs a model", "--hf_model_location"]),
-        (["--test_engine", "--num_beams", 2], ["--num_beams 2"]),
+        (["--test_engine", "--output_len", 5, "--num_beams", 4], ["--num_beams 4", "at most 3"]),
+        (["--test_engine", "--num_beams", 2, "--top_k", 0], ["--num_beams 2 with --top_k 0"]),
         (["--test_engine", "--top_k", -1, "--top_p", 1.5], ["--top_k -1", "--top_p 1.5: allowed are 0 to 1"]),
         (["--test_engine", "--temperature", 0.5], ["--temperature 0.5 with --top_k 1", "--top_k 0 draws from all"]),
         (["--test_engine", "--output_len", 5, "--top_k", 265], ["--top_k 265", "264 tokens"]),

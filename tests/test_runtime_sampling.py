@@ -14,6 +14,7 @@ from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -55,6 +56,8 @@ class PresenceFrequency(LogitsProcessor):
         return scores
 
 
+# The end token alone is left out; one word begins in the prompts; two end alike.
+BAD_WORDS = ((3,), (END,), (1, 2), (4, 2), (5, 6, 8), (0, 1, 0, 1))
 CASES: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "repetition": ({"repetition_penalty": 1.7}, [RepetitionPenaltyLogitsProcessor(1.7)]),
     "repetition below 1": ({"repetition_penalty": 0.6}, [RepetitionPenaltyLogitsProcessor(0.6)]),
@@ -62,6 +65,7 @@ CASES: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "frequency": ({"frequency_penalty": -0.7}, [PresenceFrequency(0, -0.7)]),
     "2-grams": ({"no_repeat_ngram_size": 2}, [NoRepeatNGramLogitsProcessor(2)]),
     "3-grams": ({"no_repeat_ngram_size": 3}, [NoRepeatNGramLogitsProcessor(3)]),
+    "bad words": ({"bad_words": BAD_WORDS}, [NoBadWordsLogitsProcessor([list(word) for word in BAD_WORDS], END)]),
     "length": ({"min_length": 4}, [MinNewTokensLengthLogitsProcessor(PROMPT_LENGTH, 4, END)]),
     "temperature": ({"top_k": 0, "temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
     "top-k": ({"top_k": 5}, [TopKLogitsWarper(5)]),
@@ -71,7 +75,18 @@ CASES: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "min-p 1": ({"top_k": 0, "min_p": 1.0}, [MinPLogitsWarper(1.0)]),
     "original's top-p 0": ({"top_k": 5, "top_p": 0.0}, [TopKLogitsWarper(5)]),
 }
-EVERYTHING = ("repetition", "presence", "frequency", "2-grams", "length", "temperature", "top-k", "top-p", "min-p")
+EVERYTHING = (
+    "repetition",
+    "presence",
+    "frequency",
+    "2-grams",
+    "bad words",
+    "length",
+    "temperature",
+    "top-k",
+    "top-p",
+    "min-p",
+)
 # The two penalties on generated tokens commute, so that their processors can stand one behind the other.
 CASES["everything"] = (
     {**{name: value for case in EVERYTHING for name, value in CASES[case][0].items()}, "top_k": 5},
@@ -121,6 +136,54 @@ def test_rows_of_different_lengths_have_their_own_history() -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
+def test_sequences_come_and_go() -> None:
+    """Rows that are reused, dropped, and asked for in another order choose as if each were alone."""
+    settings: dict[str, Any] = {
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.4,
+        "no_repeat_ngram_size": 2,
+        "min_length": 2,
+        "bad_words": BAD_WORDS,
+        "top_k": 0,
+    }
+    prompts = random_prompts((3, 9, 5, 4, 2), 10)
+    steps = [(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (3, 0), (4, 0), (3, 1), (4, 1), (2, 1)]
+    logits = {place: random_logits(1, 10 * place[0] + place[1]) / 3 for place in steps}
+    alone: dict[tuple[int, int], int] = {}
+    for number, prompt in enumerate(prompts):
+        sampler = make_sampler([prompt], number, **settings)
+        alone |= {(number, step): int(sampler.choose(logits[number, step])) for step in range(2)}
+    sampler = make_sampler([], **settings)
+    rows = {number: sampler.open(prompts[number], (number,)) for number in (0, 1)}
+    found: dict[tuple[int, int], int] = {}
+
+    def choose(*places: tuple[int, int]) -> None:
+        lines = [rows[number] for number, _ in places]
+        chosen = sampler.choose(torch.cat([logits[place] for place in places]), lines)
+        found.update(zip(places, chosen.tolist(), strict=True))
+
+    choose((1, 0), (0, 0))
+    choose((0, 1))
+    sampler.close(rows[0])
+    rows[2] = sampler.open(prompts[2], (2,))
+    assert rows[2] == rows[0]
+    choose((1, 1), (2, 0))
+    rows |= {number: sampler.open(prompts[number], (number, 0)) for number in (3, 4)}
+    choose((3, 0), (2, 1), (4, 0))
+    choose((4, 1), (3, 1))
+    assert found == alone
+
+
+def test_samples_of_a_prompt_have_their_own_streams() -> None:
+    logits = [random_logits(1, step).expand(4, VOCAB) / 3 for step in range(20)]
+    keys = [(5, 0), (5, 1), (5, 2), (6, 0)]
+    sampler = Sampler(SamplingConfig(top_k=0, seed=1), [[1]] * 4, vocab_size=VOCAB, end_id=END, device=CPU, keys=keys)
+    rows = torch.stack([sampler.choose(step) for step in logits], dim=1).tolist()
+    assert len(set(map(tuple, rows))) == 4
+    only = make_sampler([[1]], 5, top_k=0)
+    assert rows[0] == [only.choose(step[:1]).item() for step in logits]
+
+
 def test_virtual_tokens_are_not_penalised() -> None:
     settings: dict[str, Any] = {"repetition_penalty": 2.0, "no_repeat_ngram_size": 1}
     logits = random_logits(1)
@@ -129,14 +192,15 @@ def test_virtual_tokens_are_not_penalised() -> None:
     assert torch.equal(make_sampler([[VOCAB]], **settings).process(logits), logits)
 
 
-FILTERS = ["temperature", "top-k", "top-p", "min-p", "everything"]
+FILTERS = ["bad words", "temperature", "top-k", "top-p", "min-p", "everything"]
 
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_draws_have_the_exact_distribution(name: str) -> None:
     """Chi-square over 100,000 draws: 1000 sequences with a stream each, 100 numbers of each stream."""
     settings, _ = CASES[name]
-    settings = {key: value for key, value in settings.items() if key in ("temperature", "top_k", "top_p", "min_p")}
+    names = ("bad_words", "temperature", "top_k", "top_p", "min_p")
+    settings = {"top_k": 0} | {key: value for key, value in settings.items() if key in names}
     warpers = {
         "temperature": TemperatureLogitsWarper,
         "top_k": TopKLogitsWarper,
@@ -144,7 +208,10 @@ def test_draws_have_the_exact_distribution(name: str) -> None:
         "min_p": MinPLogitsWarper,
     }
     logits = random_logits(1) / 3
-    scores = logits
+    scores = logits.clone()
+    if "bad_words" in settings:  # words of one token, so that all draws have one distribution
+        settings["bad_words"] = tuple(word for word in BAD_WORDS if len(word) == 1)
+        scores[:, 3] = -torch.inf
     for key, warper in warpers.items():
         if settings.get(key, 0) != 0:
             scores = warper(settings[key])(None, scores)
@@ -234,6 +301,7 @@ def test_a_sequence_that_has_ended_needs_no_possible_token() -> None:
     prompt = [token for token in range(VOCAB) if token != END]
     sampler = make_sampler([prompt], no_repeat_ngram_size=1)
     assert sampler.choose(torch.zeros(1, VOCAB)).tolist() == [END]
+    sampler.close(0)
     sampler.choose(torch.zeros(1, VOCAB))
 
 
@@ -258,6 +326,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         ["--temperature 0.5 with --top_k 1", "--top_p 0.9 with --top_k 1", "--min_p 0.1 with --top_k 1"],
     ),
     ({"top_k": 0, "top_p": 0}, ["--top_k 0 with --top_p 0"]),
+    ({"bad_words": ((1,), ())}, ["one of them has no tokens"]),
 ]
 
 

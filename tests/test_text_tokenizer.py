@@ -14,7 +14,8 @@ import pytest
 from tiny_models import END_OF_TEXT, save_tokenizer
 
 from gpt.errors import ConfigError
-from gpt.text.streaming import StreamDecoder, StreamPrinter, print_pair
+from gpt.text.stream_decoder import StreamDecoder
+from gpt.text.streaming import RowText, StreamPrinter, print_results
 from gpt.text.tokenizer import FastTokenizer, SentencePieceTokenizer, Tokenizer, TransformersTokenizer, load_tokenizer
 
 TEXT = "In the north: naïve café, 日本語, 🙂 and the end"
@@ -186,7 +187,7 @@ def test_streamed_sequences_print_like_finished_ones(bpe_folder: Path) -> None:
     outputs = ["one é", "second, longer 日本", "", "4"]
     rows = [[*tokenizer.encode(text), 263] for text in outputs]
     streamed, whole = io.StringIO(), io.StringIO()
-    printer = StreamPrinter(["p0", "p1", "p2", "p3"], lambda: StreamDecoder(tokenizer), 263, streamed)
+    printer = StreamPrinter(["p0", "p1", "p2", "p3"], lambda: RowText(tokenizer, 263), streamed)
     for step in range(max(map(len, rows))):
         for index, row in enumerate(rows):
             if step < len(row):
@@ -196,7 +197,7 @@ def test_streamed_sequences_print_like_finished_ones(bpe_folder: Path) -> None:
     for index in range(len(rows)):
         printer.end(index)
     for index, text in enumerate(outputs):
-        print_pair(f"p{index}", text, whole)
+        print_results(f"p{index}", [text], whole)
     assert streamed.getvalue() == whole.getvalue()
 
 

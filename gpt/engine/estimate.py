@@ -36,12 +36,13 @@ class Estimate:
 
 def estimate(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> Estimate:
     weights = engine_bytes(model, mapping, build.dtype)
+    num_rows = build.max_batch_size * build.max_beam_width
     num_tokens = build.max_batch_size * build.max_input_len
     widest = (
         model.n_embd * 2
         + max(model.qkv_size, model.inter_size * (2 if model.activation.gated else 1)) // build.world_size
     )
-    activations = num_tokens * widest * ITEMSIZE[build.dtype] + 4 * build.max_batch_size * model.padded_vocab_size()
+    activations = num_tokens * widest * ITEMSIZE[build.dtype] + 4 * num_rows * model.padded_vocab_size()
     if build.backend == "tensorrt":
         from gpt.engine.trt_builder import estimate_build_bytes, estimate_plan_bytes
 
@@ -51,7 +52,7 @@ def estimate(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> Estima
         largest = max(math.prod(tensor.shape) for tensor in engine_layout(model, mapping))
         peak = 0 if build.seed is not None else largest * (4 + ITEMSIZE[build.dtype])
         engine_file = 0 if build.seed is not None else weights
-    kv_cache = build.kv_cache_bytes(model, build.max_batch_size, build.max_seq_len)
+    kv_cache = build.kv_cache_bytes(model, num_rows, build.max_seq_len)
     return Estimate(weights, engine_file, kv_cache, activations, peak)
 
 

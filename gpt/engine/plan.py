@@ -64,6 +64,8 @@ class Plan:
         yield f"{self.num_parameters / 1e9:.3g} billion parameters ({size}), {build.dtype}, {build.backend}, {ranks}"
         yield "each rank:"
         limits = f"{build.max_batch_size} sequences of {build.max_input_len} + {build.max_output_len} tokens"
+        if build.max_beam_width > 1:
+            limits += f" with {build.max_beam_width} beams each"
         made_at_load = " (random weights are made when it is loaded)" if build.seed is not None else ""
         for what, value, note in (
             ("weights", needed.weights, ""),

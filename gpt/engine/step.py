@@ -44,4 +44,25 @@ class GenerationStep:
     uniform: bool
 
 
-Step = ContextStep | GenerationStep
+@dataclass(frozen=True)
+class PagedStep:
+    """New tokens of several sequences, whatever their pasts: whole prompts, parts of prompts, one token each, drafts.
+
+    ids, positions: [N] int32, N = sum(num_new), sequence after sequence; a position is also the sequence's cache slot.
+    wanted: [K] int64, which of the N tokens' logits are asked for, any number of a sequence's.  num_new, num_past: per
+    sequence, new tokens (at least one) and tokens whose K and V are in the cache already.  block_table: [B, M] int32;
+    slot p of sequence b is in block block_table[b, p // tokens_per_block], at p % tokens_per_block.  Unused entries
+    name any block that exists.  prompt_table [rows, E], first_row [N] int32: as in a ContextStep.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    wanted: torch.Tensor
+    num_new: tuple[int, ...]
+    num_past: tuple[int, ...]
+    block_table: torch.Tensor
+    prompt_table: torch.Tensor | None = None
+    first_row: torch.Tensor | None = None
+
+
+Step = ContextStep | GenerationStep | PagedStep

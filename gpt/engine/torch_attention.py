@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from gpt.engine.attention_math import fused_attention, plain_attention
 from gpt.engine.kv_cache import KvCache
-from gpt.engine.step import ContextStep, GenerationStep, Step
+from gpt.engine.step import ContextStep, GenerationStep, PagedStep, Step
+from gpt.engine.torch_paged_attention import PagedAttention
 
 
 class TorchAttention:
@@ -18,7 +19,8 @@ class TorchAttention:
     def __init__(self, num_heads: int, num_kv_heads: int, *, fused: bool):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
-        self.attend = _fused_attention if fused else _plain_attention
+        self.attend = fused_attention if fused else plain_attention
+        self.paged = PagedAttention(num_heads, num_kv_heads, self.attend)
         self.step: Step
         self.cache: KvCache
         self._mask: torch.Tensor | None = None
@@ -33,6 +35,8 @@ class TorchAttention:
         self._mask = None
         if isinstance(step, GenerationStep):
             self._begin_generation(step, cache.blocks)
+        elif isinstance(step, PagedStep):
+            self.paged.begin(step, cache)
 
     def _begin_generation(self, step: GenerationStep, blocks: torch.Tensor) -> None:
         """Cuts the cache for all layers at once: layer by layer these small calls would cost a tenth of a step."""
@@ -50,6 +54,8 @@ class TorchAttention:
         """heads [N, H + 2G, D], queries first -> [N, H*D]."""
         if isinstance(self.step, GenerationStep):
             return self._generation(self.step, heads, layer, scale)
+        if isinstance(self.step, PagedStep):
+            return self.paged(heads, layer, scale)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         return self._context(self.step, q, k, v, self.cache.blocks[layer], scale)
 
@@ -83,34 +89,3 @@ class TorchAttention:
         else:
             self.cache.blocks[layer][:, self._batch_rows, :, step.positions] = new
         return self.attend(q, self._keys[layer], self._values[layer], scale, self._mask, causal=False).flatten(1)
-
-
-def _fused_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None, *, causal: bool
-) -> torch.Tensor:
-    """q [B, H, S, D], k and v [B, G, T, D], mask [B, 1, S, T] bool or None -> [B, H, S, D]."""
-    k, v = (_repeat_heads(t, q.shape[1]) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-
-
-def _plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None, *, causal: bool
-) -> torch.Tensor:
-    """The same as `_fused_attention`, written out with scores and softmax in float32."""
-    k, v = (_repeat_heads(t, q.shape[1]) for t in (k, v))
-    scores = (q.float() @ k.float().transpose(-1, -2)) * scale  # [B, H, S, T]
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.softmax(scores, dim=-1).to(v.dtype) @ v
-
-
-def _repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """[B, G, T, D] -> [B, H, T, D]: a view where one head serves all."""
-    num_kv_heads = x.shape[1]
-    if num_kv_heads == num_heads:
-        return x
-    if num_kv_heads == 1:
-        return x.expand(-1, num_heads, -1, -1)
-    return x.repeat_interleave(num_heads // num_kv_heads, dim=1)

@@ -132,7 +132,9 @@ class TorchOps:
         return self.comm.all_gather(x, -1)
 
     def gather_last(self, x: torch.Tensor) -> torch.Tensor:
-        return x[self.step.last] if isinstance(self.step, ContextStep) else x
+        if isinstance(self.step, GenerationStep):
+            return x
+        return x[self.step.last if isinstance(self.step, ContextStep) else self.step.wanted]
 
     def logits(self, x: torch.Tensor, name: str) -> torch.Tensor:
         head, rows = self.weights[name], self.mapping.local_vocab_size(self.model)

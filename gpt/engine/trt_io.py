@@ -87,7 +87,9 @@ def outputs(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> list[Po
 
 def profile_sizes(build: BuildConfig, profile: int) -> list[dict[str, int]]:
     """The letters' values in a profile: smallest, the one to optimise for, largest."""
-    batch, tokens = build.max_batch_size, build.max_input_len if profile == CONTEXT else 1
+    batch, tokens = build.max_batch_size, build.max_input_len
+    if profile != CONTEXT:
+        batch, tokens = build.max_batch_size * build.max_beam_width, 1  # a prompt is computed once for all its beams
     rows = build.max_prompt_embedding_table_size
     middle_batch, middle_tokens = (batch + 1) // 2, (tokens + 1) // 2
     return [

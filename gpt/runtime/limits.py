@@ -11,8 +11,11 @@ from gpt.errors import ConfigError, Problems
 def check_start(model: ModelConfig, build: BuildConfig, batch_size: int, max_seq_len: int) -> None:
     """Raises ConfigError where a batch does not fit the engine, with the numbers and the flags to change."""
     problems = Problems()
-    if batch_size > build.max_batch_size:
-        problems.add(f"{batch_size} sequences in one batch, the engine's --max_batch_size is {build.max_batch_size}")
+    if batch_size > build.max_batch_size * build.max_beam_width:
+        limit = f"the engine's --max_batch_size is {build.max_batch_size}"
+        if build.max_beam_width > 1:
+            limit += f" with beams of --max_beam_width {build.max_beam_width}"
+        problems.add(f"{batch_size} sequences in one batch, {limit}")
     if max_seq_len > build.max_seq_len:
         problems.add(
             f"sequences of {max_seq_len} tokens, the engine holds {build.max_seq_len} "

@@ -1,85 +1,121 @@
 """The choice of the next token from the logits: penalties, blocks, filters, and a draw from what is left.
 
 The order is that of `transformers`' generate: repetition penalty, (presence and frequency penalty, which it does not
-have,) n-gram block, minimal length; then, unless decoding is greedy, temperature, top-k, top-p, min-p, and the draw.
+have,) n-gram block, bad words, minimal length; then, unless decoding is greedy, temperature, top-k, top-p, min-p, and
+the draw.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from gpt.errors import GptError
 from gpt.runtime.sampling_config import SamplingConfig
+from gpt.runtime.sequence_memory import BadWords, SequenceMemory
 
 __all__ = ["Sampler", "SamplingConfig"]
 
 
 class Sampler:
-    """Chooses the tokens of one batch, step by step; remembers what each sequence has so far.
+    """Chooses tokens for sequences that come and go, step by step; remembers what each of them has so far.
 
     Each sequence has a random stream of its own, made from the seed and the index of its prompt in the whole input, and
     uses one number per token: what is drawn for a prompt does not depend on the batch it is in.
 
-    prompts: token ids, one sequence each; ids from `vocab_size` on (virtual tokens) have no logits and are not
-    penalised.  end_id: masked until `min_length` new tokens.  first_row: index of the first prompt in the whole input.
+    prompts: token ids of the first rows, one sequence each; ids from `vocab_size` on (virtual tokens) have no logits
+    and are not penalised.  end_id: masked until `min_length` new tokens.  keys: what names each row's random stream,
+    (index of the prompt in the whole input,) or (index, number of the sample); by default indices from `first_row` on.
     """
 
     def __init__(
         self,
         config: SamplingConfig,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] = (),
         *,
         vocab_size: int,
         end_id: int | None,
         device: torch.device,
         first_row: int = 0,
+        keys: Sequence[tuple[int, ...]] | None = None,
     ):
         self.config = config = config.with_seed()
-        self._end_id = end_id
-        self._num_new = 0
-        self._running = [True] * len(prompts)
-        shape = len(prompts), vocab_size
+        self._vocab_size = vocab_size
+        self._device = device
+        self._end_id = end_id if end_id is not None and 0 <= end_id < vocab_size else None
+        self._bad_words = BadWords(config.bad_words, end_id)
+        self._rows: list[SequenceMemory | None] = []
+        capacity = len(prompts)
         self._seen: torch.Tensor | None = None
         if config.repetition_penalty != 1:
-            self._seen = torch.zeros(shape, dtype=torch.bool)
-            for row, prompt in enumerate(prompts):
-                self._seen[row, [token for token in prompt if token < vocab_size]] = True
-            self._seen = self._seen.to(device)
+            self._seen = torch.zeros(capacity, vocab_size, dtype=torch.bool, device=device)
         self._counts: torch.Tensor | None = None
         if config.presence_penalty != 0 or config.frequency_penalty != 0:
-            self._counts = torch.zeros(shape, dtype=torch.float32, device=device)
-        size = config.no_repeat_ngram_size
-        self._ngrams = [_NGrams(size, prompt) for prompt in prompts] if size else []
-        self._streams = [] if config.is_greedy else [_stream(config.seed, first_row + i) for i in range(len(prompts))]
+            self._counts = torch.zeros(capacity, vocab_size, dtype=torch.float32, device=device)
+        for row, prompt in enumerate(prompts):
+            self.open(prompt, (first_row + row,) if keys is None else keys[row])
 
-    def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V] float32, which stay as they are -> ids [B] int64, which count as generated from then on.
+    def open(self, prompt: Sequence[int], key: tuple[int, ...]) -> int:
+        """Takes a sequence in; returns its row, the number that the other methods know it by."""
+        memory = SequenceMemory(self.config, prompt, key, self._bad_words)
+        row = self._rows.index(None) if None in self._rows else len(self._rows)
+        self._rows[row : row + 1] = [memory]
+        if self._seen is not None:
+            self._seen = _with_room(self._seen, row)
+            self._seen[row] = False
+            self._seen[row, [token for token in prompt if token < self._vocab_size]] = True
+        if self._counts is not None:
+            self._counts = _with_room(self._counts, row)
+            self._counts[row] = 0
+        return row
 
-        Raises GptError where the n-gram block leaves a running sequence no token.
+    def close(self, row: int) -> None:
+        """Forgets a sequence; its number may be given to another one."""
+        self._rows[row] = None
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        """Row i goes on as a copy of what row sources[i] has so far, with the number of rows that `sources` has."""
+        rows = [self._rows[source] for source in sources]
+        self._rows = [None if memory is None else memory.copy() for memory in rows]
+        index = torch.tensor(sources, device=self._device)
+        if self._seen is not None:
+            self._seen = self._seen[index]
+        if self._counts is not None:
+            self._counts = self._counts[index]
+
+    def choose(self, logits: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """Logits [K, V] float32, which stay as they are -> ids [K] int64, which count as generated from then on.
+
+        rows: which sequence each line of logits belongs to, by default row by row.
+
+        Raises GptError where blocks leave an open sequence no token.
         """
-        scores = self.process(logits)
+        scores = self.process(logits, rows)
         if self.config.is_greedy:
             chosen = scores.argmax(dim=-1)
         else:
-            uniforms = torch.tensor([stream.random() for stream in self._streams], dtype=torch.float64)
+            memories = self._memories(rows)
+            uniforms = torch.tensor([0.0 if row is None else row.uniform() for row in memories], dtype=torch.float64)
             chosen = draw(scores, uniforms.to(scores.device))
-        self._append(chosen)
+        self.append(chosen, rows)
         return chosen
 
-    def process(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V] -> what the token is chosen from, in the same form, minus infinity for what cannot come."""
+    def process(
+        self, logits: torch.Tensor, rows: Sequence[int] | None = None, *, may_block_all: bool = False
+    ) -> torch.Tensor:
+        """Logits [K, V] -> what the token is chosen from, in the same form, minus infinity for what cannot come.
+
+        may_block_all: a line where nothing can come is no error, since others compete with it.
+        """
         config, scores = self.config, logits
         if self._seen is not None:
             penalised = torch.where(scores < 0, scores * config.repetition_penalty, scores / config.repetition_penalty)
-            scores = torch.where(self._seen, penalised, scores)
+            scores = torch.where(_rows_of(self._seen, rows, len(scores)), penalised, scores)
         if self._counts is not None:
-            penalty = config.presence_penalty * (self._counts > 0) + config.frequency_penalty * self._counts
-            scores = scores - penalty
-        scores = self._block(scores)
+            counts = _rows_of(self._counts, rows, len(scores))
+            scores = scores - (config.presence_penalty * (counts > 0) + config.frequency_penalty * counts)
+        scores = self._block(scores, rows, may_block_all)
         if config.is_greedy:
             return scores
         if config.temperature != 1:
@@ -92,55 +128,61 @@ class Sampler:
             scores = keep_min_p(scores, config.min_p)
         return scores
 
-    def _block(self, scores: torch.Tensor) -> torch.Tensor:
-        vocab_size = scores.shape[-1]
+    def append(self, chosen: torch.Tensor, rows: Sequence[int] | None = None) -> None:
+        """Counts ids [K] as generated."""
+        index = torch.arange(len(chosen)) if rows is None else torch.tensor(rows)
+        index = index.to(chosen.device)
+        if self._seen is not None:
+            self._seen[index, chosen] = True
+        if self._counts is not None:
+            self._counts[index, chosen] += 1
+        for memory, token in zip(self._memories(rows), chosen.tolist(), strict=True):
+            if memory is not None:
+                memory.append(token)
+
+    def _memories(self, rows: Sequence[int] | None) -> list[SequenceMemory | None]:
+        return self._rows if rows is None else [self._rows[row] for row in rows]
+
+    def _block(self, scores: torch.Tensor, rows: Sequence[int] | None, may_block_all: bool) -> torch.Tensor:
+        memories = self._memories(rows)
         blocked = [
-            (row, token) for row, ngrams in enumerate(self._ngrams) for token in ngrams.blocked() if token < vocab_size
+            (line, token)
+            for line, memory in enumerate(memories)
+            if memory is not None
+            for token in memory.blocked()
+            if token < self._vocab_size
         ]
-        if self._end_id is not None and 0 <= self._end_id < vocab_size and self._num_new < self.config.min_length:
-            blocked += [(row, self._end_id) for row in range(len(scores))]
+        if self._end_id is not None and self.config.min_length > 0:
+            blocked += [
+                (line, self._end_id)
+                for line, memory in enumerate(memories)
+                if memory is not None and memory.num_new < self.config.min_length
+            ]
         if not blocked:
             return scores
-        rows, tokens = torch.tensor(blocked, device=scores.device).T
-        scores = scores.index_put((rows, tokens), scores.new_tensor(-torch.inf))
-        for row, nothing_left in enumerate(scores.amax(dim=-1).isneginf().tolist()):
-            if nothing_left and self._running[row]:
+        lines, tokens = torch.tensor(blocked, device=scores.device).T
+        scores = scores.index_put((lines, tokens), scores.new_tensor(-torch.inf))
+        if may_block_all:
+            return scores
+        for memory, nothing_left in zip(memories, scores.amax(dim=-1).isneginf().tolist(), strict=True):
+            if nothing_left and memory is not None:
                 raise GptError(
                     "no token is left to choose",
-                    found=f"every token is blocked as new token {self._num_new} of sequence {row} of the batch",
-                    hint="a larger --no_repeat_ngram_size, or a smaller --min_length",
+                    found=f"every token is blocked as new token {memory.num_new} of prompt {memory.key[0]}",
+                    hint="a larger --no_repeat_ngram_size, fewer --bad_words, or a smaller --min_length",
                 )
         return scores
 
-    def _append(self, chosen: torch.Tensor) -> None:
-        self._num_new += 1
-        if self._seen is not None:
-            self._seen.scatter_(1, chosen[:, None], True)
-        if self._counts is not None:
-            self._counts.scatter_add_(1, chosen[:, None], self._counts.new_ones(len(chosen), 1))
-        if self._ngrams:
-            for row, token in enumerate(chosen.tolist()):
-                self._ngrams[row].append(token)
-                self._running[row] &= token != self._end_id
+
+def _rows_of(table: torch.Tensor, rows: Sequence[int] | None, num_rows: int) -> torch.Tensor:
+    return table[:num_rows] if rows is None else table[torch.tensor(rows, device=table.device)]
 
 
-class _NGrams:
-    """The n-grams of one sequence, kept up to date token by token, whatever its length."""
-
-    def __init__(self, size: int, tokens: Sequence[int]):
-        self._last: deque[int] = deque(maxlen=size - 1)
-        self._followers: dict[tuple[int, ...], set[int]] = {}
-        for token in tokens:
-            self.append(token)
-
-    def append(self, token: int) -> None:
-        if len(self._last) == self._last.maxlen:
-            self._followers.setdefault(tuple(self._last), set()).add(token)
-        self._last.append(token)
-
-    def blocked(self) -> set[int]:
-        """The tokens that would complete an n-gram that the sequence has."""
-        return self._followers.get(tuple(self._last), set())
+def _with_room(table: torch.Tensor, row: int) -> torch.Tensor:
+    """`table` [rows, V], doubled where it ends before `row`."""
+    if row < len(table):
+        return table
+    return torch.cat([table, table.new_zeros(max(1, len(table)), table.shape[1])])
 
 
 def keep_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -173,8 +215,3 @@ def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     sums = scores.double().softmax(dim=-1).cumsum(dim=-1)
     wanted = (1 - uniforms)[:, None] * sums[:, -1:]
     return torch.searchsorted(sums, wanted)[:, 0]
-
-
-def _stream(seed: int | None, row: int) -> np.random.Generator:
-    """torch's generators keep 32 bits of a seed: among 10,000 prompts two would often share a stream."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(row,))))

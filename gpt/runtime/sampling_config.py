@@ -30,7 +30,8 @@ class SamplingConfig:
     repetition_penalty: divides positive and multiplies negative logits of all tokens of prompt and output.
     presence_penalty, frequency_penalty: subtracted once, and once per occurrence, from the logits of generated tokens.
     min_length: the end token cannot come before that many new tokens.  no_repeat_ngram_size: no n-gram of prompt and
-    output comes twice; 0 is off.  seed: of the random streams, None for another one each time.
+    output comes twice; 0 is off.  seed: of the random streams, None for another one each time.  bad_words: token
+    sequences that must not come, also where they begin in the prompt.
     Raises ConfigError listing all values out of range and all settings that contradict each other.
     """
 
@@ -44,6 +45,7 @@ class SamplingConfig:
     min_length: int = 0
     no_repeat_ngram_size: int = 0
     seed: int | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -57,6 +59,8 @@ class SamplingConfig:
                 problems.add(f"--{name} {getattr(self, name)}: allowed are 0 (off) and above")
         if self.seed is not None and not 0 <= self.seed <= _MAX_SEED:
             problems.add(f"--seed {self.seed}: allowed are 0 to {_MAX_SEED}")
+        if any(not word for word in self.bad_words):
+            problems.add("bad_words: one of them has no tokens, so that it would forbid everything")
         if self.top_k == 0 and self.top_p == 0:
             problems.add("--top_k 0 with --top_p 0: --top_k 1 is greedy, --top_p 1 draws from the whole vocabulary")
         if self.is_greedy:
@@ -89,6 +93,10 @@ class SamplingConfig:
             problems.add(f"--top_k {self.top_k}: the vocabulary has {vocab_size} tokens, and 0 takes them all")
         if self.min_length > max_new_tokens:
             problems.add(f"--min_length {self.min_length}: at most {max_new_tokens} new tokens are asked for")
+        unknown = sorted({token for word in self.bad_words for token in word if not 0 <= token < vocab_size})
+        if unknown:
+            shown = ", ".join(map(str, unknown[:5]))
+            problems.add(f"--bad_words: token ids {shown}, the model has 0 to {vocab_size - 1}")
         problems.raise_if_any(ConfigError, "these sampling settings do not fit")
 
     def with_seed(self) -> SamplingConfig:
@@ -104,7 +112,10 @@ class SamplingConfig:
         changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
         if self.is_greedy:
             changed = [name for name in changed if name != "seed"]
-        settings = ", ".join(f"{name} {getattr(self, name):g}" for name in changed if name != "seed")
+        numbers = [f"{name} {getattr(self, name):g}" for name in changed if name not in ("seed", "bad_words")]
+        if self.bad_words:
+            numbers.append(f"{len(self.bad_words)} bad words")
+        settings = ", ".join(numbers)
         kind = "greedy" if self.is_greedy else "sampled"
         seed = f", seed {self.seed}" if "seed" in changed else ""
         return (f"{kind}: {settings}" if settings else kind) + seed

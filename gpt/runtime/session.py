@@ -11,6 +11,7 @@ from gpt.config import BuildConfig, ModelConfig
 if TYPE_CHECKING:
     import torch
 
+    from gpt.engine.step import PagedStep
     from gpt.runtime.virtual_tokens import VirtualTokens
 
 
@@ -39,4 +40,31 @@ class Session(Protocol):
 
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
         """Appends one token to each sequence (ids [B], any integer dtype, on `device`): the logits that follow."""
+        ...
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        """Sequence i goes on as sequence sources[i] has come so far.  Their number may change, up to the batch size of
+        `start`: after `context` of B prompts, beams or samples of them are B * K sequences."""
+        ...
+
+    def prompt_logits(
+        self, prompt: Sequence[int], places: Sequence[int], virtual: VirtualTokens | None = None
+    ) -> torch.Tensor:
+        """Runs one prompt: the logits [K, V] behind its tokens number `places`, counted from 0.  `start` comes before,
+        and before anything else.  Raises ConfigError where the engine only tells those of the last token."""
+        ...
+
+
+class PagedSession(Session, Protocol):
+    """A session that has a pool of cache blocks as well: sequences come and go, each step names their blocks.
+
+    Who schedules decides which block belongs to whom (`gpt.runtime.blocks`).  Logits are valid until the next step.
+    """
+
+    def start_paged(self, num_blocks: int, tokens_per_block: int) -> None:
+        """Makes the pool.  One of the same size is kept with what it holds."""
+        ...
+
+    def run_paged(self, step: PagedStep) -> torch.Tensor:
+        """Writes the new tokens' K and V to their blocks: the logits [K, V] float32 of the wanted tokens."""
         ...

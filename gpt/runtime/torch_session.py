@@ -12,11 +12,12 @@ import torch
 from gpt.comm import Communicator, NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.kv_cache import KvCache
-from gpt.engine.step import ContextStep, GenerationStep
+from gpt.engine.step import ContextStep, GenerationStep, PagedStep, Step
 from gpt.engine.torch_executor import TorchOps
 from gpt.mapping import Mapping
 from gpt.network.gpt import forward
 from gpt.runtime.limits import check_start
+from gpt.runtime.shared_beginnings import SharedBeginnings, copy_rows
 from gpt.runtime.virtual_tokens import VirtualTokens
 
 
@@ -42,8 +43,10 @@ class TorchSession:
         self.ops = TorchOps(model, mapping, weights, fused=build.fused_attention, comm=self.comm)
         self._dtype = weights["model.wte"].dtype
         self.cache: KvCache | None = None
+        self.pool: KvCache | None = None
         self._lengths: list[int] = []
         self._positions = torch.empty(0)
+        self._beginnings = SharedBeginnings([])
 
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)
@@ -67,6 +70,7 @@ class TorchSession:
         if virtual is not None:
             step = self._with_table(step, virtual)
         self._positions = torch.tensor(self._lengths, dtype=torch.int32, device=self.device)
+        self._beginnings = SharedBeginnings(self._lengths)
         return self._run(step)
 
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
@@ -80,7 +84,22 @@ class TorchSession:
         logits = self._run(step)
         self._lengths = [length + 1 for length in self._lengths]
         self._positions = self._positions + 1
+        self._beginnings.grow()
         return logits
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        if self.cache is None or len(sources) > self.cache.num_blocks:
+            raise RuntimeError("start makes room for the rows of reorder")
+        with torch.inference_mode():
+            copy_rows(self.cache.blocks, self._beginnings.reorder(sources))
+        self._lengths = [self._lengths[source] for source in sources]
+        self._positions = self._positions[torch.tensor(sources, device=self.device)]
+
+    def prompt_logits(
+        self, prompt: Sequence[int], places: Sequence[int], virtual: VirtualTokens | None = None
+    ) -> torch.Tensor:
+        step = dataclasses.replace(_packed_step([prompt], self.device), last=torch.tensor(places, device=self.device))
+        return self._run(step if virtual is None else self._with_table(step, virtual))
 
     def _with_table(self, step: ContextStep, virtual: VirtualTokens) -> ContextStep:
         table = virtual.table.to(self.device, self._dtype).flatten(0, 1)
@@ -93,9 +112,33 @@ class TorchSession:
     def _run(self, step: ContextStep | GenerationStep) -> torch.Tensor:
         if self.cache is None:
             raise RuntimeError("start comes before context and generation")
+        return self._forward(step, self.cache)
+
+    def _forward(self, step: Step, cache: KvCache) -> torch.Tensor:
         with torch.inference_mode():
-            self.ops.begin(step, self.cache)
+            self.ops.begin(step, cache)
             return forward(self.ops, self.model, self.mapping)[:, : self.model.vocab_size]
+
+    def start_paged(self, num_blocks: int, tokens_per_block: int) -> None:
+        pool = self.pool
+        if pool is None or (pool.num_blocks, pool.tokens_per_block) != (num_blocks, tokens_per_block):
+            self.cache = self.pool = None  # the old ones are gone before the new one is made
+            self.pool = KvCache.empty(
+                self.model,
+                self.build,
+                self.mapping,
+                self.device,
+                num_blocks=num_blocks,
+                tokens_per_block=tokens_per_block,
+            )
+
+    def run_paged(self, step: PagedStep) -> torch.Tensor:
+        return self._forward(step, self._pool())
+
+    def _pool(self) -> KvCache:
+        if self.pool is None:
+            raise RuntimeError("start_paged comes before run_paged")
+        return self.pool
 
 
 def _packed_step(prompts: Sequence[Sequence[int]], device: torch.device) -> ContextStep:

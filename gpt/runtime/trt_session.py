@@ -59,7 +59,8 @@ class TrtSession:
             raise EngineError("TensorRT cannot execute this engine", hint="is there enough free GPU memory?")
         self._context.error_recorder = self._recorder
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._batch_size = 0
+        self._max_rows = 0
+        self._num_rows = 0
         self._memory: dict[str, torch.Tensor] = {}  # caches and logits of the batch
         self._bound: dict[str, torch.Tensor] = {}  # what the engine's step inputs point to
         self._phase = -1
@@ -86,20 +87,25 @@ class TrtSession:
 
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)
+        self._max_rows = batch_size
         self._lengths = []
-        if batch_size == self._batch_size:
+
+    def _make_room(self, num_rows: int) -> None:
+        """Allocates caches and logits where the batch has another size than the last."""
+        if num_rows == self._num_rows:
             return
-        self._batch_size = batch_size
+        self._num_rows = num_rows
         self._memory = {}
         for port in (self._outputs[0], *self._caches):
             # Zeros, since a slot that is masked out still takes part in a product with weight zero.
-            shape = port.shape_for({"B": batch_size})
+            shape = port.shape_for({"B": num_rows})
             self._memory[port.name] = torch.zeros(shape, dtype=torch_dtype(port.dtype), device=self.device)
 
     def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
         if virtual is not None:
             check_virtual_tokens(self.model, self.build, virtual, len(prompts))
         self._lengths = [len(prompt) for prompt in prompts]
+        self._make_room(len(prompts))
         tensors = _packed_inputs(prompts) if self.build.remove_input_padding else _padded_inputs(prompts)
         self._bind(trt_io.CONTEXT, tensors | self._prompt_inputs(virtual, self._lengths))
         return self._run()
@@ -121,6 +127,28 @@ class TrtSession:
         self._bound["cache_write_index"] += 1
         self._lengths = [length + 1 for length in self._lengths]
         return logits
+
+    def prompt_logits(
+        self, prompt: Sequence[int], places: Sequence[int], virtual: VirtualTokens | None = None
+    ) -> torch.Tensor:
+        raise ConfigError(
+            "a TensorRT engine tells the logits of a prompt's last token only, so that it cannot score texts",
+            hint="build a PyTorch engine of the same checkpoint: build.py --backend torch",
+        )
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        """The caches' rows are gathered whole: the library writes them, and what they share is not known here."""
+        if len(sources) > self._max_rows:
+            raise RuntimeError("start makes room for the rows of reorder")
+        index = torch.tensor(sources, device=self.device)
+        lengths = [self._lengths[source] for source in sources]
+        old = self._memory
+        if len(sources) != self._num_rows or lengths != self._lengths:
+            self._phase = -1  # other shapes or positions: the next step binds again
+        self._make_room(len(sources))
+        for port in self._caches:
+            self._memory[port.name].copy_(old[port.name].index_select(0, index))
+        self._lengths = lengths
 
     def _prompt_inputs(self, virtual: VirtualTokens | None, counts: Sequence[int]) -> dict[str, torch.Tensor]:
         """What an engine for prompt tuning takes besides, from the number of tokens of each sequence in this step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +26,9 @@ class VirtualTokens:
         """Virtual tokens per task."""
         return int(self.table.shape[1])
 
-    def of_rows(self, first: int, count: int) -> VirtualTokens:
-        """The same table for a part of the prompts."""
-        return VirtualTokens(self.table, self.tasks[first : first + count])
+    def of_prompts(self, prompts: Iterable[int]) -> VirtualTokens:
+        """The same table for some of the prompts, by index; one may be there several times."""
+        return VirtualTokens(self.table, tuple(self.tasks[prompt] for prompt in prompts))
 
 
 def check_virtual_tokens(model: ModelConfig, build: BuildConfig, virtual: VirtualTokens, num_prompts: int) -> None:

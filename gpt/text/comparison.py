@@ -15,8 +15,8 @@ from gpt.console import log
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.errors import ConfigError, GptError
 from gpt.files import write_text
-from gpt.runtime.sampling_config import GREEDY, SamplingConfig
 from gpt.text.dataset import Article, load_articles
+from gpt.text.decoding_options import GREEDY_DECODING, DecodingOptions
 from gpt.text.evaluation import (
     TASKS,
     Side,
@@ -47,7 +47,7 @@ class SummarizeConfig:
 
     eval_type: a key of TASKS.  dataset_path: see `load_articles`; columns of None are those of the task's data set.
     hf_model: None leaves the Hugging Face side out.  threshold: ROUGE-1 that the engine must exceed, None for no check.
-    report: HTML file to write.  command: what the report says it was made by.  sampling: of both sides.
+    report: HTML file to write.  command: what the report says it was made by.  decoding: of both sides.
     """
 
     engine_dir: Path
@@ -67,7 +67,7 @@ class SummarizeConfig:
     report: Path | None = None
     command: str = ""
     eval_type: str = "summarize"
-    sampling: SamplingConfig = GREEDY
+    decoding: DecodingOptions = GREEDY_DECODING
 
     @property
     def task(self) -> Task:
@@ -109,7 +109,7 @@ def compare(config: SummarizeConfig, out: TextIO) -> Comparison:
             found=f"{ranks.size} ranks",
             hint="--test_trt_llm, or start it without mpirun or srun",
         )
-    config = replace(config, sampling=config.sampling.with_seed())
+    config = replace(config, decoding=config.decoding.with_seed())
     info = _open_engine(config)
     tokenizer = _choose_tokenizer(config, info)
     limit = config.batch_size * config.max_batches
@@ -192,7 +192,9 @@ def _run_sides(
     positions = None if baseline is None else baseline.n_positions
     limit = max_prompt_tokens(config.output_len, model, build, positions)
     vocab_sizes = [side.vocab_size for side in (model, baseline) if side is not None]
-    config.sampling.check_fits(min(vocab_sizes), config.output_len)
+    if build is not None and session is not None:
+        config.decoding.check_fits(build, min(vocab_sizes), config.output_len)
+    config.decoding.sampling.check_fits(min(vocab_sizes), config.output_len)
     prompts = encode_articles(tokenizer, articles, min(vocab_sizes), limit, config.task.prompt)
     end_id = tokenizer.end_id if model is None else choose_end_id(None, tokenizer, model)
 
@@ -219,14 +221,20 @@ def _describe_device(device: torch.device) -> str:
 def _make_sides(
     session: Session | None, baseline: HfBaseline | None, config: SummarizeConfig, end_id: int | None
 ) -> list[Side]:
+    from gpt.runtime.beams import generate_beams
     from gpt.runtime.generate import generate
 
-    settings: dict[str, Any] = {"max_new_tokens": config.output_len, "end_id": end_id, "sampling": config.sampling}
+    decoding = config.decoding
+    settings: dict[str, Any] = {"max_new_tokens": config.output_len, "end_id": end_id, "sampling": decoding.sampling}
     sides: list[Side] = []
     if session is not None:
-        sides.append(Side("Engine", "Engine", partial(generate, session, **settings)))
+        ours = partial(generate, session, **settings)
+        if decoding.uses_beams:
+            ours = partial(generate_beams, session, beams=decoding.search, **settings)
+        sides.append(Side("Engine", "Engine", ours, decoding.num_results))
     if baseline is not None:
-        sides.append(Side("Hugging Face", "HF", partial(baseline.generate, **settings)))
+        theirs = partial(baseline.generate, beams=decoding.search, **settings)
+        sides.append(Side("Hugging Face", "HF", theirs, decoding.num_results))
     return sides
 
 
@@ -245,6 +253,10 @@ def _print_result(result: SideResult, out: TextIO) -> None:
     print(f"{result.side.label} beam 0 result", file=out)
     for key in ROUGE_KEYS:
         print(f"  {key} : {result.rouge[key]}", file=out)
+    for number, rouge in enumerate(result.other_beams, start=1):
+        print(f"{result.side.label} beam {number} result", file=out)
+        for key in ROUGE_KEYS:
+            print(f"  {key} : {rouge[key]}", file=out)
     if result.first_line_percent is not None:
         print(f"  equal first lines : {result.first_line_percent:.1f} %", file=out)
     print(f"  tokens/s : {result.tokens_per_second:.1f}", file=out)

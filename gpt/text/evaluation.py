@@ -98,11 +98,13 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two sides of a comparison: what it is called in the log, and how it continues a batch of prompts."""
+    """One of the two sides of a comparison: what it is called in the log, and how it continues a batch of prompts, with
+    `num_results` rows for each of them, the best first."""
 
     name: str
     label: str
     generate: Generate
+    num_results: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ class SideResult:
     """What one side made of all articles, one entry per article, the timings per batch.
 
     tokens: new ids with the end token where it came.  texts: the parts that are scored.  scores, rouge: per cent.
-    latency_s: wall time of the calls.  same_first_line: None where the task does not compare first lines.
+    latency_s: wall time of the calls.  same_first_line: None where the task does not compare first lines.  Of several
+    results per article, all this is about the best; other_beams: ROUGE of each of the others.
     """
 
     side: Side
@@ -122,6 +125,7 @@ class SideResult:
     context_ms: list[float]
     step_ms: list[list[float]]
     same_first_line: list[bool] | None = None
+    other_beams: tuple[Scores, ...] = ()
 
     @property
     def first_line_percent(self) -> float | None:
@@ -206,12 +210,18 @@ def evaluate(
         tokens += result.tokens
         context_ms.append(result.context_ms)
         step_ms.append(result.step_ms)
-    texts = [task.scored(tokenizer.decode(without_end(row, end_id))) for row in tokens]
-    scores = score_texts([task.scored(reference) for reference in references], texts)
+    scored = [task.scored(reference) for reference in references]
+    beams = [
+        [task.scored(tokenizer.decode(without_end(row, end_id))) for row in tokens[beam :: side.num_results]]
+        for beam in range(side.num_results)
+    ]
+    tokens, texts = tokens[:: side.num_results], beams[0]
+    scores = score_texts(scored, texts)
+    others = tuple(aggregate(score_texts(scored, other)) for other in beams[1:])
     same = None
     if task.compares_first_line:
         same = [first_line(text) == first_line(reference) for text, reference in zip(texts, references, strict=True)]
-    return SideResult(side, tokens, texts, scores, aggregate(scores), latency, context_ms, step_ms, same)
+    return SideResult(side, tokens, texts, scores, aggregate(scores), latency, context_ms, step_ms, same, others)
 
 
 def count_identical(results: Sequence[SideResult]) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gpt.console import log
 from gpt.dtypes import torch_dtype
 from gpt.errors import CheckpointError, ConfigError
+from gpt.runtime.beam_config import NO_BEAMS, BeamConfig
 from gpt.runtime.generate import Generation
 from gpt.runtime.sampling_config import SamplingConfig
 from gpt.text.hub import use_cache_when_offline
@@ -64,11 +65,13 @@ class HfBaseline:
         end_id: int | None,
         sampling: SamplingConfig | None = None,
         first_row: int = 0,
+        beams: BeamConfig = NO_BEAMS,
     ) -> Generation:
         """Continues each prompt; prompts of different lengths are padded on the left and masked.
 
         sampling: temperature, top-k and top-p of the draw, greedily for None.  A batch draws from one random stream of
         torch, made from the seed and `first_row`: the distributions are those of our engine, the tokens are not.
+        beams: with more than one, the `beams.num_returned` best hypotheses of each prompt, one after the other.
         """
         import torch
         from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
@@ -87,7 +90,14 @@ class HfBaseline:
         ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
         settings = GenerationConfig(
-            max_new_tokens=max_new_tokens, num_beams=1, eos_token_id=end_id, pad_token_id=pad_id, **_choice(sampling)
+            max_new_tokens=max_new_tokens,
+            num_beams=beams.num_beams,
+            num_return_sequences=beams.num_returned,
+            length_penalty=beams.length_penalty,
+            early_stopping=beams.early_stopping,
+            eos_token_id=end_id,
+            pad_token_id=pad_id,
+            **_choice(sampling),
         )
         if sampling is not None and sampling.seed is not None:
             torch.manual_seed(sampling.seed + first_row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from gpt.config import ModelConfig
 from gpt.console import log
@@ -13,11 +13,15 @@ from gpt.errors import ConfigError, Problems
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from gpt.runtime.batching_config import BatchingConfig
+    from gpt.runtime.beam_config import BeamConfig
     from gpt.runtime.generate import Generation
     from gpt.runtime.sampling_config import SamplingConfig
-    from gpt.runtime.session import Session
+    from gpt.runtime.session import PagedSession, Session
+    from gpt.runtime.stopping import Stops
     from gpt.runtime.virtual_tokens import VirtualTokens
 
+T = TypeVar("T")
 _BUNDLED_TOKENIZER = Path(__file__).parents[2] / "assets" / "gpt2-tiny"
 
 
@@ -96,8 +100,8 @@ def check_vocabulary(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], voc
         )
 
 
-def batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
-    """(index of the first prompt, the prompts) of each batch."""
+def batches(prompts: Sequence[T], batch_size: int) -> Iterator[tuple[int, Sequence[T]]]:
+    """(index of the first one, the prompts) of each batch."""
     for first in range(0, len(prompts), batch_size):
         yield first, prompts[first : first + batch_size]
 
@@ -112,42 +116,110 @@ def generate_batches(
     on_end: Callable[[int], None] | None = None,
     virtual: VirtualTokens | None = None,
     sampling: SamplingConfig | None = None,
+    num_samples: int = 1,
+    stops: Stops | None = None,
+    num_top_logprobs: int | None = None,
+    results: list[Generation] | None = None,
+    batching: BatchingConfig | None = None,
+    indices: Sequence[int] | None = None,
 ) -> list[Generation]:
-    """Runs any number of prompts in batches that the engine holds.
+    """Runs any number of prompts in batches that the engine holds, all of them as one where its cache is paged.
 
     virtual: the embeddings behind token ids V and above, with one task per prompt.
     sampling: how tokens are chosen, greedily for None; a seed that it lacks is made up once for all batches.
-    on_token: called with (prompt index, new token id) as tokens come; on_end: with each prompt's index at its end.
+    num_samples: rows of the result per prompt; row p * num_samples + k is sample k of prompt p.
+    stops, num_top_logprobs: see `generate`.  batching: of a paged cache.  indices: of the prompts in the whole input.
+    on_token: called with (row, new token id) as tokens come; on_end: with each row at its end.
+    results: a list that gets each batch's result when it is complete; it is what is returned.
     Raises ConfigError for prompts that the engine cannot take.
     """
     from gpt.runtime.generate import generate
 
     if sampling is not None:
         sampling = sampling.with_seed()
-    results: list[Generation] = []
-    for first, batch in batches(prompts, session.build.max_batch_size):
+    results = [] if results is None else results
+    names = range(len(prompts)) if indices is None else indices
+    rows = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(num_samples)]
+    if session.build.paged_kv_cache:
+        from gpt.runtime.batcher import generate_paged
+
+        results.append(
+            generate_paged(
+                cast("PagedSession", session),
+                [prompts[prompt] for prompt, _ in rows],
+                max_new_tokens=max_new_tokens,
+                end_id=end_id,
+                on_token=on_token,
+                on_end=on_end,
+                virtual=None if virtual is None else virtual.of_prompts([prompt for prompt, _ in rows]),
+                sampling=sampling,
+                keys=[(names[prompt], sample) for prompt, sample in rows],
+                stops=stops,
+                num_top_logprobs=num_top_logprobs,
+                batching=batching,
+            )
+        )
+        return results
+    for first, batch in batches(rows, session.build.max_batch_size):
 
         def show(tokens: Sequence[int | None], first: int = first) -> None:
             for row, token in enumerate(tokens, start=first):
                 if token is not None and on_token is not None:
                     on_token(row, token)
 
-        part = None if virtual is None else virtual.of_rows(first, len(batch))
+        def end(row: int, first: int = first) -> None:
+            if on_end is not None:
+                on_end(first + row)
+
         results.append(
             generate(
                 session,
-                batch,
+                [prompts[prompt] for prompt, _ in batch],
                 max_new_tokens=max_new_tokens,
                 end_id=end_id,
                 on_tokens=show,
-                virtual=part,
+                on_end=end,
+                virtual=None if virtual is None else virtual.of_prompts([prompt for prompt, _ in batch]),
                 sampling=sampling,
-                first_row=first,
+                keys=[(names[prompt], sample) for prompt, sample in batch],
+                stops=stops,
+                num_top_logprobs=num_top_logprobs,
             )
         )
-        for row in range(first, first + len(batch)):
-            if on_end is not None:
-                on_end(row)
+    return results
+
+
+def search_batches(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    *,
+    beams: BeamConfig,
+    max_new_tokens: int,
+    end_id: int | None,
+    virtual: VirtualTokens | None = None,
+    sampling: SamplingConfig | None = None,
+    stops: Stops | None = None,
+    num_top_logprobs: int | None = None,
+    results: list[Generation] | None = None,
+) -> list[Generation]:
+    """The same by beam search, with `beams.num_returned` rows per prompt, the best first: see `generate_beams`."""
+    from gpt.runtime.beams import generate_beams
+
+    results = [] if results is None else results
+    for first, batch in batches(prompts, session.build.max_batch_size):
+        results.append(
+            generate_beams(
+                session,
+                batch,
+                beams=beams,
+                max_new_tokens=max_new_tokens,
+                end_id=end_id,
+                virtual=None if virtual is None else virtual.of_prompts(range(first, first + len(batch))),
+                sampling=sampling,
+                stops=stops,
+                num_top_logprobs=num_top_logprobs,
+            )
+        )
     return results
 
 

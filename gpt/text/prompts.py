@@ -74,20 +74,20 @@ def _read_csv(path: Path) -> list[list[int]]:
     rows: list[list[int]] = []
     problems = Problems()
     for number, cells in enumerate(csv.reader(_read_text(path, "token ids").splitlines()), start=1):
-        ids = [_read_id(cell) for cell in cells]
+        ids = [read_id(cell) for cell in cells]
         for column, (cell, token) in enumerate(zip(cells, ids, strict=True), start=1):
             if token is None:
-                problems.add(f"row {number}, column {column}: {_shorten(cell) if cell.strip() else 'an empty cell'}")
+                problems.add(f"row {number}, column {column}: {shorten(cell) if cell.strip() else 'an empty cell'}")
         rows.append([token for token in ids if token is not None])
     problems.raise_if_any(ConfigError, f"{path} holds something other than token ids", hint=_TEXT_HINT)
     return rows
 
 
-def _read_id(cell: str) -> int | None:
+def read_id(cell: str) -> int | None:
     return int(cell) if cell.strip().removeprefix("-").isdecimal() else None
 
 
-def _shorten(text: str, limit: int = 40) -> str:
+def shorten(text: str, limit: int = 40) -> str:
     return repr(text if len(text) <= limit else text[: limit - 3] + "...")
 
 

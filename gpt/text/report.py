@@ -118,7 +118,7 @@ def _conditions(comparison: Comparison) -> str:
         (f"{config.task.noun.capitalize()}s", f"{len(comparison.articles)} from {source}"),
         ("Batch size", str(config.batch_size)),
         ("Prompt", f"{min(lengths)} to {max(lengths)} tokens, at most {comparison.prompt_limit} kept"),
-        ("New tokens", f"at most {config.output_len}, {config.sampling.describe()}"),
+        ("New tokens", f"at most {config.output_len}, {config.decoding.describe()}"),
         ("Tokenizer", comparison.tokenizer_name),
         ("Device", comparison.device),
         ("Versions", ", ".join(_versions())),

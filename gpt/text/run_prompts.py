@@ -4,42 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from gpt.cli import reject_unsupported
 from gpt.comm import start
-from gpt.console import log
 from gpt.engine.folder import EngineInfo, open_engine
+from gpt.errors import ConfigError
+from gpt.runtime.batching_config import DEFAULT_BATCHING, BatchingConfig
 from gpt.runtime.limits import check_prompts
 from gpt.runtime.ranks import join_ranks
-from gpt.runtime.sampling_config import GREEDY, SamplingConfig
+from gpt.text.decoding_options import GREEDY_DECODING, DecodingOptions
 from gpt.text.pipeline import (
     choose_end_id,
     choose_tokenizer,
-    describe_speed,
     encode_prompts,
     generate_batches,
     require_tokenizer,
-    without_end,
+    search_batches,
 )
+from gpt.text.prompt_fit import fit_prompts, prompt_limit
+from gpt.text.prompt_rows import ROW_SUFFIXES, holds_tokens, read_row_texts
 from gpt.text.prompt_tuning import PromptTuning, load_prompt_tuning
-from gpt.text.prompts import (
-    TEXT_SUFFIXES,
-    TOKEN_SUFFIXES,
-    check_input_file,
-    check_output_file,
-    full_rows,
-    read_texts,
-    read_tokens,
-    write_csv,
-    write_npy,
-)
-from gpt.text.streaming import StreamDecoder, StreamPrinter, print_pair
+from gpt.text.prompts import check_input_file, check_output_file, read_tokens
+from gpt.text.run_job import prepare_job, run_job, with_earlier_seed
+from gpt.text.run_results import Results, Wanted
+from gpt.text.stop_words import StopWords
 from gpt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gpt.runtime.generate import Generation
+    from gpt.runtime.sampling_config import SamplingConfig
     from gpt.runtime.session import Session
 
 DEFAULT_PROMPT = "Born in north-east France, Soyer trained as a"
@@ -51,7 +46,10 @@ class RunConfig:
 
     input_file: prompts as .txt, .csv or .npy, in place of `texts`.  output_csv, output_npy: token files written in
     place of the text on stdout.  tokenizer, vocab_file, end_id: None takes what the engine folder knows.  prompt_table,
-    tasks: see `load_prompt_tuning`.  sampling: how tokens are chosen, by default greedily.
+    tasks: see `load_prompt_tuning`.  decoding: how texts are made, by default greedily.
+    output_file: results as .jsonl, which `resume` goes on with.  column: of the texts in a table.  max_input_length,
+    on_long_prompt: see `prompt_limit` and ON_LONG_PROMPT.  batching: of a paged cache.
+    Raises ConfigError for what goes against each other.
     """
 
     max_output_len: int
@@ -67,11 +65,61 @@ class RunConfig:
     tasks: tuple[int, ...] | None = None
     device: str = "auto"
     streaming: bool = False
-    sampling: SamplingConfig = GREEDY
+    decoding: DecodingOptions = GREEDY_DECODING
+    output_file: Path | None = None
+    resume: bool = False
+    column: str | None = None
+    max_input_length: int | None = None
+    on_long_prompt: str = "refuse"
+    batching: BatchingConfig = DEFAULT_BATCHING
+
+    def __post_init__(self) -> None:
+        reject_unsupported(self._contradictions())
 
     @property
     def writes_files(self) -> bool:
         return self.output_csv is not None or self.output_npy is not None
+
+    def wanted(self, end_id: int | None, pad_id: int | None, rank: int) -> Wanted:
+        """Where the results go; only the first rank streams."""
+        known = [token for token in (end_id, pad_id) if token is not None]
+        return Wanted(
+            self.output_csv,
+            self.output_npy,
+            self.decoding.logprobs,
+            self.streaming and rank == 0,
+            self.max_output_len,
+            known[0] if known else 0,
+            self.decoding.num_results,
+        )
+
+    def check_batching(self, info: EngineInfo) -> None:
+        """Raises ConfigError for settings of a paged cache that the engine does not have."""
+        if self.batching != DEFAULT_BATCHING and not info.build.paged_kv_cache:
+            raise ConfigError(
+                "the engine has no paged cache",
+                found="--max_draft_len, --kv_cache_free_gpu_memory_fraction or --max_tokens_in_paged_kv_cache",
+                hint="build.py --paged_kv_cache makes one that has",
+            )
+
+    def _contradictions(self) -> list[str]:
+        problems = []
+        if self.resume and self.output_file is None:
+            problems.append("--resume without --output_file: only that file says what is done already")
+        if self.output_file is not None and (self.writes_files or self.streaming):
+            problems.append("--output_file with --output_csv, --output_npy or --streaming: results go to one place")
+        if self.output_file is not None and self.decoding.logprobs is not None:
+            problems.append("--output_file with --logprobs: that file is written at the end, and cannot be resumed")
+        if self.decoding.uses_beams and self.batching.max_draft_len > 0:
+            problems.append(
+                f"--max_draft_len {self.batching.max_draft_len} with beams: drafts are checked for one text"
+            )
+        if self.streaming and self.writes_files:
+            problems.append("--streaming prints text, --output_csv and --output_npy write token ids instead of it")
+        if self.streaming and self.decoding.uses_beams:
+            beams = self.decoding.beams.num_beams
+            problems.append(f"--streaming with --num_beams {beams}: which hypothesis wins is known at the end only")
+        return problems
 
 
 def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
@@ -84,105 +132,110 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     EngineError for a bad engine.
     """
     if config.input_file is not None:
-        check_input_file(config.input_file, (*TEXT_SUFFIXES, *TOKEN_SUFFIXES))
+        check_input_file(config.input_file, ROW_SUFFIXES)
+    if config.output_file is not None:
+        config = with_earlier_seed(config)
     start()  # first, so that what fails on one rank alone ends them all
     info = open_engine(config.engine_dir)
     ranks = join_ranks(info)
     tokenizer = choose_tokenizer(info, config.tokenizer, config.vocab_file)
     end_id = choose_end_id(config.end_id, tokenizer, info.model)
-    prompts, tuning = _read_prompts(config, info, tokenizer, end_id)
+    config.check_batching(info)
+    decoding = config.decoding
+    decoding.check_fits(info.build, info.model.vocab_size, config.max_output_len)
+    choice = decoding.choice(tokenizer)
+    choice.check_fits(info.model.vocab_size, config.max_output_len)
+    stops = make_stops(decoding, tokenizer)
+    if config.output_file is not None:
+        job = prepare_job(config, info, tokenizer, end_id, stops)
+        run_job(job, ranks, choice, out)
+        return []
+    prompts, tuning = read_prompts(config, info, tokenizer, end_id)
     if not config.writes_files:
         require_tokenizer(tokenizer, info, "print the result")
     num_virtual = 0 if tuning is None else tuning.virtual.num_tokens
     check_prompts(info.model, info.build, prompts, config.max_output_len, num_virtual=num_virtual)
-    config.sampling.check_fits(info.model.vocab_size, config.max_output_len)
-    for path in (config.output_csv, config.output_npy):
-        if path is not None and ranks.rank == 0:
+    for path in config.wanted(end_id, None, ranks.rank).files:
+        if ranks.rank == 0:
             check_output_file(path)
 
     from gpt.runtime.load import load_session
 
     session = load_session(info, config.device)
-    readable = [[token for token in prompt if token < info.model.vocab_size] for prompt in prompts]
-    printer = None
-    if config.streaming and tokenizer is not None and ranks.rank == 0:
-        printer = _stream_printer(tokenizer, readable, end_id, out)
-    results = _generate(session, prompts, config, end_id, tuning, printer)
-    if ranks.rank > 0:
-        return []
-    log.info(describe_speed(results))
-    outputs = [tokens for result in results for tokens in result.tokens]
-    if config.writes_files:
-        _write_files(config, prompts, outputs, end_id, info.model.pad_token_id)
-    if tokenizer is None:
-        return []
-    decoded = [tokenizer.decode(without_end(tokens, end_id), skip_special=False) for tokens in outputs]
-    if printer is None and not config.writes_files:
-        for prompt, text in zip(readable, decoded, strict=True):
-            print_pair(tokenizer.decode(prompt, skip_special=False), text, out)
-    return decoded
+    wanted = config.wanted(end_id, info.model.pad_token_id, ranks.rank)
+    results = Results(wanted, prompts, tokenizer, end_id, stops, info.model.vocab_size, out)
+    batches: list[Generation] = []
+    try:
+        _generate(session, prompts, config, choice, end_id, tuning, stops, results, batches)
+    except KeyboardInterrupt:
+        if ranks.rank > 0:
+            raise
+        raise results.interrupted(batches) from None
+    except BaseException:  # what follows on the terminal starts on a line of its own
+        results.break_off()
+        raise
+    return results.finish(batches) if ranks.rank == 0 else []
 
 
-def _read_prompts(
+def make_stops(decoding: DecodingOptions, tokenizer: Tokenizer | None) -> StopWords | None:
+    """None where nothing but its end token and its length ends a text."""
+    if not decoding.stop_words and not decoding.stop_ids:
+        return None
+    return StopWords(decoding.stop_words, decoding.stop_ids, tokenizer)
+
+
+def read_prompts(
     config: RunConfig, info: EngineInfo, tokenizer: Tokenizer | None, end_id: int | None
 ) -> tuple[list[list[int]], PromptTuning | None]:
     """The prompts with their virtual tokens: text gets those of its task in front, token files have them already."""
     vocab_size = info.model.vocab_size
-    if config.input_file is not None and config.input_file.suffix.lower() in TOKEN_SUFFIXES:
-        prompts = read_tokens(config.input_file, end_id)
+    if config.input_file is not None and holds_tokens(config.input_file, config.column):
+        prompts = _fit(read_tokens(config.input_file, end_id), config, info, 0)
         tuning = load_prompt_tuning(config.prompt_table, config.tasks, info, len(prompts))
         if tuning is not None:
             tuning.check_ids(prompts, vocab_size)
         return prompts, tuning
-    texts = config.texts if config.input_file is None else read_texts(config.input_file)
+    texts = config.texts if config.input_file is None else read_row_texts(config.input_file, config.column)
     prompts = encode_prompts(require_tokenizer(tokenizer, info, "read the prompts"), texts, info.model)
     tuning = load_prompt_tuning(config.prompt_table, config.tasks, info, len(prompts))
-    return prompts if tuning is None else tuning.prepend(prompts, vocab_size), tuning
+    if tuning is None:
+        return _fit(prompts, config, info, 0), None
+    return tuning.prepend(_fit(prompts, config, info, tuning.virtual.num_tokens), vocab_size), tuning
 
 
-def _stream_printer(
-    tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], end_id: int | None, out: TextIO
-) -> StreamPrinter:
-    texts = [tokenizer.decode(prompt, skip_special=False) for prompt in prompts]
-    return StreamPrinter(texts, lambda: StreamDecoder(tokenizer, skip_special=False), end_id, out)
+def _fit(prompts: list[list[int]], config: RunConfig, info: EngineInfo, num_virtual: int) -> list[list[int]]:
+    """As --max_input_length and --on_long_prompt say; what else is too long is refused later, with everything else."""
+    if config.max_input_length is None and config.on_long_prompt == "refuse":
+        return prompts
+    limit, reason = prompt_limit(info.model, info.build, config.max_output_len, config.max_input_length)
+    return fit_prompts(prompts, limit - num_virtual, reason, truncate=config.on_long_prompt == "truncate")
 
 
 def _generate(
     session: Session,
     prompts: Sequence[Sequence[int]],
     config: RunConfig,
+    choice: SamplingConfig,
     end_id: int | None,
     tuning: PromptTuning | None,
-    printer: StreamPrinter | None,
-) -> list[Generation]:
-    run = partial(
-        generate_batches,
-        session,
-        prompts,
-        max_new_tokens=config.max_output_len,
-        end_id=end_id,
-        virtual=None if tuning is None else tuning.virtual,
-        sampling=config.sampling,
-    )
-    if printer is None:
-        return run()
-    try:
-        return run(on_token=printer.add, on_end=printer.end)
-    except BaseException:  # an interrupt as well as an error: what follows on the terminal starts on a line of its own
-        printer.interrupt()
-        raise
-
-
-def _write_files(
-    config: RunConfig,
-    prompts: Sequence[Sequence[int]],
-    outputs: Sequence[Sequence[int]],
-    end_id: int | None,
-    pad_id: int | None,
+    stops: StopWords | None,
+    results: Results,
+    batches: list[Generation],
 ) -> None:
-    known = [token for token in (end_id, pad_id) if token is not None]
-    rows = full_rows(prompts, outputs, config.max_output_len, fill_id=known[0] if known else 0)
-    if config.output_csv is not None:
-        write_csv(config.output_csv, rows)
-    if config.output_npy is not None:
-        write_npy(config.output_npy, rows)
+    """Fills `batches` with what each of them produced, and tells `results` of each token."""
+    decoding = config.decoding
+    settings: dict[str, Any] = {
+        "max_new_tokens": config.max_output_len,
+        "end_id": end_id,
+        "virtual": None if tuning is None else tuning.virtual,
+        "sampling": choice,
+        "stops": stops,
+        "num_top_logprobs": decoding.num_top_logprobs,
+        "results": batches,
+    }
+    if decoding.uses_beams:
+        search_batches(session, prompts, beams=decoding.search, **settings)
+    else:
+        settings |= {"num_samples": decoding.num_results, "on_token": results.add, "on_end": results.end}
+        settings["batching"] = config.batching
+        generate_batches(session, prompts, **settings)

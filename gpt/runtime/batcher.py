@@ -1,0 +1,98 @@
+"""The decoding loop over a paged cache: sequences join and leave from step to step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from gpt.runtime.batching_config import BatchingConfig
+from gpt.runtime.blocks import BlockManager
+from gpt.runtime.generate import Generation, check_request
+from gpt.runtime.paged_rows import Rows
+from gpt.runtime.paged_steps import StepRunner
+from gpt.runtime.pool_size import pool_blocks
+from gpt.runtime.sampling_config import SamplingConfig
+from gpt.runtime.scheduler import Scheduler
+from gpt.runtime.session import PagedSession
+from gpt.runtime.stopping import Stops
+from gpt.runtime.virtual_tokens import VirtualTokens
+
+
+def generate_paged(
+    session: PagedSession,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_id: int | None,
+    on_token: Callable[[int, int], None] | None = None,
+    on_end: Callable[[int], None] | None = None,
+    virtual: VirtualTokens | None = None,
+    sampling: SamplingConfig | None = None,
+    keys: Sequence[tuple[int, ...]] | None = None,
+    stops: Stops | None = None,
+    num_top_logprobs: int | None = None,
+    batching: BatchingConfig | None = None,
+) -> Generation:
+    """Continues any number of prompts, as `gpt.runtime.generate.generate` would each of them alone.
+
+    Among several ranks the first one schedules and chooses; the others compute what it tells them and return nothing.
+
+    on_token: called with (row, new token) as tokens come.  on_end: with each row at its end.  The other arguments are
+    those of `generate`, per row and not per batch.  Steps in which prompts took part count as context_ms.
+
+    Raises ConfigError for prompts the engine cannot take, GptError where the logits are no numbers.
+    """
+    session.comm.stage = "waiting for prompts"
+    batching = batching or BatchingConfig()
+    num_blocks, table = 0, None
+    if session.comm.rank == 0:
+        check_request(session, prompts, max_new_tokens, virtual)
+        longest = max(map(len, prompts)) + max_new_tokens
+        num_blocks = pool_blocks(session.model, session.build, session.device, batching, longest)
+        table = None if virtual is None else virtual.table
+    num_blocks, table = session.comm.broadcast_object((num_blocks, table))
+    session.start_paged(num_blocks, session.build.tokens_per_block)
+    steps = StepRunner(session, table)
+    if session.comm.rank > 0:
+        steps.follow()
+        return Generation()
+    rows = Rows(
+        session,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        end_id=end_id,
+        sampling=sampling,
+        keys=keys,
+        stops=stops,
+        num_top_logprobs=num_top_logprobs,
+        max_draft_len=batching.max_draft_len,
+        on_token=on_token,
+        on_end=on_end,
+    )
+    scheduler = Scheduler(
+        BlockManager(num_blocks, session.build.tokens_per_block),
+        rows.waiting(None if virtual is None else virtual.tasks),
+        max_running=session.build.max_batch_size,
+        max_num_tokens=session.build.max_num_tokens,
+        continuous=session.build.use_inflight_batching,
+        draft=rows.draft if batching.max_draft_len else None,
+    )
+    _run(scheduler, steps, rows)
+    steps.end()
+    return rows.result
+
+
+def _run(scheduler: Scheduler, steps: StepRunner, rows: Rows) -> None:
+    begin = time.perf_counter()
+    while parts := scheduler.plan():
+        logits = steps.run(parts)
+        ended = rows.advance(parts, logits)
+        for part in parts:
+            sequence = part.sequence
+            filled = len(sequence.tokens) - 1 if part.reaches_end else sequence.table.num_filled + part.num_new
+            scheduler.blocks.fill(sequence.table, sequence.tokens, filled)
+        for sequence in ended:
+            scheduler.finish(sequence)
+        now = time.perf_counter()
+        rows.count_time((now - begin) * 1e3, context=any(part.num_new > 1 for part in parts))
+        begin = now

@@ -1,0 +1,155 @@
+"""What sequences over a paged cache have besides their blocks: samplers, stop words, drafts, results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gpt.runtime.generate import Generation, check_finite
+from gpt.runtime.logprobs import record
+from gpt.runtime.prompt_lookup import PromptLookup
+from gpt.runtime.sampling import Sampler
+from gpt.runtime.sampling_config import SamplingConfig
+from gpt.runtime.scheduler import Part, RunningSequence
+from gpt.runtime.session import PagedSession
+from gpt.runtime.stopping import Stops, StopState
+
+
+@dataclass
+class _State:
+    """Of a sequence that has begun and not ended."""
+
+    sampler_row: int
+    stop: StopState | None
+    lookup: PromptLookup
+
+
+class Rows:
+    """The rows of one call, from prompts to results.  Arguments as in `gpt.runtime.batcher.generate_paged`."""
+
+    def __init__(
+        self,
+        session: PagedSession,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        end_id: int | None,
+        sampling: SamplingConfig | None,
+        keys: Sequence[tuple[int, ...]] | None,
+        stops: Stops | None,
+        num_top_logprobs: int | None,
+        max_draft_len: int,
+        on_token: Callable[[int, int], None] | None,
+        on_end: Callable[[int], None] | None,
+    ):
+        self.result = Generation(tokens=[[] for _ in prompts])
+        if num_top_logprobs is not None:
+            self.result.logprobs = [[] for _ in prompts]
+        self._prompts = prompts
+        self._keys = keys
+        self._max_new_tokens = max_new_tokens
+        self._end_id = end_id
+        self._stops = stops
+        self._num_top_logprobs = num_top_logprobs
+        self._max_draft_len = max_draft_len
+        self._on_token = on_token
+        self._on_end = on_end
+        self._states: dict[int, _State] = {}
+        self._sampler: Sampler | None = None
+        if sampling is not None and not sampling.is_argmax:
+            vocab_size = session.model.vocab_size
+            sampling.check_fits(vocab_size, max_new_tokens)
+            self._sampler = Sampler(sampling, vocab_size=vocab_size, end_id=end_id, device=session.device)
+
+    def waiting(self, tasks: Sequence[int] | None) -> Iterator[RunningSequence]:
+        """The sequences in order, each made when it is asked for.  tasks: of prompt tuning, per row."""
+        for row, prompt in enumerate(self._prompts):
+            sampler_row = -1
+            if self._sampler is not None:
+                sampler_row = self._sampler.open(prompt, (row,) if self._keys is None else self._keys[row])
+            stop = None if self._stops is None else self._stops.start()
+            self._states[row] = _State(sampler_row, stop, PromptLookup(self._max_draft_len))
+            yield RunningSequence(
+                row, list(prompt), len(prompt) + self._max_new_tokens, None if tasks is None else tasks[row]
+            )
+
+    def draft(self, sequence: RunningSequence, room: int) -> tuple[int, ...]:
+        return self._states[sequence.index].lookup.propose(sequence.tokens, room)
+
+    def advance(self, parts: Sequence[Part], logits: torch.Tensor) -> list[RunningSequence]:
+        """Chooses tokens from logits [K, V] as `StepRunner.run` gives them; returns the sequences that have ended.
+
+        A draft's next token counts only where the one before it was chosen.
+        """
+        values, likeliest = logits.max(dim=-1)
+        oldest = max((len(self.result.tokens[part.sequence.index]) for part in parts if part.reaches_end), default=0)
+        check_finite(values, oldest)  # waits for the device
+        greedy = likeliest.tolist() if self._sampler is None else []
+        ended: list[RunningSequence] = []
+        going: list[tuple[Part, int]] = []  # a part and its next line of logits
+        line = 0
+        for part in parts:
+            if part.reaches_end:
+                going.append((part, line))
+                line += 1 + len(part.draft)
+        num_right = 0  # tokens of each draft in `going` that were chosen
+        while going:
+            lines = [line for _, line in going]
+            tokens = self._choose(logits, lines, greedy, [part.sequence.index for part, _ in going])
+            still: list[tuple[Part, int]] = []
+            for (part, line), token in zip(going, tokens, strict=True):
+                if self._add(part.sequence, token):
+                    ended.append(part.sequence)
+                elif num_right < len(part.draft) and part.draft[num_right] == token:
+                    still.append((part, line + 1))
+                    continue
+                if part.draft:
+                    self._learn(part, num_right)
+            going = still
+            num_right += 1
+        for sequence in ended:
+            self._close(sequence.index)
+        return ended
+
+    def _choose(
+        self, logits: torch.Tensor, lines: list[int], greedy: Sequence[int], rows: Sequence[int]
+    ) -> Sequence[int]:
+        if self._sampler is None:
+            tokens = [greedy[line] for line in lines]
+        if self._sampler is not None or self._num_top_logprobs is not None:
+            used = logits if len(lines) == len(logits) else logits[lines]
+        if self._sampler is not None:
+            tokens = self._sampler.choose(used, [self._states[row].sampler_row for row in rows]).tolist()
+        if self._num_top_logprobs is not None:
+            for row, entry in zip(rows, record(used, tokens, self._num_top_logprobs), strict=True):
+                self.result.logprobs[row].append(entry)
+        return tokens
+
+    def _add(self, sequence: RunningSequence, token: int) -> bool:
+        """Takes a sequence's next token; whether it was the last."""
+        sequence.tokens.append(token)
+        row = sequence.index
+        self.result.tokens[row].append(token)
+        if self._on_token is not None:
+            self._on_token(row, token)
+        stop = self._states[row].stop
+        stopped = stop is not None and stop.add(token)
+        return stopped or token == self._end_id or len(sequence.tokens) == sequence.max_len
+
+    def _learn(self, part: Part, num_right: int) -> None:
+        self._states[part.sequence.index].lookup.learn(len(part.draft), num_right)
+
+    def _close(self, row: int) -> None:
+        state = self._states.pop(row)
+        if self._sampler is not None:
+            self._sampler.close(state.sampler_row)
+        if self._on_end is not None:
+            self._on_end(row)
+
+    def count_time(self, milliseconds: float, *, context: bool) -> None:
+        if context:
+            self.result.context_ms += milliseconds
+        else:
+            self.result.step_ms.append(milliseconds)

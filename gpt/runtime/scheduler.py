@@ -1,0 +1,148 @@
+"""Which sequences take part in the next step, and with how many tokens.
+
+Continuous ("in-flight") batching (Yu et al. 2022, Orca): a sequence joins as soon as there is room and leaves at its
+end.  One rule serves prompts, parts of prompts and single tokens alike: a sequence feeds the tokens that it has and the
+cache lacks.  Running sequences go first, oldest first; what is left of `max_num_tokens` goes to new ones.  Where blocks
+run out, the youngest sequence gives its own back and is computed again later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from gpt.runtime.blocks import BlockManager, Table
+
+# How far behind a sequence that waits for blocks of another one others are looked at.
+_MAX_LOOKAHEAD = 64
+
+
+@dataclass(eq=False)
+class RunningSequence:
+    """One sequence from its prompt on.
+
+    index: in the caller's order.  tokens: prompt and what was generated.  max_len: of both together.  task: of prompt
+    tuning, which the cache's contents depend on.  running: has blocks and a place in the steps.
+    """
+
+    index: int
+    tokens: list[int]
+    max_len: int
+    task: int | None = None
+    table: Table = field(default_factory=Table)
+    running: bool = False
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens whose K and V are not in the cache; one where the sequence is generating."""
+        return len(self.tokens) - self.table.num_filled
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one sequence feeds in a step: `num_new` of its tokens from table.num_filled on, then `draft`."""
+
+    sequence: RunningSequence
+    num_new: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def reaches_end(self) -> bool:
+        """Whether the step's logits continue the sequence."""
+        return self.num_new == self.sequence.num_missing
+
+
+class Scheduler:
+    """Plans step after step.
+
+    waiting: sequences in the order in which they shall start; read as there is room.  max_running: sequences at a time.
+    max_num_tokens: of a step.  continuous: whether sequences join before all running ones have ended.  draft: proposes
+    up to so many tokens that may come next.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        waiting: Iterable[RunningSequence],
+        *,
+        max_running: int,
+        max_num_tokens: int,
+        continuous: bool = True,
+        draft: Callable[[RunningSequence, int], tuple[int, ...]] | None = None,
+    ):
+        self.blocks = blocks
+        self.running: list[RunningSequence] = []
+        self.num_preempted = 0
+        self._source: Iterator[RunningSequence] = iter(waiting)
+        self._waiting: deque[RunningSequence] = deque()
+        self._max_running = max_running
+        self._max_num_tokens = max_num_tokens
+        self._continuous = continuous
+        self._draft = draft
+
+    def plan(self) -> list[Part]:
+        """The next step's parts; none where all sequences have ended."""
+        self.blocks.begin_plan()
+        admits = self._continuous or not self.running
+        parts: list[Part] = []
+        budget = self._max_num_tokens
+        for sequence in sorted(self.running, key=lambda sequence: sequence.num_missing > 1):  # tokens before prompts
+            if budget > 0 and sequence.running:
+                budget -= self._schedule(sequence, budget, parts)
+        if admits:
+            self._admit(budget, parts)
+        return [part for part in parts if part.sequence.running]
+
+    def finish(self, sequence: RunningSequence) -> None:
+        """Called for a sequence that has ended."""
+        sequence.running = False
+        self.running.remove(sequence)
+        self.blocks.close(sequence.table)
+
+    def _schedule(self, sequence: RunningSequence, budget: int, parts: list[Part]) -> int:
+        """Adds a running sequence's part, and returns its tokens; gives up the youngest for it if need be."""
+        num_new = min(sequence.num_missing, budget)
+        num_slots = sequence.table.num_filled + num_new
+        draft: tuple[int, ...] = ()
+        if self._draft is not None and num_new == sequence.num_missing:
+            room = min(budget - num_new, sequence.max_len - len(sequence.tokens) - 1)
+            draft = self._draft(sequence, room) if room > 0 else ()
+            if not self.blocks.grow(sequence.table, num_slots + len(draft)):
+                draft = ()
+        while not self.blocks.grow(sequence.table, num_slots):
+            self._preempt(self.running[-1])
+            if not sequence.running:
+                return 0
+        self.blocks.announce(sequence.table, sequence.tokens, num_slots)
+        parts.append(Part(sequence, num_new, draft))
+        return num_new + len(draft)
+
+    def _preempt(self, sequence: RunningSequence) -> None:
+        self.finish(sequence)
+        self._waiting.appendleft(sequence)
+        self.num_preempted += 1
+
+    def _admit(self, budget: int, parts: list[Part]) -> None:
+        """Lets waiting sequences join; those that would compute what another one is computing stay for a step more."""
+        passed: list[RunningSequence] = []
+        while budget > 0 and len(self.running) < self._max_running and len(passed) < _MAX_LOOKAHEAD:
+            sequence = self._next_waiting()
+            if sequence is None:
+                break
+            table = self.blocks.open(sequence.tokens, sequence.task)
+            if table is None:
+                passed.append(sequence)
+                continue
+            # Room for one more token, so that a sequence does not come only to be sent away in the next step.
+            if self.blocks.num_missing(table, min(len(sequence.tokens) + 1, sequence.max_len)) > self.blocks.num_free:
+                self.blocks.close(table)
+                passed.append(sequence)
+                break
+            sequence.table, sequence.running = table, True
+            self.running.append(sequence)
+            budget -= self._schedule(sequence, budget, parts)
+        self._waiting.extendleft(reversed(passed))
+
+    def _next_waiting(self) -> RunningSequence | None:
+        return self._waiting.popleft() if self._waiting else next(self._source, None)

@@ -1,0 +1,26 @@
+"""Tokens and their log-probabilities as objects of a .jsonl file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gpt.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gpt.runtime.logprobs import TokenLogprob
+
+
+def describe_token(token: int, one: TokenLogprob | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """id; text where there is a tokenizer; logprob and, where asked for, top: the likeliest tokens in the same form."""
+    result = _name(token, tokenizer)
+    if one is not None:
+        result["logprob"] = one.logprob
+        if one.top:
+            result["top"] = [{**_name(other, tokenizer), "logprob": logprob} for other, logprob in one.top]
+    return result
+
+
+def _name(token: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    if tokenizer is None:
+        return {"id": token}
+    return {"id": token, "text": tokenizer.decode([token], skip_special=False)}

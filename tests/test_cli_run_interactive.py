@@ -1,0 +1,160 @@
+"""run.py on a terminal: a real one, of which the test holds the other end."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engines import build_engine, convert
+from ranks import LIMIT_S, ROOT, environment
+from tiny_models import tiny_gpt2
+
+from gpt.text.run_prompts import RunConfig, run_prompts
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("interactive")
+    hf = tiny_gpt2(base / "hf", vocab_size=264, n_positions=2000)
+    limits = ["--max_batch_size", "2", "--max_beam_width", "2", "--max_input_len", "60", "--max_output_len", "1900"]
+    build_engine(convert(hf, base / "ft"), base / "engine", *limits)
+    return base / "engine"
+
+
+class Terminal:
+    """run.py with a terminal for stdin and stdout, and a pipe for stderr."""
+
+    def __init__(self, *flags: object):
+        self._end, theirs = pty.openpty()
+        command = [sys.executable, "run.py", "--device", "cpu", *map(str, flags)]
+        # A process group of its own, so that an interrupt reaches it alone.
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(TERM="dumb", PYTHONIOENCODING="utf-8"),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self._seen = ""
+
+    def expect(self, text: str) -> str:
+        """What the terminal shows up to and with `text`."""
+        deadline = time.monotonic() + LIMIT_S
+        while text not in self._seen:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{text!r} did not come behind {self._seen!r}")
+            if select.select([self._end], [], [], 0.1)[0]:
+                self._seen += os.read(self._end, 65536).decode("utf-8", "replace").replace("\r\n", "\n")
+        shown, self._seen = self._seen[: self._seen.index(text)], self._seen[self._seen.index(text) + len(text) :]
+        return shown
+
+    def type(self, text: str) -> None:
+        os.write(self._end, text.encode())
+
+    def answer(self, line: str) -> str:
+        """What is shown for a typed line, without its echo."""
+        self.type(line + "\n")
+        self.expect(line + "\n")
+        return self.expect("> ")
+
+    def close(self) -> tuple[int, str]:
+        """Exit code and stderr."""
+        _, err = self.process.communicate(timeout=LIMIT_S)
+        os.close(self._end)
+        return self.process.returncode, err.decode()
+
+
+@pytest.fixture
+def terminal(engine: Path) -> Iterator[Terminal]:
+    opened = Terminal("--engine_dir", engine, "--max_output_len", COUNT)
+    yield opened
+    opened.process.kill()
+
+
+def text_of(engine: Path, prompt: str, count: int, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the same engine makes without a terminal, as a terminal shows it."""
+    (text,) = run_prompts(RunConfig(max_output_len=count, engine_dir=engine, texts=(prompt,), device="cpu"), sys.stdout)
+    capsys.readouterr()
+    return text.replace("\r\n", "\n")
+
+
+def test_a_session(engine: Path, terminal: Terminal, capsys: pytest.CaptureFixture[str]) -> None:
+    greeting = terminal.expect("> ")
+    assert "/help" in greeting
+    first = text_of(engine, "the end", COUNT, capsys)
+    assert terminal.answer("the end") == first + "\n"
+    assert terminal.answer("/again") == first + "\n"
+    longer = text_of(engine, "the end", 2 * COUNT, capsys)
+    assert (first + terminal.answer("/more")).rstrip("\n") == longer
+    assert terminal.answer("//a") == text_of(engine, "/a", COUNT, capsys) + "\n"
+    assert terminal.answer("") == ""
+    assert terminal.answer("/set --max_output_len 3 --repetition_penalty 1.5") == (
+        "at most 3 new tokens, greedy: repetition_penalty 1.5\n"
+    )
+    assert terminal.answer("/set --repetition_penalty 1").endswith("greedy\n")
+    assert terminal.answer("in the") == text_of(engine, "in the", 3, capsys) + "\n"
+    assert re.fullmatch(
+        r"\[1\].*\n\[2\].*\n", terminal.answer("/set --num_beams 2") and terminal.answer("a"), re.DOTALL
+    )
+    assert "/more" in terminal.answer("/help")
+    for wrong in ("/set --top_k x", "/set --top_k 999 --top_p 0.5", "/what", "/set 'open", "x" * 61, "/set --bogus 1"):
+        assert terminal.answer(wrong) == ""
+    assert terminal.answer("/show") == "at most 3 new tokens, 2 beams\n"
+    terminal.type("\x04")
+    code, err = terminal.close()
+    assert code == 0
+    for part in ("argument --top_k: invalid int value: 'x'", "--top_k 999", "no such command", "quotes", "61 tokens"):
+        assert part in err
+    assert "unrecognized arguments: --bogus" in err
+    assert len(re.findall(r"^\(\d+ new tokens in .* tokens/s", err, re.M)) == 6
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_stops_the_answer_alone(engine: Path) -> None:
+    terminal = Terminal("--engine_dir", engine, "--max_output_len", 1900, "--end_id", 0)
+    terminal.expect("> ")
+    terminal.type("the\n")
+    terminal.expect("the\n")
+    while len(terminal._seen) < 20:
+        terminal._seen += os.read(terminal._end, 1024).decode("utf-8", "replace")
+    os.killpg(terminal.process.pid, signal.SIGINT)  # what a terminal's driver does for Ctrl-C
+    terminal.expect("(stopped)\n")
+    terminal.expect("> ")
+    assert terminal.answer("/set --max_output_len 2").startswith("at most 2 new tokens")
+    assert terminal.answer("a")
+    os.killpg(terminal.process.pid, signal.SIGINT)  # with nothing to stop
+    terminal.expect("\n> ")
+    terminal.type("/quit\n")
+    code, err = terminal.close()
+    assert (code, "Traceback" in err) == (0, False)
+
+
+def test_a_prompt_or_a_file_for_the_result_needs_no_session(engine: Path, tmp_path: Path) -> None:
+    flags = ("--engine_dir", engine, "--max_output_len", 2)
+    terminal = Terminal(*flags, "--input_text", "a")
+    assert terminal.expect('Output: "') == 'Input: "a"\n'
+    assert terminal.close()[0] == 0
+    terminal = Terminal(*flags, "--output_csv", tmp_path / "a.csv")
+    assert terminal.close()[0] == 0
+    assert (tmp_path / "a.csv").exists()
+
+
+def test_a_session_that_cannot_begin_ends_at_once(engine: Path) -> None:
+    terminal = Terminal("--engine_dir", engine, "--max_output_len", 2, "--top_k", 999)
+    code, err = terminal.close()
+    assert code == 2
+    assert "--top_k 999" in err
