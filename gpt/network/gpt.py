@@ -44,7 +44,7 @@ def embed(ops: Ops[X], model: ModelConfig, mapping: Mapping) -> X:
 def block(ops: Ops[X], model: ModelConfig, mapping: Mapping, x: X, layer: int) -> X:
     """One decoder block on the residual stream x [..., E]."""
     prefix = f"model.layers.{layer}."
-    h = _norm(ops, model, x, prefix + "input_layernorm")
+    h = _norm(ops, model, x, prefix + "input_layernorm", prefix + "attention.query_key_value")
     qkv = ops.linear(h, prefix + "attention.query_key_value")  # [..., (H+2G)*D/R]
     if not model.learned_positions:
         qkv = ops.rotary(qkv, model.rotary_dim, model.rotary_base, model.rotary_scaling)
@@ -54,14 +54,14 @@ def block(ops: Ops[X], model: ModelConfig, mapping: Mapping, x: X, layer: int) -
         # Nothing after the last attention looks across tokens, and only the last token of a prompt is asked for.
         x, h = ops.gather_last(x), ops.gather_last(h)  # [B, E], [B, H*D/R]
     x = ops.add(x, _row_parallel(ops, mapping, h, prefix + "attention.dense"))
-    h = _norm(ops, model, x, prefix + "post_attention_layernorm")
+    h = _norm(ops, model, x, prefix + "post_attention_layernorm", prefix + "mlp.dense_h_to_4h")
     h = ops.name(_mlp(ops, model, mapping, h, prefix + "mlp."), f"layers.{layer}.mlp")
     return ops.name(ops.add(x, h), f"layers.{layer}")
 
 
-def _norm(ops: Ops[X], model: ModelConfig, x: X, name: str) -> X:
+def _norm(ops: Ops[X], model: ModelConfig, x: X, name: str, feeds: str | None = None) -> X:
     normalize = ops.rms_norm if model.normalization == "rmsnorm" else ops.layer_norm
-    return normalize(x, name, model.layer_norm_epsilon)
+    return normalize(x, name, model.layer_norm_epsilon, feeds)
 
 
 def _mlp(ops: Ops[X], model: ModelConfig, mapping: Mapping, h: X, prefix: str) -> X:
