@@ -141,8 +141,9 @@ def _build_rank(
         stored = build.seed is None
         checksum = write_tensor_file(
             path,
-            build.dtype,
-            {tensor.name: tensor.shape for tensor in engine_layout(model, mapping)} if stored else {},
+            {t.name: (t.dtype, t.shape) for t in engine_layout(model, mapping, build.dtype, build.quant)}
+            if stored
+            else {},
             engine_tensors(model, build, mapping, source) if stored else (),
             {"format": "pt", "tool": f"gpt {gpt.__version__}", "build_id": build_id, "rank": str(mapping.rank)},
             f"rank {mapping.rank}",

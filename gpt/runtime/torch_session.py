@@ -11,7 +11,7 @@ import torch
 
 from gpt.comm import Communicator, NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
-from gpt.engine.kv_cache import KvCache
+from gpt.engine.kv_cache import KvCache, kv_scales
 from gpt.engine.step import ContextStep, GenerationStep
 from gpt.engine.torch_executor import TorchOps
 from gpt.mapping import Mapping
@@ -39,8 +39,9 @@ class TorchSession:
         self.build = build
         self.mapping = mapping
         self.device = torch.device(device)
-        self.ops = TorchOps(model, mapping, weights, fused=build.fused_attention, comm=self.comm)
+        self.ops = TorchOps(model, mapping, weights, fused=build.fused_attention, comm=self.comm, quant=build.quant)
         self._dtype = weights["model.wte"].dtype
+        self._kv_scales = kv_scales(weights, model)
         self.cache: KvCache | None = None
         self._lengths: list[int] = []
         self._positions = torch.empty(0)
@@ -57,6 +58,7 @@ class TorchSession:
                 self.device,
                 num_blocks=batch_size,
                 tokens_per_block=max_seq_len,
+                scales=self._kv_scales,
             )
         self._lengths = []
 
