@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from gpt.dtypes import ITEMSIZE, canonical_dtype
 from gpt.errors import ConfigError, GptError, Problems
-from gpt.quant import QuantConfig
+from gpt.quant import FLOAT, QuantConfig
 
 ENGINE_FORMAT_VERSION = 1
 
@@ -319,7 +319,7 @@ class BuildConfig:
     remove_input_padding: bool = False
     builder_opt: int | None = None
     seed: int | None = None
-    quant: QuantConfig = field(default_factory=QuantConfig)
+    quant: QuantConfig = FLOAT
 
     def __post_init__(self) -> None:
         canonical_dtype(self.dtype)

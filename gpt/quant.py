@@ -117,6 +117,9 @@ class QuantConfig:
         return ", ".join(parts)
 
 
+FLOAT = QuantConfig()
+
+
 def _spoken(scale: str | None) -> str:
     return (scale or "").replace("_", "-")
 

@@ -154,8 +154,8 @@ def quantized_tensors(
         result[tensor.name], result[f"{name}.weight_scale"] = packed
     if quant.activations == "per_tensor":
         steps_of_largest = FP8_MAX if quant.weights == "fp8" else INT8_MAX
-        scale = calibration.largest_input(tensor) / steps_of_largest
-        result[f"{name}.input_scale"] = torch.tensor(scale, device=result[tensor.name].device)
+        input_scale = calibration.largest_input(tensor) / steps_of_largest
+        result[f"{name}.input_scale"] = torch.tensor(input_scale, device=result[tensor.name].device)
     return result
 
 

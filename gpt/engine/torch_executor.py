@@ -17,7 +17,7 @@ from gpt.engine.quant_linear import quantized_linears
 from gpt.engine.step import ContextStep, GenerationStep, Step
 from gpt.engine.torch_attention import TorchAttention
 from gpt.mapping import Mapping, Split
-from gpt.quant import QuantConfig
+from gpt.quant import FLOAT, QuantConfig
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_erf": F.gelu,
@@ -36,7 +36,9 @@ class TorchOps:
 
     comm: carries tensors of the weights' device between the ranks of `mapping`.
 
-    weights: as `gpt.engine.weights.engine_tensors` makes them, on one device; quant: what of them is quantised.  fused: scaled_dot_product_attention, else scores and
+    weights: as `gpt.engine.weights.engine_tensors` makes them, on one device; quant: what of them is quantised.
+
+    fused: scaled_dot_product_attention, else scores and
     softmax written out in float32.  trace: where named intermediate results are kept, when given.  The session calls
     `begin` before each run.
     """
@@ -49,7 +51,7 @@ class TorchOps:
         *,
         fused: bool = True,
         comm: Communicator | None = None,
-        quant: QuantConfig | None = None,
+        quant: QuantConfig = FLOAT,
     ):
         self.comm = comm or NullCommunicator()
         self.model = model
@@ -60,7 +62,7 @@ class TorchOps:
         self.dtype = weights["model.wte"].dtype
         # A few vectors, kept wide because what they scale is wide: see `embedding`.
         self._norms = {name: tensor.float() for name, tensor in weights.items() if "layernorm." in name}
-        self.linears = quantized_linears(weights, quant or QuantConfig(), self.dtype)
+        self.linears = quantized_linears(weights, quant, self.dtype)
         # Beside quantised weights, whose products are wide.
         self._biases = {n: weights[n + ".bias"].float() for n in self.linears if n + ".bias" in weights}
         self.attend = TorchAttention(self.num_heads, self.num_kv_heads, fused=fused)

@@ -25,7 +25,7 @@ from gpt.engine.quant_weights import (
 )
 from gpt.errors import ConfigError
 from gpt.mapping import Mapping, Split
-from gpt.quant import QuantConfig
+from gpt.quant import FLOAT, QuantConfig
 
 
 class WeightSource(Protocol):
@@ -55,12 +55,11 @@ class EngineTensor:
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
-_FLOAT = QuantConfig()
 _QKV = ".attention.query_key_value.weight"
 
 
 def engine_layout(
-    model: ModelConfig, mapping: Mapping, dtype: str = "float32", quant: QuantConfig = _FLOAT
+    model: ModelConfig, mapping: Mapping, dtype: str = "float32", quant: QuantConfig = FLOAT
 ) -> list[EngineTensor]:
     """One rank's tensors, without reading anything.  What is quantised: `gpt.engine.quant_weights.quantized_parts`,
     and `attention.kv_scale` float32 [2] per layer with a quantised cache."""
@@ -95,7 +94,7 @@ def _table_split(tensor: Tensor, model: ModelConfig, mapping: Mapping) -> Split:
     return Split.ROW if tensor.name == "model.lm_head.weight" else Split.NONE
 
 
-def engine_bytes(model: ModelConfig, mapping: Mapping, dtype: str, quant: QuantConfig = _FLOAT) -> int:
+def engine_bytes(model: ModelConfig, mapping: Mapping, dtype: str, quant: QuantConfig = FLOAT) -> int:
     """Bytes of one rank's weights."""
     return sum(tensor.num_bytes for tensor in engine_layout(model, mapping, dtype, quant))
 
