@@ -63,7 +63,7 @@ def run_conversion(args: ProgArgs) -> Path:
         command = convert_command(
             tool, args.in_file, args.out_dir, args.tensor_parallelism, storage_dtype, args.command()
         )
-        written, calibration = quantize(args, target, pairs, source if tokenizer_files else None)
+        written, calibration = quantize(args, target, pairs, source)
         section = _ini_section(dataclasses.replace(args, model=args.model or family.name), config)
         write_checkpoint(
             target,
@@ -95,7 +95,7 @@ def _check(args: ProgArgs) -> str:
 
 def _ini_section(args: ProgArgs, config: dict[str, Any]) -> dict[str, object]:
     """Arguments, then config.json; what readers use is added by the writer and wins."""
-    section = {**dataclasses.asdict(args), **config}
+    section = {**args.arguments(), **config}
     return {key: value for key, value in section.items() if re.fullmatch(r"[A-Za-z_][\w.-]*", key)}
 
 
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = ProgArgs(**options)
 
     def convert() -> None:
-        print_banner("Arguments", dataclasses.asdict(args))
+        print_banner("Arguments", args.arguments())
         run_conversion(args)
 
     return run_main(convert)

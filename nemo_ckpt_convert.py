@@ -4,7 +4,6 @@ see docs/nemo.md."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = ProgArgs(**options)
 
     def convert() -> None:
-        print_banner("Argument", dataclasses.asdict(args))
+        print_banner("Argument", args.arguments())
         run_conversion(args)
 
     return run_main(convert)

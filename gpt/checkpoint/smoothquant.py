@@ -70,10 +70,12 @@ class LayerScales:
 def smoothing_factors(x: torch.Tensor, rows: torch.Tensor, alpha: float) -> torch.Tensor:
     """s_j [in] float32 from x_j and m_j; alpha 1 moves the whole range of the inputs into the weights, 0 none of it.
 
-    A row of zeros counts as 1e-5, so that it does not make its factor infinite.
+    A row of zeros counts as 1e-5, so that it does not make its factor infinite.  An input that was always zero has a
+    factor of 1: one of 1e-5 would round its weights away, and it may not be zero in the next text.
     """
-    x, rows = x.double(), rows.double().clamp(min=_SMALLEST_ROW)
-    return (x.pow(alpha) / rows.pow(1.0 - alpha)).clamp(min=_SMALLEST_FACTOR).float()
+    wide, rows = x.double(), rows.double().clamp(min=_SMALLEST_ROW)
+    factors = (wide.pow(alpha) / rows.pow(1.0 - alpha)).clamp(min=_SMALLEST_FACTOR)
+    return factors.where(wide > 0, 1.0).float()
 
 
 def layer_scales(

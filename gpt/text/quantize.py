@@ -18,6 +18,7 @@ from gpt.errors import ConfigError, Problems
 if TYPE_CHECKING:
     from gpt.checkpoint.writer import Pair, Target
     from gpt.config import ModelConfig
+    from gpt.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,12 @@ class QuantOptions:
             kv_separate=any_scales,
             smoothers=smooth and self.smooth_dense_proj,
         )
+
+    def arguments(self) -> dict[str, object]:
+        """Every field, a script's own before those of this class."""
+        ours = {field.name for field in dataclasses.fields(QuantOptions)}
+        values = dataclasses.asdict(self)
+        return dict(sorted(values.items(), key=lambda item: item[0] in ours))
 
     def changed_flags(self) -> dict[str, object]:
         """Name and value of each flag that is not at its default."""
@@ -110,8 +117,8 @@ def quantize(
 ) -> tuple[Sequence[Pair], Mapping[str, object]]:
     """The tensors to write in place of `pairs`, and what config.ini should say; both as they are without -sq and -kv.
 
-    tokenizer: the model's own, where it has one.  Prints a table of errors and saves it in the target's folder.  Raises
-    ConfigError for texts, tokenizer or device that are not there, GptError where there is too little space.
+    tokenizer: where the model's own is, if it has one.  Prints a table of errors and saves it in the target's folder.
+    Raises ConfigError for texts, tokenizer or device that are not there, GptError where there is too little space.
     """
     if not options.files:
         return pairs, {}
@@ -122,7 +129,6 @@ def quantize(
     from gpt.runtime.load import pick_device
     from gpt.text.calibration_data import encode_texts, load_texts
     from gpt.text.quant_report import describe_errors, save_errors
-    from gpt.text.tokenizer import load_tokenizer
 
     model = target.model
     files = expected_files(model, target.world_size, target.storage_dtype, options.files)
@@ -130,9 +136,9 @@ def quantize(
     device = pick_device(options.calib_device)
     location = options.calib_tokenizer or tokenizer
     if location is None:
-        raise ConfigError("the model has no tokenizer to calibrate with", hint="--calib-tokenizer names one")
+        raise ConfigError("the model has no tokenizer", hint="--calib-tokenizer names the one to calibrate with")
     source, texts = load_texts(options.calib_data, options.calib_column, options.calib_size, options.dataset_cache_dir)
-    samples = encode_texts(texts, load_tokenizer(location), _length(options, model), model.vocab_size)
+    samples = encode_texts(texts, _tokenizer(location), _length(options, model), model.vocab_size)
     log.info("Calibration texts: %s", source)
     result = calibrate(
         model,
@@ -148,6 +154,16 @@ def quantize(
     tokens = sum(map(len, samples))
     section = {"calibrated_on": f"{source}, {len(samples)} texts, {tokens} tokens"}
     return quantized_pairs(model, pairs, result.layers, options.files), section
+
+
+def _tokenizer(location: str | Path) -> Tokenizer:
+    from gpt.text.tokenizer import load_tokenizer
+
+    try:
+        return load_tokenizer(location)
+    except ConfigError as error:
+        hint = error.hint or "--calib-tokenizer names the one to calibrate with"
+        raise ConfigError(error.what, found=error.found, allowed=error.allowed, hint=hint) from error
 
 
 def _length(options: QuantOptions, model: ModelConfig) -> int:
