@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser(__doc__).parse_args(argv)
+    args = build_parser().parse_args(argv)
     setup_logging(args.log_level)
     return run_main(lambda: _run(args))
 
 
 def run_build(args: Sequence[str] | None = None) -> None:
     """Builds from a list of command-line arguments; raises GptError instead of exiting."""
-    _run(build_parser(__doc__).parse_args(args))
+    _run(build_parser().parse_args(args))
 
 
 def _run(args: Namespace) -> None:

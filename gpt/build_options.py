@@ -26,7 +26,7 @@ RANDOM_DEFAULTS = {
 _LIMIT_DEFAULTS = {"max_input_len": 200, "max_output_len": 200}
 
 
-def build_parser(description: str | None) -> ArgumentParser:
+def build_parser(description: str = "FT checkpoint or random weights -> engine folder.") -> ArgumentParser:
     usage = "%(prog)s [--model_dir DIR | sizes of random weights] [limits] [kernels] [quantisation] [--output_dir DIR]"
     parser = ArgumentParser(prog="build.py", usage=usage, description=description)
     _add_model(

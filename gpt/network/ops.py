@@ -78,7 +78,7 @@ class Ops(Protocol[X]):
         ...
 
     def gather_last(self, x: X) -> X:
-        """Keeps the last token of each sequence: [..., E] -> [B, E]."""
+        """Keeps the tokens whose logits are wanted, as a rule the last one of each sequence: [..., E] -> [B, E]."""
         ...
 
     def logits(self, x: X, name: str) -> X:

@@ -71,6 +71,13 @@ class TorchSession:
         self._positions = torch.tensor(self._lengths, dtype=torch.int32, device=self.device)
         return self._run(step)
 
+    def prompt_logits(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Like `context`, with the logits after every token: [N, V], the prompts one after the other."""
+        self._lengths = [len(prompt) for prompt in prompts]
+        self._positions = torch.tensor(self._lengths, dtype=torch.int32, device=self.device)
+        step = _packed_step(prompts, self.device)
+        return self._run(dataclasses.replace(step, last=torch.arange(len(step.ids), device=self.device)))
+
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
         longest = max(self._lengths)
         step = GenerationStep(
