@@ -7,8 +7,10 @@ Hugging Face's modules instead and keeps the whole model in memory.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +33,7 @@ from gpt.network.gpt import block, embed
 # Rows of a linear layer's input that are kept to measure the error of its output.
 SAMPLE_ROWS = 512
 _TABLE_ROWS = 4096
+_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 4 << 20  # mallopt's number for it; bytes
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def calibrate(
     alpha: of SmoothQuant, None for the cache's scales alone.  smooth_inner: dense and proj get smoothers.  Raises
     CheckpointError where activations are not finite.
     """
+    _give_back_large_blocks()
     device = device or torch.device("cpu")
     sources = {tensor.name: source for tensor, source in pairs}
     tokens = sum(map(len, samples))
@@ -218,6 +222,16 @@ def _check_finite(layer: int, record: LayerRecord) -> None:
         "the model's activations are not finite, so that nothing can be calibrated",
         hint="look for NaN, infinite or huge weights with: python check.py <model>",
     )
+
+
+def _give_back_large_blocks() -> None:
+    """Has the C library return every large block to the system when it is freed.
+
+    By default glibc keeps blocks of up to 32 MiB and cannot return what lies below a small one that lives on: the 48
+    layers of a 1.5B model left 3 GB behind.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # other systems have no such function
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def _on_cpu(scales: LayerScales) -> LayerScales:

@@ -78,14 +78,14 @@ def _plot(errors: Sequence[ErrorRow]) -> str:
         panels = [(f"outputs, {mode}", _output_label(mode)) for mode in (_WORST, _BEST)] + panels
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "quantization", "axes.spines.top": False}
     with matplotlib.rc_context({**style, "axes.spines.right": False, "legend.frameon": False}):
-        figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
+        figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, (title, label) in zip(axes, panels, strict=True):
             _draw(axis, errors, label)
             axis.set(title=title, xlabel="layer", yscale="log")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(axis="y", linewidth=0.5, alpha=0.5)
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
         axes[0].set_ylabel("relative error of INT8")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
