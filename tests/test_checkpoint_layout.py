@@ -7,8 +7,8 @@ import math
 
 import pytest
 
+from gpt.checkpoint.expected import expected_files
 from gpt.checkpoint.layout import QuantFiles, tensors
-from gpt.checkpoint.store import expected_files
 from gpt.config import ModelConfig
 from gpt.mapping import Mapping
 

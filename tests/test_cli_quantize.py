@@ -321,6 +321,20 @@ def test_space_is_looked_at_before_the_work(
     assert Checkpoint.open(folder(tmp_path)).has_smoothquant  # the earlier one is still there
 
 
+def test_too_little_memory_names_the_flags_that_need_less(
+    hf: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpt.engine import calibration
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise calibration.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(calibration, "calibrate", fail)
+    message = refused(run, tmp_path, "-sq", "0.5", code=1)
+    assert "CUDA out of memory" in message
+    assert "--calib-batch-size" in message
+
+
 # NeMo.
 
 

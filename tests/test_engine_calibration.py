@@ -87,6 +87,19 @@ def test_ranges_are_those_that_hooks_on_the_original_modules_see(kind: str, tmp_
             assert torch.equal(unsmoothed.column_max, columns)
 
 
+@pytest.mark.gpu
+def test_a_gpu_sees_what_the_cpu_sees(gpt2: Path) -> None:
+    model, pairs = source_of(gpt2)
+    cpu = calibrate(model, pairs, SAMPLES, alpha=0.5, smooth_inner=True)
+    gpu = calibrate(model, pairs, SAMPLES, alpha=0.5, smooth_inner=True, device=torch.device("cuda"))
+    for ours, theirs in zip(gpu.layers, cpu.layers, strict=True):
+        torch.testing.assert_close(ours.kv_max, theirs.kv_max, rtol=1e-4, atol=0)
+        for name, linear in ours.linears.items():
+            for field, values in vars(linear).items():
+                torch.testing.assert_close(values, getattr(theirs.linears[name], field), rtol=1e-4, atol=0)
+    assert len(gpu.errors) == len(cpu.errors)
+
+
 def test_the_cache_has_ranges_of_its_own(gpt2: Path) -> None:
     model, pairs = source_of(gpt2)
     hooked = hooked_ranges(gpt2, SAMPLES)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from gpt.checkpoint import manifest
+from gpt.checkpoint.expected import expected_files
 from gpt.checkpoint.layout import QuantFiles
 from gpt.checkpoint.manifest import Manifest
-from gpt.checkpoint.store import expected_files
 from gpt.errors import ConfigError, GptError
 
 

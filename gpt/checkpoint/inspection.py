@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt.checkpoint import manifest
+from gpt.checkpoint.expected import expected_files, find_quant_files
 from gpt.checkpoint.layout import QuantFiles, tensors
 from gpt.checkpoint.manifest import Manifest
-from gpt.checkpoint.store import TOKENIZER_FILES, Checkpoint, expected_files, find_folder, find_quant_files
+from gpt.checkpoint.store import TOKENIZER_FILES, Checkpoint, find_folder
 from gpt.config import ModelConfig
 from gpt.console import human_bytes, progress
 from gpt.dtypes import FLOAT_DTYPES, torch_dtype

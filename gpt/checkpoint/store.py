@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import configparser
-import itertools
 import math
 import re
 import shlex
-from collections.abc import Iterator
 from collections.abc import Mapping as Section
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt.checkpoint import manifest
-from gpt.checkpoint.layout import QKV, QuantFiles, Tensor, quant_files, quant_tensors, tensors
+from gpt.checkpoint.expected import CONFIG_NAME, check_files, find_quant_files
+from gpt.checkpoint.layout import QKV, QuantFiles, Tensor, quant_tensors
 from gpt.checkpoint.manifest import Manifest
 from gpt.config import ModelConfig, rethrow_as
-from gpt.dtypes import FLOAT_DTYPES, ITEMSIZE, canonical_dtype, torch_dtype
+from gpt.dtypes import canonical_dtype, torch_dtype
 from gpt.errors import CheckpointError, ConfigError, Problems
-from gpt.files import is_lfs_pointer
 from gpt.mapping import Mapping, check_divides
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG_NAME = "config.ini"
 HEAD_FILE = "model.lm_head.weight.bin"
 # What tokenizers and generation settings are called in model folders; whatever is there travels with the weights.
 TOKENIZER_FILES = (
@@ -105,7 +101,7 @@ class Checkpoint:
         if listed:
             _compare(problems, listed, model, storage_dtype)
         quant = find_quant_files(folder, listed)
-        _check_files(problems, folder, model, storage_dtype, world_size, listed, quant)
+        check_files(problems, folder, model, storage_dtype, world_size, listed, quant)
         problems.raise_if_any(CheckpointError, f"this checkpoint cannot be used: {folder}", hint=_hint(listed))
         return cls(folder, model, storage_dtype, world_size, listed, quant)
 
@@ -260,33 +256,6 @@ def _compare(problems: Problems, listed: Manifest, model: ModelConfig, storage_d
             problems.add(f"{name}: {CONFIG_NAME} says {value}, {manifest.FILE_NAME} {said[name]}")
 
 
-@dataclass(frozen=True)
-class ExpectedFile:
-    """A file as the table wants it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
-
-
-def find_quant_files(folder: Path, listed: Manifest | None) -> QuantFiles:
-    """What the folder has beside float weights: as the manifest says, else as the names of its files say."""
-    return quant_files(listed.files if listed else [path.name for path in folder.glob("model.layers.*.bin")])
-
-
-def expected_files(
-    model: ModelConfig, world_size: int, dtype: str, quant: QuantFiles
-) -> Iterator[tuple[str, ExpectedFile]]:
-    """Name, shape and dtype of every weight file of a checkpoint stored in `dtype`."""
-    for tensor in itertools.chain(tensors(model), quant_tensors(model, quant)):
-        file = ExpectedFile(tensor.file_shape(Mapping(world_size, 0), model), tensor.dtype or dtype)
-        for name in dict.fromkeys(tensor.file_name(rank) for rank in range(world_size)):
-            yield name, file
-
-
 def _check_factors(path: Path, values: torch.Tensor, listed: Manifest | None) -> None:
     import torch
 
@@ -298,46 +267,6 @@ def _check_factors(path: Path, values: torch.Tensor, listed: Manifest | None) ->
             allowed="finite numbers above 0",
             hint=_hint(listed),
         )
-
-
-def _check_files(
-    problems: Problems,
-    folder: Path,
-    model: ModelConfig,
-    dtype: str,
-    world_size: int,
-    listed: Manifest | None,
-    quant: QuantFiles,
-) -> None:
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.bin")}
-    if model.n_layer > len(sizes):  # a damaged number must not become a list of billions of names
-        problems.add(f"n_layer: {CONFIG_NAME} says {model.n_layer}, there are {len(sizes)} weight files")
-        return
-    expected = dict(expected_files(model, world_size, dtype, quant))
-    for name, file in expected.items():
-        if problem := _file_problem(folder / name, sizes.get(name), file):
-            problems.add(problem)
-        elif listed and name not in listed.files:
-            problems.add(f"{name}: not in {manifest.FILE_NAME}")
-        elif listed and listed.files[name].bytes != sizes[name]:
-            problems.add(f"{name}: found {sizes[name]} bytes, {manifest.FILE_NAME} says {listed.files[name].bytes}")
-    for name in listed.files if listed else ():
-        if name not in expected:
-            problems.add(f"{name}: in {manifest.FILE_NAME}, but {CONFIG_NAME} describes a model without it")
-
-
-def _file_problem(path: Path, size: int | None, file: ExpectedFile) -> str | None:
-    if size is None:
-        return f"{path.name}: missing"
-    if size == file.bytes:
-        return None
-    text = f"{path.name}: found {size} bytes, expected {file.bytes} for {list(file.shape)} in {file.dtype}"
-    if is_lfs_pointer(path):
-        return f"{path.name}: a Git LFS pointer, not the weights (git lfs pull fetches them)"
-    fitting = [name for name in FLOAT_DTYPES if size == math.prod(file.shape) * ITEMSIZE[name]]
-    if fitting and file.dtype in FLOAT_DTYPES:
-        text += f"; the size fits {' or '.join(fitting)}, so the dtype in {CONFIG_NAME} may be wrong"
-    return text
 
 
 def _hint(listed: Manifest | None) -> str:

@@ -31,7 +31,7 @@ from gpt.mapping import Mapping as Ranks
 from gpt.network.gpt import block, embed
 
 # Rows of a linear layer's input that are kept to measure the error of its output.
-SAMPLE_ROWS = 512
+SAMPLE_ROWS = 256
 _TABLE_ROWS = 4096
 _M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 4 << 20  # mallopt's number for it; bytes
 
@@ -105,9 +105,9 @@ class _RecordingOps(TorchOps):
         return x  # every token counts, in the last layer too
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Batch:
-    """Token lists side by side, and the residual stream [N, E] that the layers change in place."""
+    """Token lists side by side, and their residual stream [N, E] behind the layers so far."""
 
     step: ContextStep
     x: torch.Tensor
@@ -146,7 +146,7 @@ def calibrate(
         ops = _RecordingOps(model, weights, record)
         for batch in batches:
             ops.begin(batch.step, cache)
-            block(ops, model, Ranks(), batch.x, layer)
+            batch.x = block(ops, model, Ranks(), batch.x, layer)
         _check_finite(layer, record)
         linears = {name: weights[f"model.layers.{layer}.{name}.weight"] for name in gemms(model)}
         scales = layer_scales(linears, record.ranges, record.kv_max, alpha, smooth_inner=smooth_inner)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt.checkpoint.expected import expected_files
 from gpt.checkpoint.layout import QuantFiles
-from gpt.checkpoint.store import expected_files
 from gpt.cli import positive_int
 from gpt.console import log
-from gpt.errors import ConfigError, Problems
+from gpt.errors import ConfigError, GptError, Problems
 
 if TYPE_CHECKING:
     from gpt.checkpoint.writer import Pair, Target
@@ -123,6 +123,8 @@ def quantize(
     if not options.files:
         return pairs, {}
     # Here and not above: --help and wrong arguments need no torch.
+    import torch
+
     from gpt.checkpoint.smoothquant import quantized_pairs
     from gpt.checkpoint.writer import check_space
     from gpt.engine.calibration import calibrate
@@ -140,15 +142,22 @@ def quantize(
     source, texts = load_texts(options.calib_data, options.calib_column, options.calib_size, options.dataset_cache_dir)
     samples = encode_texts(texts, _tokenizer(location), _length(options, model), model.vocab_size)
     log.info("Calibration texts: %s", source)
-    result = calibrate(
-        model,
-        pairs,
-        samples,
-        alpha=options.smoothquant,
-        smooth_inner=options.smooth_dense_proj,
-        batch_size=options.calib_batch_size,
-        device=device,
-    )
+    try:
+        result = calibrate(
+            model,
+            pairs,
+            samples,
+            alpha=options.smoothquant,
+            smooth_inner=options.smooth_dense_proj,
+            batch_size=options.calib_batch_size,
+            device=device,
+        )
+    except torch.OutOfMemoryError as error:
+        raise GptError(
+            f"not enough memory to calibrate on {device}",
+            found=str(error).partition(". ")[0],
+            hint="--calib-device cpu, or a smaller --calib-batch-size, --calib-size or --calib-length",
+        ) from error
     print(describe_errors(result.errors), flush=True)
     save_errors(result.errors, target.folder)
     tokens = sum(map(len, samples))
