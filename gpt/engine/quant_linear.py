@@ -24,8 +24,8 @@ from gpt.quant import FP8_MAX, INT8_MAX, QuantConfig, dequantize_weight, row_sca
 class QuantizedRows:
     """Activations as a product takes them.
 
-    values: int8 [N, in] or float8_e4m3fn [N, in]; for weight-only products int8 [2, N, in], the two digits of
-    `SplitRows`.  scale: float32 [N, 1], or [] where all rows share one.
+    values: int8 [N, in] or float8_e4m3fn [N, in]; for weight-only products int8 [2 * N, in], the two digits
+    that `Int8Weights` writes.  scale: float32 [N, 1], or [] where all rows share one.
     """
 
     values: torch.Tensor
@@ -95,7 +95,6 @@ class Int8Weights:
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor):
         self._product = IntegerProduct(weight, scale.float() / INT8_MAX)
-        self._digits = torch.tensor([[1.0, 1 / INT8_MAX]])
         self._base = torch.tensor(float(INT8_MAX))
 
     def prepare(self, x: torch.Tensor) -> QuantizedRows:
@@ -108,12 +107,9 @@ class Int8Weights:
 
     def multiply(self, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = _rows(x)
-        y = self._product(rows.values)  # [2 * N, out]
-        if len(rows.scale) == 1:
-            factors = self._digits * rows.scale
-            return factors @ y if bias is None else torch.addmm(bias, factors, y)
-        high, low = y.chunk(2)
-        return _with_bias(torch.add(high, low, alpha=1 / INT8_MAX).mul_(rows.scale), bias)
+        high, low = self._product(rows.values).chunk(2)  # [N, out] each
+        y = torch.add(high, low, alpha=1 / INT8_MAX)
+        return y.mul_(rows.scale) if bias is None else torch.addcmul(bias, y, rows.scale)
 
 
 # A product of more rows is faster with the weights widened once; measured, see docs/quantization.md.
