@@ -8,120 +8,33 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsupported, run_main
+from gpt.build_options import (
+    MAX_NUM_TOKENS,
+    RANDOM_DEFAULTS,
+    TOKENS_PER_BLOCK,
+    backend_of,
+    build_parser,
+    check_embedding,
+    explain_idle_flags,
+    limits_of,
+    model_of_flags,
+    plugin_dtype,
+    seed_of,
+    unsupported,
+)
+from gpt.cli import reject_unsupported, run_main
 from gpt.config import BuildConfig, ModelConfig, check_against_positions
 from gpt.console import log, setup_logging
-from gpt.dtypes import FLOAT_DTYPES
 from gpt.errors import ConfigError
 from gpt.launch import read_launch
 from gpt.mapping import check_divides
+from gpt.quant import QuantConfig
+from gpt.quant_options import CalibratedParts, check_calibrated, quantization_of
 
 if TYPE_CHECKING:
     from gpt.checkpoint.store import Checkpoint
-
-# A plugin flag given bare takes the dtype of the model.
-_MODEL_DTYPE = "auto"
-_RANDOM_DEFAULTS = {
-    "vocab_size": 51200,
-    "n_layer": 24,
-    "n_positions": 1024,
-    "n_embd": 1024,
-    "n_head": 16,
-    "hidden_act": "gelu",
-    "rotary_pct": 0.0,
-}
-_TOKENS_PER_BLOCK, _MAX_NUM_TOKENS = 64, 2048
-_LIMIT_DEFAULTS = {"max_input_len": 200, "max_output_len": 200}
-
-
-def build_parser() -> ArgumentParser:
-    usage = "%(prog)s [--model_dir DIR | sizes of random weights] [limits] [kernels] [--output_dir DIR]"
-    parser = ArgumentParser(prog="build.py", usage=usage, description=__doc__)
-    model = parser.add_argument_group("model", "sizes describe random weights; with --model_dir the checkpoint decides")
-    model.add_argument("--model_dir", metavar="DIR", help="an FT checkpoint (<N>-gpu); without it weights are random")
-    model.add_argument(
-        "--dtype", choices=FLOAT_DTYPES, help="type of the engine (default: the checkpoint's, else float16)"
-    )
-    model.add_argument("--world_size", type=positive_int, default=1, help="ranks of tensor parallelism")
-    model.add_argument(
-        "--use_parallel_embedding", action="store_true", help="divide the embedding table among the ranks"
-    )
-    model.add_argument(
-        "--embedding_sharding_dim", type=int, choices=(0, 1), default=0, help="0: by vocabulary, 1: by hidden size"
-    )
-    model.add_argument(
-        "--use_embedding_sharing", action="store_true", help="one table for embedding and tied head; always so"
-    )
-    for name, default in _RANDOM_DEFAULTS.items():
-        model.add_argument(f"--{name}", type=type(default), help=f"random weights (default: {default})")
-    model.add_argument("--inter_size", type=int, help="random weights: MLP width (default: 4 * n_embd)")
-    model.add_argument("--no_bias", action="store_true", help="random weights: linear layers without biases")
-    model.add_argument("--multi_query_mode", "-mq", action="store_true", help="random weights: one key/value head")
-    model.add_argument("--random_seed", type=int, help="random weights: seed (default: drawn and printed)")
-    limits = parser.add_argument_group("limits of the engine")
-    limits.add_argument("--max_batch_size", type=positive_int, default=256, help="sequences per batch")
-    limits.add_argument("--max_input_len", type=positive_int, help="tokens of a prompt (default: 200)")
-    limits.add_argument("--max_output_len", type=positive_int, help="new tokens (default: 200)")
-    limits.add_argument("--max_beam_width", type=positive_int, default=1, help="beams per sequence at most")
-    limits.add_argument(
-        "--max_prompt_embedding_table_size",
-        type=int,
-        default=0,
-        help="rows of the prompt table at most, tasks x virtual tokens; 0: no prompt tuning",
-    )
-    plugins = parser.add_argument_group("kernels; a plugin flag takes the engine's dtype as an optional value")
-    for name, text in (
-        ("gpt_attention", "fused attention"),
-        ("gemm", "library GEMM"),
-        ("layernorm", "fused layernorm"),
-        ("lookup", "embedding kernel"),
-    ):
-        plugins.add_argument(
-            f"--use_{name}_plugin", nargs="?", const=_MODEL_DTYPE, choices=(_MODEL_DTYPE, *FLOAT_DTYPES), help=text
-        )
-    plugins.add_argument(
-        "--enable_context_fmha", action="store_true", help="fused prompt attention, half-precision sums where possible"
-    )
-    plugins.add_argument(
-        "--enable_context_fmha_fp32_acc", action="store_true", help="fused prompt attention, float32 sums"
-    )
-    plugins.add_argument("--remove_input_padding", action="store_true", help="pack prompts of different lengths")
-    plugins.add_argument("--paged_kv_cache", action="store_true", help="cache in blocks that sequences share")
-    plugins.add_argument("--tokens_per_block", type=positive_int, help="of the paged cache (default: 64)")
-    plugins.add_argument(
-        "--use_inflight_batching",
-        action="store_true",
-        help="sequences join and leave a running batch; with --paged_kv_cache",
-    )
-    plugins.add_argument(
-        "--max_num_tokens", type=positive_int, help="tokens of a step over the paged cache (default: 2048)"
-    )
-    build = parser.add_argument_group("building")
-    build.add_argument(
-        "--backend",
-        choices=("auto", "torch", "tensorrt"),
-        default="auto",
-        help="auto: tensorrt if --target is given, else torch",
-    )
-    build.add_argument(
-        "--target",
-        nargs="+",
-        default=[],
-        metavar="CARD",
-        help="tensorrt: cards to build for, e.g. ampere ada blackwell",
-    )
-    build.add_argument("--builder_opt", type=int, help="tensorrt: optimisation level, 0 to 5")
-    build.add_argument("--timing_cache", metavar="FILE", help="accepted; no backend of this version uses one")
-    build.add_argument("--parallel_build", action="store_true", help="one process per rank, if there is room")
-    build.add_argument("--gpus_per_node", type=positive_int, default=8, help="of the command that --dry_run prints")
-    build.add_argument(
-        "--dry_run", action="store_true", help="print what the engine would need and where it fits; build nothing"
-    )
-    build.add_argument("--output_dir", default="gpt_outputs", metavar="DIR", help="the engine folder")
-    add_log_level(build)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,52 +55,28 @@ def _run(args: Namespace) -> None:
             found=f"{read_launch().size} processes started by mpirun or srun",
             hint="start it once; --parallel_build uses several processes",
         )
-    reject_unsupported(_unsupported(args))
+    reject_unsupported(unsupported(args))
     from gpt.checkpoint.store import Checkpoint
     from gpt.engine.builder import build_engine
 
     checkpoint = Checkpoint.open(Path(args.model_dir)) if args.model_dir else None
     if checkpoint is not None:
         checkpoint.check_world_size(args.world_size)
-    model = _model_of_checkpoint(args, checkpoint) if checkpoint else _model_of_flags(args)
+    model = _model_of_checkpoint(args, checkpoint) if checkpoint else model_of_flags(args)
     check_divides(model, args.world_size)
     build = _build_config(args, model, checkpoint)
-    _check_embedding(model, build)
-    _explain_idle_flags(args)
+    check_embedding(model, build)
+    explain_idle_flags(args)
     if args.dry_run:
         from gpt.engine.plan import Plan
 
         print(Plan.make(model, build).describe(Path(args.output_dir), args.gpus_per_node))
         return
     build_engine(model, build, checkpoint, Path(args.output_dir))
+    if args.check_quality:
+        from gpt.text.quality import check_quality
 
-
-def _unsupported(args: Namespace) -> list[str]:
-    """Every flag that this version cannot honour, with the reason."""
-    checks = (
-        (
-            args.world_size > 1 and (args.backend == "tensorrt" or bool(args.target)),
-            f"--world_size {args.world_size} with --backend tensorrt: TensorRT engines are built for one rank",
-        ),
-        (
-            args.paged_kv_cache and (args.backend == "tensorrt" or bool(args.target)),
-            "--paged_kv_cache with --backend tensorrt: its network attends to one contiguous cache per sequence",
-        ),
-        (args.use_inflight_batching and not args.paged_kv_cache, "--use_inflight_batching: needs --paged_kv_cache"),
-        (
-            args.max_prompt_embedding_table_size > 0 and args.use_lookup_plugin is not None,
-            "--max_prompt_embedding_table_size with --use_lookup_plugin: the plugin has no prompt table",
-        ),
-        (
-            args.enable_context_fmha and args.enable_context_fmha_fp32_acc,
-            "--enable_context_fmha and --enable_context_fmha_fp32_acc: give one of the two",
-        ),
-        (
-            bool(args.target) and args.backend == "torch",
-            "--target: a torch engine runs anywhere; it goes with --backend tensorrt",
-        ),
-    )
-    return [reason for present, reason in checks if present]
+        print(check_quality(Path(args.output_dir), checkpoint, Path(args.check_quality)))
 
 
 def _model_of_checkpoint(args: Namespace, checkpoint: Checkpoint) -> ModelConfig:
@@ -195,7 +84,7 @@ def _model_of_checkpoint(args: Namespace, checkpoint: Checkpoint) -> ModelConfig
     model = checkpoint.model
     log.info("Setting model configuration from %s", checkpoint.folder)
     stored = {**dataclasses.asdict(model), "no_bias": not model.bias, "multi_query_mode": model.multi_query}
-    names = [*_RANDOM_DEFAULTS, "inter_size", "no_bias", "multi_query_mode"]
+    names = [*RANDOM_DEFAULTS, "inter_size", "no_bias", "multi_query_mode"]
     for name in names:
         given = getattr(args, name)
         if given is None or given is False or given == stored[name]:
@@ -213,24 +102,14 @@ def _same_activation(given: str, model: ModelConfig) -> bool:
     return given == "gelu" and model.activation.function in ("gelu_tanh", "gelu_erf") and not model.activation.gated
 
 
-def _model_of_flags(args: Namespace) -> ModelConfig:
-    values: dict[str, Any] = {}
-    for name, default in _RANDOM_DEFAULTS.items():
-        given = getattr(args, name)
-        values[name] = default if given is None else given
-    inter_size = 4 * values["n_embd"] if args.inter_size is None else args.inter_size
-    n_kv_head = 1 if args.multi_query_mode else values["n_head"]
-    return ModelConfig(**values, inter_size=inter_size, n_kv_head=n_kv_head, bias=not args.no_bias)
-
-
 def _build_config(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | None) -> BuildConfig:
     dtype = args.dtype or (checkpoint.storage_dtype if checkpoint else "float16")
     if checkpoint is not None and dtype != checkpoint.storage_dtype:
         log.info("Converting %s weights to %s", checkpoint.storage_dtype, dtype)
-    limits = _limits(args, model)
+    limits = limits_of(args, model)
     build = BuildConfig(
         dtype=dtype,
-        backend=_backend(args),
+        backend=backend_of(args),
         targets=tuple(args.target),
         world_size=args.world_size,
         max_batch_size=args.max_batch_size,
@@ -241,99 +120,31 @@ def _build_config(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | 
         use_parallel_embedding=args.use_parallel_embedding and args.world_size > 1,
         embedding_sharding_dim=args.embedding_sharding_dim,
         parallel_build=args.parallel_build and args.world_size > 1,
-        gpt_attention_plugin=_plugin_dtype(args, "gpt_attention", dtype),
-        gemm_plugin=_plugin_dtype(args, "gemm", dtype),
-        layernorm_plugin=_plugin_dtype(args, "layernorm", dtype),
-        lookup_plugin=_plugin_dtype(args, "lookup", dtype),
+        gpt_attention_plugin=plugin_dtype(args, "gpt_attention", dtype),
+        gemm_plugin=plugin_dtype(args, "gemm", dtype),
+        layernorm_plugin=plugin_dtype(args, "layernorm", dtype),
+        lookup_plugin=plugin_dtype(args, "lookup", dtype),
         context_fmha=1 if args.enable_context_fmha else 2 if args.enable_context_fmha_fp32_acc else 0,
         remove_input_padding=args.remove_input_padding,
         paged_kv_cache=args.paged_kv_cache,
-        tokens_per_block=args.tokens_per_block or _TOKENS_PER_BLOCK,
+        tokens_per_block=args.tokens_per_block or TOKENS_PER_BLOCK,
         use_inflight_batching=args.use_inflight_batching,
-        max_num_tokens=args.max_num_tokens or max(_MAX_NUM_TOKENS, args.max_batch_size),
+        max_num_tokens=args.max_num_tokens or max(MAX_NUM_TOKENS, args.max_batch_size),
         builder_opt=args.builder_opt,
-        seed=_seed(args) if checkpoint is None else None,
+        seed=seed_of(args) if checkpoint is None else None,
+        quant=_quantization(args, model, checkpoint),
     )
     check_against_positions(model, build)
     return build
 
 
-def _check_embedding(model: ModelConfig, build: BuildConfig) -> None:
-    if build.use_parallel_embedding and build.embedding_sharding_dim == 1 and model.tied_head:
-        raise ConfigError(
-            "the embedding table cannot be cut by hidden size: it is the head too, which is cut by vocabulary",
-            found="--use_parallel_embedding --embedding_sharding_dim 1, tied head",
-            allowed="--embedding_sharding_dim 0, or a model with a head of its own",
-        )
-
-
-def _backend(args: Namespace) -> str:
-    if args.backend != "auto":
-        return str(args.backend)
-    backend = "tensorrt" if args.target else "torch"
-    log.info(
-        "Backend: %s (%s)",
-        backend,
-        "--target was given" if args.target else "runs on any CPU and GPU; --backend chooses",
-    )
-    return backend
-
-
-def _plugin_dtype(args: Namespace, name: str, dtype: str) -> str | None:
-    given = getattr(args, f"use_{name}_plugin")
-    if given == _MODEL_DTYPE:
-        log.info("%s plugin: dtype set to %s, the model's", name, dtype)
-        return dtype
-    if given is not None and given != dtype:
-        raise ConfigError(
-            f"--use_{name}_plugin and the engine have different types",
-            found=f"{given} for the plugin, {dtype} for the engine",
-            allowed="the same, or the flag without a value",
-            hint=f"--dtype {given} converts the weights",
-        )
-    return given
-
-
-def _limits(args: Namespace, model: ModelConfig) -> dict[str, int]:
-    """Given limits are kept and checked; defaults are cut to what the model's positions can hold."""
-    limits = {name: getattr(args, name) or default for name, default in _LIMIT_DEFAULTS.items()}
-    excess = sum(limits.values()) - model.n_positions
-    if model.learned_positions and excess > 0:
-        for name in reversed(_LIMIT_DEFAULTS):
-            if getattr(args, name) is None:
-                cut = min(excess, limits[name] - 1)
-                limits[name] -= cut
-                excess -= cut
-                log.info("--%s is %d: the model has %d positions", name, limits[name], model.n_positions)
-    return limits
-
-
-def _seed(args: Namespace) -> int:
-    if args.random_seed is not None:
-        return int(args.random_seed)
-    import secrets
-
-    seed = secrets.randbits(31)
-    log.info("Random weights, --random_seed %d", seed)
-    return seed
-
-
-def _explain_idle_flags(args: Namespace) -> None:
-    for given, text in (
-        (
-            (args.tokens_per_block or args.max_num_tokens) is not None and not args.paged_kv_cache,
-            "--tokens_per_block and --max_num_tokens belong to --paged_kv_cache",
-        ),
-        (args.timing_cache is not None, "--timing_cache: PyTorch has none and TensorRT-RTX ignores it"),
-        (args.parallel_build and args.world_size == 1, "--parallel_build: one rank is built in this process"),
-        (args.use_parallel_embedding and args.world_size == 1, "--use_parallel_embedding: there is one rank"),
-        (
-            args.embedding_sharding_dim == 1 and not args.use_parallel_embedding,
-            "--embedding_sharding_dim goes with --use_parallel_embedding",
-        ),
-    ):
-        if given:
-            log.warning("%s; it has no effect", text)
+def _quantization(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | None) -> QuantConfig:
+    """What the flags ask for.  Raises CheckpointError, with the command that adds them, for scales that are missing."""
+    if checkpoint is None:
+        return quantization_of(args, model, CalibratedParts(smooth_quant=True, smoothers=False, kv_cache=True))
+    calibrated = CalibratedParts(checkpoint.has_smoothquant, checkpoint.has_smoothers, checkpoint.has_kv_scales)
+    check_calibrated(args, calibrated, checkpoint.folder, checkpoint.quantize_command)
+    return quantization_of(args, model, calibrated)
 
 
 if __name__ == "__main__":

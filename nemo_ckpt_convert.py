@@ -4,16 +4,15 @@ see docs/nemo.md."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from gpt.checkpoint.extend import check_unchanged, find_extendable
 from gpt.checkpoint.nemo import NemoConfig, read_config
 from gpt.checkpoint.nemo_archive import find_config, read_yaml, unpacked
-from gpt.checkpoint.nemo_tokenizer import find_tokenizer
+from gpt.checkpoint.nemo_tokenizer import find_tokenizer, tokenizer_folder
 from gpt.checkpoint.store import CONFIG_NAME
 from gpt.cli import ArgumentParser, add_log_level, positive_int, run_main
 from gpt.console import log, print_banner, setup_logging
@@ -21,13 +20,11 @@ from gpt.dtypes import FLOAT_DTYPES, canonical_dtype
 from gpt.errors import ConfigError, Problems
 from gpt.files import staged_folder
 from gpt.mapping import check_divides
-
-if TYPE_CHECKING:
-    pass
+from gpt.text.quantize import QuantOptions, add_flags, check_options, quantize
 
 
 @dataclass(frozen=True)
-class ProgArgs:
+class ProgArgs(QuantOptions):
     """One field per flag."""
 
     out_dir: str
@@ -48,10 +45,14 @@ def run_conversion(args: ProgArgs) -> Path:
     """
     _check(args)
     folder = Path(args.out_dir) / f"{args.tensor_parallelism}-gpu"
+    source, dtype = Path(args.in_file), canonical_dtype(args.storage_type)
+    earlier = find_extendable(folder, args.files, tool=Path(__file__).name, source=source, storage_dtype=dtype)
     # The archive is unpacked where the output goes: that is where there is space, and what goes wrong vanishes with it.
-    with staged_folder(folder, force=args.force, marker=CONFIG_NAME) as staging:
-        with unpacked(Path(args.in_file), staging / "unpacked") as content:
+    with staged_folder(folder, force=args.force or earlier is not None, marker=CONFIG_NAME) as staging:
+        with unpacked(source, staging / "unpacked") as content:
             _convert(args, content, staging)
+        if not args.force:
+            check_unchanged(earlier, staging)
     log.info("%s is complete", folder)
     return folder
 
@@ -72,11 +73,14 @@ def _convert(args: ProgArgs, content: Path, staging: Path) -> None:
     pairs = match_tensors(model, weights)
     storage_dtype = canonical_dtype(args.storage_type)
     tool = Path(__file__).name
-    command = convert_command(tool, args.in_file, args.out_dir, args.tensor_parallelism, storage_dtype)
+    command = convert_command(tool, args.in_file, args.out_dir, args.tensor_parallelism, storage_dtype, args.command())
+    target = Target(staging, model, storage_dtype, args.tensor_parallelism)
+    with tokenizer_folder(tokenizer) as location:
+        written, calibration = quantize(args, target, pairs, location)
     write_checkpoint(
-        Target(staging, model, storage_dtype, args.tensor_parallelism),
-        pairs,
-        _ini_section(config),
+        target,
+        written,
+        {**_ini_section(config), **calibration},
         tokenizer.files,
         Origin(tool, command, Path(args.in_file)),
         in_flight=args.processes,
@@ -86,6 +90,7 @@ def _convert(args: ProgArgs, content: Path, staging: Path) -> None:
 def _check(args: ProgArgs) -> None:
     """Raises ConfigError for what cannot be honoured."""
     problems = Problems()
+    check_options(args, problems)
     for name in ("tensor_parallelism", "processes"):
         value = getattr(args, name)
         if value < 1:
@@ -113,6 +118,7 @@ def build_parser() -> ArgumentParser:
     add("--verbose", action="store_true", help="the same as --log_level debug")
     add("--force", action="store_true", help="replace a checkpoint that is already there")
     add_log_level(parser)
+    add_flags(parser)
     return parser
 
 
@@ -123,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = ProgArgs(**options)
 
     def convert() -> None:
-        print_banner("Argument", dataclasses.asdict(args))
+        print_banner("Argument", args.arguments())
         run_conversion(args)
 
     return run_main(convert)

@@ -14,6 +14,7 @@ from typing import Any
 
 from gpt.dtypes import ITEMSIZE, canonical_dtype
 from gpt.errors import ConfigError, GptError, Problems
+from gpt.quant import FLOAT, QuantConfig
 
 ENGINE_FORMAT_VERSION = 1
 
@@ -280,6 +281,7 @@ _PLUGINS_ABSENT = (
     "smooth_quant_gemm_plugin",
     "layernorm_quantization_plugin",
     "attention_qk_half_accumulation",
+    "weight_only_groupwise_quant_matmul_plugin",
     "weight_only_quant_matmul_plugin",
     "nccl_plugin",
     "quantize_per_token_plugin",
@@ -293,7 +295,8 @@ class BuildConfig:
 
     A plugin field holds a dtype name, or None where the plugin is off.  `context_fmha` is 0 off, 1 half-precision
     accumulation, 2 fp32 accumulation.  `tokens_per_block` and `max_num_tokens`, of a step, belong to `paged_kv_cache`.
-    `embedding_sharding_dim` is 0 by vocabulary, 1 by hidden size.  `seed` is set for random weights only.
+    `embedding_sharding_dim` is 0 by vocabulary, 1 by hidden size.  `seed` is set for random weights only.  `quant` says
+    what is quantised.
     """
 
     dtype: str = "float16"
@@ -320,6 +323,7 @@ class BuildConfig:
     max_num_tokens: int = 2048
     builder_opt: int | None = None
     seed: int | None = None
+    quant: QuantConfig = FLOAT
 
     def __post_init__(self) -> None:
         canonical_dtype(self.dtype)
@@ -350,9 +354,10 @@ class BuildConfig:
         return self.gpt_attention_plugin is not None or self.context_fmha > 0
 
     def kv_cache_bytes(self, model: ModelConfig, batch_size: int, num_slots: int) -> int:
-        """Bytes of one rank's cache, [L, 2, B, G/R, T, D] in the engine's dtype."""
+        """Bytes of one rank's cache, [L, 2, B, G/R, T, D] in the engine's dtype, or one byte each where quantised."""
         heads = max(1, model.n_kv_head // self.world_size)
-        return 2 * model.n_layer * batch_size * heads * num_slots * model.head_size * ITEMSIZE[self.dtype]
+        itemsize = 1 if self.quant.kv_cache else ITEMSIZE[self.dtype]
+        return 2 * model.n_layer * batch_size * heads * num_slots * model.head_size * itemsize
 
     def builder_config(self, model: ModelConfig) -> dict[str, Any]:
         """The `builder_config` object of the original's config.json (global sizes, not per rank)."""
@@ -381,14 +386,20 @@ class BuildConfig:
             "use_prompt_tuning": self.max_prompt_embedding_table_size > 0,
             "use_parallel_embedding": self.use_parallel_embedding,
             "use_refit": False,
-            "int8": False,
-            "fp8": False,
-            "quant_mode": 0,
+            "int8": self.quant.smooth_quant or "int8" in (self.quant.weights, self.quant.kv_cache),
+            "fp8": "fp8" in (self.quant.weights, self.quant.kv_cache),
+            "quant_mode": self.quant.quant_mode,
         }
 
     def plugin_config(self) -> dict[str, Any]:
         """The `plugin_config` object of the original's config.json: off is false."""
         config: dict[str, Any] = dict.fromkeys(_PLUGINS_ABSENT, False)
+        if self.quant.smooth_quant:
+            config.update(smooth_quant_gemm_plugin=self.dtype, layernorm_quantization_plugin=self.dtype)
+            config.update(quantize_per_token_plugin=True, quantize_tensor_plugin=True)
+        if self.quant.weight_only:
+            grouped = "groupwise_" if self.quant.group_size else ""
+            config[f"weight_only_{grouped}quant_matmul_plugin"] = self.dtype
         config.update(
             gpt_attention_plugin=self.gpt_attention_plugin or False,
             gemm_plugin=self.gemm_plugin or False,
@@ -408,6 +419,7 @@ class BuildConfig:
     def from_json(cls, values: Mapping[str, Any]) -> BuildConfig:
         known = _known_fields(cls, values)
         known["targets"] = tuple(known.get("targets", ()))
+        known["quant"] = QuantConfig(**_known_fields(QuantConfig, known.get("quant", {})))
         return cls(**known)
 
 

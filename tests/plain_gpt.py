@@ -21,8 +21,16 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def plain_logits(model: ModelConfig, weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
-    """Logits [S, V] of one sequence; `weights` as engine_tensors makes them (linear weights [out, in])."""
+def plain_logits(
+    model: ModelConfig,
+    weights: dict[str, torch.Tensor],
+    ids: list[int],
+    seen: Callable[[torch.Tensor, str], torch.Tensor] = lambda x, name: x,
+) -> torch.Tensor:
+    """Logits [S, V] of one sequence; `weights` as engine_tensors makes them (linear weights [out, in]).
+
+    seen: what a linear layer of this name sees of its input.
+    """
     w = {name: tensor.double() for name, tensor in weights.items()}
     x = w["model.wte"][ids]
     if model.learned_positions:
@@ -36,7 +44,7 @@ def plain_logits(model: ModelConfig, weights: dict[str, torch.Tensor], ids: list
         return centred / deviation * w[name + ".weight"] + w[name + ".bias"]
 
     def product(x: torch.Tensor, name: str) -> torch.Tensor:
-        y = x @ w[name + ".weight"].t()
+        y = seen(x, name) @ w[name + ".weight"].t()
         return y + w[name + ".bias"] if name + ".bias" in w else y
 
     for layer in range(model.n_layer):

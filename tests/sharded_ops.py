@@ -15,6 +15,7 @@ from gpt.engine.torch_executor import TorchOps
 from gpt.engine.weights import engine_tensors
 from gpt.mapping import Mapping
 from gpt.network.gpt import forward
+from gpt.quant import FLOAT, QuantConfig
 from gpt.runtime import torch_session
 
 Ranks = list[torch.Tensor]
@@ -45,12 +46,14 @@ class ShardedOps:
         return [whole.clone() for _ in x]
 
 
-def sharded_logits(folder: Path, prompts: Sequence[Sequence[int]], new: Sequence[int]) -> torch.Tensor:
+def sharded_logits(
+    folder: Path, prompts: Sequence[Sequence[int]], new: Sequence[int], quant: QuantConfig = FLOAT
+) -> torch.Tensor:
     """Logits [2B, V] of the context step and of one generation step with the tokens `new`, from every rank of a folder;
     fails where the ranks disagree."""
     checkpoint = Checkpoint.open(folder)
     model, world_size = checkpoint.model, checkpoint.world_size
-    build = BuildConfig(dtype="float32", world_size=world_size, gpt_attention_plugin="float32")
+    build = BuildConfig(dtype="float32", world_size=world_size, gpt_attention_plugin="float32", quant=quant)
     sessions = []
     for rank in range(world_size):
         mapping = Mapping(world_size, rank)

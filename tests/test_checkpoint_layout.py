@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from gpt.checkpoint.layout import tensors
-from gpt.checkpoint.store import expected_files
+from gpt.checkpoint.expected import expected_files
+from gpt.checkpoint.layout import QuantFiles, tensors
 from gpt.config import ModelConfig
 from gpt.mapping import Mapping
 
@@ -16,6 +16,12 @@ GPT2 = ModelConfig(vocab_size=50257, n_positions=1024, n_embd=768, n_head=12, n_
 STARCODER = ModelConfig(
     vocab_size=49152, n_positions=8192, n_embd=6144, n_head=48, n_layer=40, n_kv_head=1, inter_size=24576
 )
+
+FLOAT_ONLY = QuantFiles()
+
+
+def files(model: ModelConfig, world_size: int, quant: QuantFiles = FLOAT_ONLY) -> dict[str, tuple[int, ...]]:
+    return {name: file.shape for name, file in expected_files(model, world_size, "float16", quant)}
 
 
 def names(model: ModelConfig) -> set[str]:
@@ -35,12 +41,12 @@ def names(model: ModelConfig) -> set[str]:
     ],
 )
 def test_sizes_of_the_124m_model_in_float16(file: str, num_bytes: int) -> None:
-    assert math.prod(dict(expected_files(GPT2, 1))[file]) * 2 == num_bytes
+    assert math.prod(files(GPT2, 1)[file]) * 2 == num_bytes
 
 
 @pytest.mark.parametrize(("world_size", "num_files"), [(1, 148), (2, 4 + 12 * (6 + 6 * 2)), (4, 4 + 12 * (6 + 6 * 4))])
 def test_whole_tensors_are_written_once_and_the_others_per_rank(world_size: int, num_files: int) -> None:
-    assert len(dict(expected_files(GPT2, world_size))) == num_files
+    assert len(files(GPT2, world_size)) == num_files
 
 
 def test_names_are_not_repeated() -> None:
@@ -49,7 +55,7 @@ def test_names_are_not_repeated() -> None:
 
 
 def test_what_a_rank_holds_of_the_124m_model() -> None:
-    shapes = dict(expected_files(GPT2, 4))
+    shapes = files(GPT2, 4)
     assert shapes["model.layers.0.attention.query_key_value.weight.3.bin"] == (768, 3 * 192)
     assert shapes["model.layers.0.attention.query_key_value.bias.3.bin"] == (3 * 192,)
     assert shapes["model.layers.0.attention.dense.weight.3.bin"] == (192, 768)
@@ -60,7 +66,7 @@ def test_what_a_rank_holds_of_the_124m_model() -> None:
 
 
 def test_one_key_value_head_is_repeated_on_every_rank() -> None:
-    shapes = dict(expected_files(STARCODER, 4))
+    shapes = files(STARCODER, 4)
     assert {shapes[f"model.layers.39.attention.query_key_value.weight.{rank}.bin"] for rank in range(4)} == {
         (6144, 1792)
     }

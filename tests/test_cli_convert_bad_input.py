@@ -59,12 +59,6 @@ def to_torch_file(folder: Path) -> Path:
 # Arguments.
 
 
-def test_quantisation_is_refused_before_anything_is_read(tmp_path: Path, refused: Refused) -> None:
-    message = refused(tmp_path / "absent", "-kv", "-sq", "0.5", code=2)
-    assert "--calibrate-kv-cache: " in message
-    assert "--smoothquant: " in message
-
-
 def test_a_number_of_ranks_that_does_not_divide(make_gpt2: MakeGpt2, refused: Refused) -> None:
     message = refused(make_gpt2(n_embd=36, n_head=6), "-tp", "4", code=2)
     assert "n_head 6 is not divisible by 4" in message

@@ -55,6 +55,17 @@ def test_a_conversion_shows_its_arguments_and_leaves_only_the_checkpoint(
         "load_checkpoints_on_gpu: False",
         "verbose: False",
         "force: False",
+        "calibrate_kv_cache: False",
+        "smoothquant: None",
+        "smooth_dense_proj: False",
+        "calib_data: None",
+        "calib_column: text",
+        "calib_size: 512",
+        "calib_length: 512",
+        "calib_batch_size: 8",
+        "calib_device: auto",
+        "calib_tokenizer: None",
+        "dataset_cache_dir: None",
         "=" * 40,
     ]
     assert "unpacked: " in captured.err
@@ -94,7 +105,7 @@ def test_exit_codes(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert nemo_ckpt_convert.main(["-i", str(tmp_path / "bad.nemo"), "-o", out]) == 3
     assert capsys.readouterr().err.count("error: ") == 3
     assert not Path(out).exists()
-    for wrong in (["-sq", "0.5"], ["-t", "int8"], ["-p", "0"]):
+    for wrong in (["-sq", "half"], ["-t", "int8"], ["-p", "0"]):
         with pytest.raises(SystemExit) as ended:
             nemo_ckpt_convert.main(["-i", str(source), "-o", out, *wrong])
         assert ended.value.code == 2

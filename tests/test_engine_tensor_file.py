@@ -23,11 +23,13 @@ def write(path: Path, dtype: str = "float32") -> dict[str, torch.Tensor]:
     tensors = {
         name: torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for name, shape in SHAPES.items()
     }
-    write_tensor_file(path, dtype, SHAPES, tensors.items(), {"build_id": "x"}, "test")
+    write_tensor_file(
+        path, {name: (dtype, shape) for name, shape in SHAPES.items()}, tensors.items(), {"build_id": "x"}, "test"
+    )
     return tensors
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "uint8", "float8_e4m3fn"])
 def test_safetensors_reads_it_and_so_do_we(dtype: str, tmp_path: Path) -> None:
     tensors = write(tmp_path / "w", dtype)
     mapped, metadata = map_tensor_file(tmp_path / "w")
@@ -35,8 +37,9 @@ def test_safetensors_reads_it_and_so_do_we(dtype: str, tmp_path: Path) -> None:
     assert metadata == {"build_id": "x"}
     assert mapped.keys() == SHAPES.keys()
     for name, tensor in tensors.items():
-        assert torch.equal(mapped[name], tensor)
-        assert torch.equal(theirs[name], tensor)
+        for read in (mapped[name], theirs[name]):
+            assert read.dtype == tensor.dtype
+            assert torch.equal(read.view(torch.uint8), tensor.view(torch.uint8))
         assert mapped[name].data_ptr() % 64 == 0
 
 
@@ -44,7 +47,7 @@ def test_weights_are_not_copied(tmp_path: Path) -> None:
     """Mapping a 200 MB file must not make a process 200 MB larger."""
     path = tmp_path / "w"
     shape = (50_000_000,)
-    write_tensor_file(path, "float32", {"big": shape}, [("big", torch.ones(shape))], {}, "test")
+    write_tensor_file(path, {"big": ("float32", shape)}, [("big", torch.ones(shape))], {}, "test")
     script = (
         "import sys, resource; from pathlib import Path; from gpt.engine.tensor_file import map_tensor_file;"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
@@ -88,4 +91,4 @@ def test_nonsense_in_the_header(entry: object, tmp_path: Path) -> None:
 
 def test_wrong_shape_is_refused_while_writing(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="wrong shape"):
-        write_tensor_file(tmp_path / "w", "float32", {"a": (2,)}, [("a", torch.ones(3))], {}, "test")
+        write_tensor_file(tmp_path / "w", {"a": ("float32", (2,))}, [("a", torch.ones(3))], {}, "test")

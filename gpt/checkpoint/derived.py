@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 class DerivedTensor:
     """A source tensor made from whole others when its first rows are asked for, forgotten with its last ones.
 
-    Rows are read in order, by one reader at a time, which is how gpt.checkpoint.writer reads.  Peak memory is the
-    tensor itself and what `compute` needs.
+    Rows are read in order, which is how gpt.checkpoint.writer reads; a second reader at the same time makes its own
+    copy of what it needs (`copy.copy` of the source keeps them apart).  Peak memory is the tensor itself and what
+    `compute` needs.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: str, compute: Callable[[], torch.Tensor]):
@@ -26,12 +27,11 @@ class DerivedTensor:
         self._values: torch.Tensor | None = None
 
     def read(self, first: int, last: int) -> torch.Tensor:
-        if self._values is None:
-            self._values = self._compute().reshape(-1, self.shape[-1])
-        rows = self._values[first:last]
-        if last == self._values.shape[0]:
-            self._values = None
-        return rows
+        values = self._values  # another reader may forget them meanwhile
+        if values is None:
+            values = self._compute().reshape(-1, self.shape[-1])
+        self._values = None if last == values.shape[0] else values
+        return values[first:last]
 
 
 def read_whole(source: SourceTensor) -> torch.Tensor:

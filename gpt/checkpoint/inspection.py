@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt.checkpoint import manifest
-from gpt.checkpoint.layout import tensors
+from gpt.checkpoint.expected import expected_files, find_quant_files
+from gpt.checkpoint.layout import QuantFiles, tensors
 from gpt.checkpoint.manifest import Manifest
-from gpt.checkpoint.store import TOKENIZER_FILES, Checkpoint, expected_files, find_folder
+from gpt.checkpoint.store import TOKENIZER_FILES, Checkpoint, find_folder
 from gpt.config import ModelConfig
 from gpt.console import human_bytes, progress
-from gpt.dtypes import FLOAT_DTYPES, ITEMSIZE, torch_dtype
+from gpt.dtypes import FLOAT_DTYPES, torch_dtype
 from gpt.errors import CheckpointError, GptError
 from gpt.files import file_checksum, is_lfs_pointer
 
@@ -97,12 +98,14 @@ def inspect_checkpoint(path: Path, *, checksums: bool, values: bool) -> Inspecti
         if not (folder / manifest.FILE_NAME).is_file():
             result.kind = f"FT checkpoint of another tool (no {manifest.FILE_NAME})"
         checkpoint = Checkpoint.open(folder)
-        _describe_checkpoint(result, folder, checkpoint.model, checkpoint.storage_dtype, checkpoint.world_size)
+        model, dtype, quant = checkpoint.model, checkpoint.storage_dtype, checkpoint.quant
+        _describe_checkpoint(result, folder, model, dtype, checkpoint.world_size, quant)
         result.next_step = f"python build.py --model_dir {shlex.quote(str(folder))}"
     listed = _manifest(folder)
     if listed is not None:
         if result.model is None:  # what is wrong with the folder is known; the files that are whole are still looked at
-            _describe_checkpoint(result, folder, listed.model, listed.storage_dtype, listed.tensor_parallelism)
+            quant = find_quant_files(folder, listed)
+            _describe_checkpoint(result, folder, listed.model, listed.storage_dtype, listed.tensor_parallelism, quant)
         result.facts.update(made_by=f"{listed.tool} {listed.tool_version}", made_with=listed.command)
         result.facts["made_from"] = listed.source
         missing = [name for name in listed.tokenizer_files if not (folder / name).is_file()]
@@ -113,12 +116,12 @@ def inspect_checkpoint(path: Path, *, checksums: bool, values: bool) -> Inspecti
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
         result.tokenizer_dir = folder
     if values and result.model is not None:
-        files = expected_files(result.model, result.facts["ranks"])
-        dtype = result.facts["dtype"]
+        quant = find_quant_files(folder, listed)
+        files = expected_files(result.model, result.facts["ranks"], result.facts["dtype"], quant)
         result.problems += bad_values(
-            (name, _mapped(folder / name, shape, dtype))
-            for name, shape in files
-            if _has_size(folder / name, math.prod(shape) * ITEMSIZE[dtype])
+            (name, _mapped(folder / name, file.shape, file.dtype))
+            for name, file in files
+            if _has_size(folder / name, file.bytes)
         )
     return result
 
@@ -133,14 +136,29 @@ def _manifest(folder: Path) -> Manifest | None:
     return listed if listed.model.n_layer * listed.tensor_parallelism <= len(listed.files) else None
 
 
-def _describe_checkpoint(result: Inspection, folder: Path, model: ModelConfig, dtype: str, world_size: int) -> None:
+def _describe_checkpoint(
+    result: Inspection, folder: Path, model: ModelConfig, dtype: str, world_size: int, quant: QuantFiles
+) -> None:
     result.describe_model(model)
-    names = {name for name, _ in expected_files(model, world_size)}
+    names = {name for name, _ in expected_files(model, world_size, dtype, quant)}
     present = {path.name: path.stat().st_size for path in folder.glob("*.bin")}
     size = human_bytes(sum(count for name, count in present.items() if name in names))
     result.facts.update(dtype=dtype, ranks=world_size, files=len(names & present.keys()), size=size)
+    if quant:
+        result.facts["quantisation"] = describe_quant_files(quant)
     if unused := sorted(present.keys() - names):
         result.facts["files_not_used"] = unused
+
+
+def describe_quant_files(quant: QuantFiles) -> str:
+    """One line: what is there beside the float weights."""
+    kinds = {
+        "INT8 weights and scales (SmoothQuant)": quant.smoothquant,
+        "smoothers of dense and proj": quant.smoothers,
+        "scales of an INT8 cache, K and V apart": quant.kv_separate,
+        "scales of an INT8 cache, K and V together": quant.kv_shared and not quant.kv_separate,
+    }
+    return ", ".join(name for name, present in kinds.items() if present)
 
 
 def _has_size(path: Path, num_bytes: int) -> bool:

@@ -1,13 +1,14 @@
 """THE table: every tensor of an FT checkpoint, its shape, its split rule and its files.
 
 The format is FasterTransformer's (`model.*.bin`, raw little-endian arrays in C order), as TensorRT-LLM's GPT example
-extended it with gated MLPs, multi-query attention and untied heads.  Converters, reader, validator, random weights and
-executors all go through `tensors()`; nothing else in the package knows a file name or a shape.
+extended it with gated MLPs, multi-query attention, untied heads, and the INT8 weights and scales of SmoothQuant and of
+an INT8 cache.  Converters, reader, validator, random weights and executors all go through `tensors()` and
+`quant_tensors()`; nothing else in the package knows a file name or a shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from gpt.config import ModelConfig
@@ -16,21 +17,54 @@ from gpt.mapping import Mapping, Split
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of one model: name without `.bin`, whole shape (linear weights [in, out]), split rule, kind."""
+    """One tensor of one model: name without `.bin`, whole shape (linear weights [in, out]), split rule, kind.
+
+    kind: "weight", "bias", "scale" (a layernorm's weight), "embedding"; "int8" (a quantised weight), "factor" (what a
+    quantisation multiplies or divides by).  dtype: None where it is the checkpoint's storage dtype.  sliced: the file
+    holds all of it, and a rank takes its part by `split` when it reads.
+    """
 
     name: str
     shape: tuple[int, ...]
     split: Split
-    kind: str  # "weight", "bias", "scale" (a layernorm's weight) or "embedding": what random weights look like
+    kind: str
+    dtype: str | None = None
+    sliced: bool = False
+
+    @property
+    def file_split(self) -> Split:
+        """How the files divide it."""
+        return Split.NONE if self.sliced else self.split
 
     def file_name(self, rank: int) -> str:
         """`model.layers.0.mlp.dense_h_to_4h.weight.1.bin`; whole tensors have no rank in the name, one file."""
-        return f"{self.name}.bin" if self.split is Split.NONE else f"{self.name}.{rank}.bin"
+        return f"{self.name}.bin" if self.file_split is Split.NONE else f"{self.name}.{rank}.bin"
 
     def file_shape(self, mapping: Mapping, model: ModelConfig) -> tuple[int, ...]:
         """The shape behind `file_name(mapping.rank)`.  FT writes MHA projections as [E, 3, E/R]; the bytes are the same
         as the [E, 3E/R] used here."""
+        return mapping.local_shape(self.file_split, self.shape, model)
+
+    def local_shape(self, mapping: Mapping, model: ModelConfig) -> tuple[int, ...]:
+        """The shape of the rank's part: `file_shape`, but for a sliced tensor."""
         return mapping.local_shape(self.split, self.shape, model)
+
+
+@dataclass(frozen=True)
+class QuantFiles:
+    """Which tensors a checkpoint has beside its float weights.
+
+    smoothquant: INT8 weights and scales of every linear layer.  kv_shared, kv_separate: scales of an INT8 cache, one
+    for K and V together (the original's), one for each.  smoothers: factors of the inputs of dense and proj.
+    """
+
+    smoothquant: bool = False
+    kv_shared: bool = False
+    kv_separate: bool = False
+    smoothers: bool = False
+
+    def __bool__(self) -> bool:
+        return self.smoothquant or self.kv_shared or self.kv_separate or self.smoothers
 
 
 @dataclass(frozen=True)
@@ -39,6 +73,14 @@ class _Row:
     shape: str  # letters of gpt.config; P positions, Q the fused projection (H+2G)*D, A = H*D
     split: Split
     kind: str
+    when: Callable[[ModelConfig], bool] = lambda model: True
+
+
+@dataclass(frozen=True)
+class _Gemm:
+    name: str
+    shape: str  # of its weight
+    split: Split  # of its weight
     when: Callable[[ModelConfig], bool] = lambda model: True
 
 
@@ -79,10 +121,20 @@ _LAYER = (
     _Row("mlp.dense_4h_to_h.bias", "E", Split.NONE, "bias", _has_bias),
 )
 
+QKV, DENSE = "attention.query_key_value", "attention.dense"
+FC, GATE, PROJ = "mlp.dense_h_to_4h", "mlp.dense_h_to_4h.gate", "mlp.dense_4h_to_h"
+# The linear layers, which SmoothQuant runs in INT8.
+_GEMMS = (
+    _Gemm(QKV, "E Q", Split.QKV),
+    _Gemm(DENSE, "A E", Split.ROW),
+    _Gemm(FC, "E F", Split.COLUMN),
+    _Gemm(GATE, "E F", Split.COLUMN, _gated),
+    _Gemm(PROJ, "F E", Split.ROW),
+)
 
-def tensors(model: ModelConfig) -> Iterator[Tensor]:
-    """Every tensor of `model`: the global ones, then layer by layer."""
-    sizes = {
+
+def _sizes(model: ModelConfig) -> dict[str, int]:
+    return {
         "P": model.n_positions,
         "E": model.n_embd,
         "V": model.vocab_size,
@@ -90,6 +142,11 @@ def tensors(model: ModelConfig) -> Iterator[Tensor]:
         "A": model.n_head * model.head_size,
         "F": model.inter_size,
     }
+
+
+def tensors(model: ModelConfig) -> Iterator[Tensor]:
+    """Every float tensor of `model`: the global ones, then layer by layer."""
+    sizes = _sizes(model)
 
     def expand(row: _Row, prefix: str) -> Tensor:
         return Tensor(prefix + row.name, tuple(sizes[letter] for letter in row.shape.split()), row.split, row.kind)
@@ -101,3 +158,57 @@ def tensors(model: ModelConfig) -> Iterator[Tensor]:
         for row in _LAYER:
             if row.when(model):
                 yield expand(row, f"model.layers.{layer}.")
+
+
+def gemms(model: ModelConfig) -> tuple[str, ...]:
+    """The linear layers of a layer, in the order in which they run; a gated MLP has a fifth."""
+    return tuple(gemm.name for gemm in _GEMMS if gemm.when(model))
+
+
+def quant_tensors(model: ModelConfig, files: QuantFiles) -> Iterator[Tensor]:
+    """What `files` says that there is beside `tensors(model)`, layer by layer."""
+    sizes = _sizes(model)
+    for layer in range(model.n_layer):
+        for gemm in _GEMMS:
+            if gemm.when(model):
+                rows, columns = (sizes[letter] for letter in gemm.shape.split())
+                prefix = f"model.layers.{layer}.{gemm.name}."
+                yield from _quant_tensors(gemm, prefix, rows, columns, files)
+
+
+def _quant_tensors(gemm: _Gemm, prefix: str, rows: int, columns: int, files: QuantFiles) -> Iterator[Tensor]:
+    """Of one linear layer [rows, columns].  Scales of the fused projection are a column vector in either form, of three
+    plateaus Q, K, V in the per-tensor one, which is written whole."""
+
+    def factor(name: str, size: int, split: Split = Split.NONE, sliced: bool = False) -> Tensor:
+        return Tensor(prefix + name, (size,), split, "factor", "float32", sliced)
+
+    fused = gemm.name == QKV
+    if files.smoothquant:
+        for name in ("weight.int8", "weight.int8.col"):
+            yield Tensor(prefix + name, (rows, columns), gemm.split, "int8", "int8")
+        yield factor("scale_x_orig_quant", 1)
+    if files.smoothquant or (fused and files.kv_shared):
+        yield factor("scale_y_quant_orig", 1)
+    if files.smoothquant:
+        of_columns = Split.NONE if gemm.split is Split.ROW else gemm.split
+        for name in ("scale_w_quant_orig", "scale_y_accum_quant"):
+            yield factor(name, columns, Split.QKV, sliced=True) if fused else factor(name, 1)
+            yield factor(f"{name}.col", columns, of_columns)
+    if files.smoothers and gemm.split is Split.ROW:
+        yield factor("smoother", rows, Split.COLUMN)
+    if fused and files.kv_separate:
+        yield factor("scale_kv_quant_orig", 2)
+
+
+def quant_files(names: Collection[str]) -> QuantFiles:
+    """What is there, or should be, told from file names: any file of a kind stands for all of them.
+
+    scale_y_quant_orig of the fused projection belongs to the cache; the others' to SmoothQuant.
+    """
+    return QuantFiles(
+        smoothquant=any(".weight.int8." in name or ".scale_x_orig_quant." in name for name in names),
+        kv_shared=any(name.endswith(f".{QKV}.scale_y_quant_orig.bin") for name in names),
+        kv_separate=any(name.endswith(".scale_kv_quant_orig.bin") for name in names),
+        smoothers=any(".smoother." in name for name in names),
+    )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -46,6 +49,18 @@ class NemoTokenizer:
             self.size,
             vocab_size,
         )
+
+
+@contextmanager
+def tokenizer_folder(tokenizer: NemoTokenizer) -> Iterator[Path | None]:
+    """A folder in which the tokenizer's files have the names that readers look for; None without files."""
+    if not tokenizer.files:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="nemo-tokenizer-") as folder:
+        for name, path in tokenizer.files.items():
+            shutil.copyfile(path, Path(folder) / name)
+        yield Path(folder)
 
 
 def find_tokenizer(folder: Path, section: Mapping[str, Any]) -> NemoTokenizer:

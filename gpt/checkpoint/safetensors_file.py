@@ -15,7 +15,9 @@ from gpt.errors import CheckpointError
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEMSIZE["F8_E4M3"] = 1
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_DTYPES |= {"I8": "int8", "U8": "uint8", "F8_E4M3": "float8_e4m3fn"}
 
 
 def read_safetensors(path: Path) -> dict[str, SourceTensor]:

@@ -6,24 +6,22 @@ import configparser
 import math
 import re
 import shlex
-from collections.abc import Iterator
 from collections.abc import Mapping as Section
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt.checkpoint import manifest
-from gpt.checkpoint.layout import Tensor, tensors
+from gpt.checkpoint.expected import CONFIG_NAME, check_files, find_quant_files
+from gpt.checkpoint.layout import QKV, QuantFiles, Tensor, quant_tensors
 from gpt.checkpoint.manifest import Manifest
 from gpt.config import ModelConfig, rethrow_as
-from gpt.dtypes import FLOAT_DTYPES, ITEMSIZE, canonical_dtype, torch_dtype
+from gpt.dtypes import canonical_dtype, torch_dtype
 from gpt.errors import CheckpointError, ConfigError, Problems
-from gpt.files import is_lfs_pointer
 from gpt.mapping import Mapping, check_divides
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG_NAME = "config.ini"
 HEAD_FILE = "model.lm_head.weight.bin"
 # What tokenizers and generation settings are called in model folders; whatever is there travels with the weights.
 TOKENIZER_FILES = (
@@ -46,12 +44,36 @@ _RANK_FILE = re.compile(r"model\.layers\.0\.attention\.dense\.weight\.(\d+)\.bin
 class Checkpoint:
     """A checked folder.  `open` is the way to get one."""
 
-    def __init__(self, folder: Path, model: ModelConfig, storage_dtype: str, world_size: int, listed: Manifest | None):
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelConfig,
+        storage_dtype: str,
+        world_size: int,
+        listed: Manifest | None,
+        quant: QuantFiles,
+    ):
         self.folder = folder
         self.model = model
         self.storage_dtype = storage_dtype
         self.world_size = world_size
         self.manifest = listed  # None in folders that other tools wrote
+        self.quant = quant
+
+    @property
+    def has_smoothquant(self) -> bool:
+        """INT8 weights and scales of every linear layer are there."""
+        return self.quant.smoothquant
+
+    @property
+    def has_kv_scales(self) -> bool:
+        """Scales of an INT8 cache are there, in either form; see `read_kv_scales`."""
+        return self.quant.kv_shared or self.quant.kv_separate
+
+    @property
+    def has_smoothers(self) -> bool:
+        """The INT8 weights of dense and proj want their inputs divided by a vector first."""
+        return self.quant.smoothers
 
     @property
     def tokenizer_files(self) -> list[Path]:
@@ -78,24 +100,60 @@ class Checkpoint:
         problems = Problems()
         if listed:
             _compare(problems, listed, model, storage_dtype)
-        _check_files(problems, folder, model, storage_dtype, world_size, listed)
+        quant = find_quant_files(folder, listed)
+        check_files(problems, folder, model, storage_dtype, world_size, listed, quant)
         problems.raise_if_any(CheckpointError, f"this checkpoint cannot be used: {folder}", hint=_hint(listed))
-        return cls(folder, model, storage_dtype, world_size, listed)
+        return cls(folder, model, storage_dtype, world_size, listed, quant)
 
     def read(self, tensor: Tensor, mapping: Mapping) -> torch.Tensor:
-        """This rank's part of `tensor` in FT local shape and storage dtype, memory-mapped.
+        """This rank's part of `tensor` in FT local shape and in its own or the storage dtype, memory-mapped.
 
-        Raises CheckpointError for another number of ranks than the folder's, and where the bytes are not those that the
-        manifest vouches for.
+        Raises CheckpointError for another number of ranks than the folder's, where the bytes are not those that the
+        manifest vouches for, and for scales that are not finite and positive.
         """
         self.check_world_size(mapping.world_size)
         import torch
 
         path = self.folder / tensor.file_name(mapping.rank)
         shape = tensor.file_shape(mapping, self.model)
-        values = torch.from_file(str(path), size=math.prod(shape), dtype=torch_dtype(self.storage_dtype))
+        dtype = torch_dtype(tensor.dtype or self.storage_dtype)
+        values = torch.from_file(str(path), size=math.prod(shape), dtype=dtype)
         self._check_bytes(path, values)
-        return values.view(shape)
+        values = values.view(shape)
+        if tensor.kind == "factor":
+            _check_factors(path, values, self.manifest)
+        return mapping.shard(tensor.split, values, self.model) if tensor.sliced else values
+
+    def read_kv_scales(self, layer: int) -> torch.Tensor:
+        """float32 [2]: what an INT8 cache of `layer` multiplies its K and its V by when it is read.  The original's
+        folders have one number for both.  Raises CheckpointError where there is neither."""
+        name = "scale_kv_quant_orig" if self.quant.kv_separate else "scale_y_quant_orig"
+        wanted = f"model.layers.{layer}.{QKV}.{name}"
+        for tensor in quant_tensors(self.model, self.quant) if self.has_kv_scales else ():
+            if tensor.name == wanted:
+                return self.read(tensor, Mapping(self.world_size, 0)).expand(2)
+        raise CheckpointError(
+            f"no scales for an INT8 cache: {self.folder}",
+            found=f"no {wanted}.bin",
+            hint=self.quantize_command("--calibrate-kv-cache"),
+        )
+
+    def quantize_command(self, *flags: str) -> str:
+        """The command line that makes this checkpoint again with `flags` added."""
+        return shlex.join([*self._command(self.world_size), *flags, "--force"])
+
+    def _command(self, world_size: int) -> list[str]:
+        """What made the folder, for another number of ranks; paths as they are now."""
+        parent = str(self.folder.parent)
+        if self.manifest is None:
+            words = ["python", "hf_gpt_convert.py", "-i", "<the original model>", "-o", parent, "-tp", str(world_size)]
+            return [*words, "-t", self.storage_dtype]
+        words = shlex.split(self.manifest.command)
+        changes = {"-i": self.manifest.source, "-o": parent, "-tp": str(world_size)}
+        for flag, value in changes.items():
+            if flag in words[:-1]:
+                words[words.index(flag) + 1] = value
+        return words
 
     def check_world_size(self, world_size: int) -> None:
         """Raises CheckpointError, with the command that cuts the model anew, for another number of ranks than the
@@ -103,14 +161,11 @@ class Checkpoint:
         if world_size == self.world_size:
             return
         check_divides(self.model, world_size)
-        source = shlex.quote(self.manifest.source) if self.manifest else "<the original model>"
-        tool = self.manifest.tool if self.manifest else "hf_gpt_convert.py"
         raise CheckpointError(
             f"the checkpoint is cut for another number of ranks: {self.folder}",
             found=f"{self.world_size}, which build.py takes with --world_size {self.world_size}",
             allowed=world_size,
-            hint=f"python {tool} -i {source} -o {shlex.quote(str(self.folder.parent))} "
-            f"-tp {world_size} -t {self.storage_dtype}",
+            hint=shlex.join(self._command(world_size)),
         )
 
     def _check_bytes(self, path: Path, values: torch.Tensor) -> None:
@@ -201,47 +256,17 @@ def _compare(problems: Problems, listed: Manifest, model: ModelConfig, storage_d
             problems.add(f"{name}: {CONFIG_NAME} says {value}, {manifest.FILE_NAME} {said[name]}")
 
 
-def expected_files(model: ModelConfig, world_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every weight file of a checkpoint."""
-    for tensor in tensors(model):
-        written = dict.fromkeys(tensor.file_name(rank) for rank in range(world_size))
-        for name in written:
-            yield name, tensor.file_shape(Mapping(world_size, 0), model)
+def _check_factors(path: Path, values: torch.Tensor, listed: Manifest | None) -> None:
+    import torch
 
-
-def _check_files(
-    problems: Problems, folder: Path, model: ModelConfig, dtype: str, world_size: int, listed: Manifest | None
-) -> None:
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.bin")}
-    if model.n_layer > len(sizes):  # a damaged number must not become a list of billions of names
-        problems.add(f"n_layer: {CONFIG_NAME} says {model.n_layer}, there are {len(sizes)} weight files")
-        return
-    expected = dict(expected_files(model, world_size))
-    for name, shape in expected.items():
-        if problem := _file_problem(folder / name, sizes.get(name), shape, dtype):
-            problems.add(problem)
-        elif listed and name not in listed.files:
-            problems.add(f"{name}: not in {manifest.FILE_NAME}")
-        elif listed and listed.files[name].bytes != sizes[name]:
-            problems.add(f"{name}: found {sizes[name]} bytes, {manifest.FILE_NAME} says {listed.files[name].bytes}")
-    for name in listed.files if listed else ():
-        if name not in expected:
-            problems.add(f"{name}: in {manifest.FILE_NAME}, but {CONFIG_NAME} describes a model without it")
-
-
-def _file_problem(path: Path, size: int | None, shape: tuple[int, ...], dtype: str) -> str | None:
-    if size is None:
-        return f"{path.name}: missing"
-    count = math.prod(shape)
-    if size == count * ITEMSIZE[dtype]:
-        return None
-    text = f"{path.name}: found {size} bytes, expected {count * ITEMSIZE[dtype]} for {list(shape)} in {dtype}"
-    if is_lfs_pointer(path):
-        return f"{path.name}: a Git LFS pointer, not the weights (git lfs pull fetches them)"
-    fitting = [name for name in FLOAT_DTYPES if size == count * ITEMSIZE[name]]
-    if fitting:
-        text += f"; the size fits {' or '.join(fitting)}, so the dtype in {CONFIG_NAME} may be wrong"
-    return text
+    bad = ~(torch.isfinite(values) & (values > 0))
+    if bad.any():
+        raise CheckpointError(
+            f"scales that nothing can be multiplied by: {path}",
+            found=f"{int(bad.sum())} of {values.numel()}, the first is {float(values[bad][0])}",
+            allowed="finite numbers above 0",
+            hint=_hint(listed),
+        )
 
 
 def _hint(listed: Manifest | None) -> str:

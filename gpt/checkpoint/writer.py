@@ -89,10 +89,12 @@ def write_checkpoint(
     log.info("%d files, %s, in %.1f s", len(files), human_bytes(num_bytes), time.perf_counter() - started)
 
 
-def convert_command(tool: str, in_file: str, out_dir: str, tensor_parallelism: int, storage_dtype: str) -> str:
+def convert_command(
+    tool: str, in_file: str, out_dir: str, tensor_parallelism: int, storage_dtype: str, more: Sequence[str] = ()
+) -> str:
     """The command line that makes the same checkpoint again."""
     options = ["-i", in_file, "-o", out_dir, "-tp", str(tensor_parallelism), "-t", storage_dtype]
-    return shlex.join(["python", tool, *options])
+    return shlex.join(["python", tool, *options, *more])
 
 
 def write_tensors(target: Target, pairs: Sequence[Pair], *, in_flight: int) -> dict[str, FileRecord]:
@@ -103,8 +105,8 @@ def write_tensors(target: Target, pairs: Sequence[Pair], *, in_flight: int) -> d
     """
     problems = Problems()
     records: dict[str, FileRecord] = {}
-    num_bytes = sum(math.prod(tensor.shape) for tensor, _ in pairs) * ITEMSIZE[target.storage_dtype]
-    _check_space(target.folder, num_bytes)
+    num_bytes = sum(_num_bytes(tensor, target.storage_dtype) for tensor, _ in pairs)
+    check_space(target.folder, num_bytes)
     with (
         _one_torch_thread(),
         ThreadPoolExecutor(in_flight, "read") as readers,
@@ -118,7 +120,7 @@ def write_tensors(target: Target, pairs: Sequence[Pair], *, in_flight: int) -> d
                 records.update(written)
                 if problem:
                     problems.add(f"{tensor.name}: {problem}")
-                bar.update(math.prod(tensor.shape) * ITEMSIZE[target.storage_dtype])
+                bar.update(_num_bytes(tensor, target.storage_dtype))
         except BaseException:
             for future in futures:
                 future.cancel()
@@ -144,7 +146,12 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_space(folder: Path, num_bytes: int) -> None:
+def _num_bytes(tensor: Tensor, storage_dtype: str) -> int:
+    return math.prod(tensor.shape) * ITEMSIZE[tensor.dtype or storage_dtype]
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Raises GptError where `num_bytes` do not fit on the device of `folder`."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise GptError(
@@ -167,8 +174,9 @@ def _write_tensor(
     target: Target, tensor: Tensor, source: SourceTensor, readers: ThreadPoolExecutor
 ) -> tuple[dict[str, FileRecord], str | None]:
     """The records of one tensor's files, and what is wrong with its values, if anything."""
-    check = _ValueCheck(target.storage_dtype)
-    num_files = 1 if tensor.split is Split.NONE else target.world_size
+    dtype = tensor.dtype or target.storage_dtype
+    check = _ValueCheck()
+    num_files = 1 if tensor.file_split is Split.NONE else target.world_size
     shape = tensor.file_shape(Ranks(target.world_size, 0), target.model)
     with ExitStack() as stack:
         files = [
@@ -176,30 +184,31 @@ def _write_tensor(
             for rank in range(num_files)
         ]
         for row_rank, block in _ahead(readers, _blocks(target, tensor, source, check)):
-            if tensor.split is Split.ROW:
+            if tensor.file_split is Split.ROW:
                 files[row_rank].append(block)
                 continue
             for rank, file in enumerate(files):
-                file.append(Ranks(target.world_size, rank).shard(tensor.split, block, target.model))
+                file.append(Ranks(target.world_size, rank).shard(tensor.file_split, block, target.model))
         records = {
-            tensor.file_name(rank): FileRecord(shape, target.storage_dtype, file.num_bytes, file.digest.hexdigest())
+            tensor.file_name(rank): FileRecord(shape, dtype, file.num_bytes, file.digest.hexdigest())
             for rank, file in enumerate(files)
         }
-    return records, check.problem()
+    return records, check.problem(dtype)
 
 
 def _blocks(
     target: Target, tensor: Tensor, source: SourceTensor, check: _ValueCheck
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Whole rows in storage dtype, a block at a time, with the rank that owns them if rows are what is divided."""
+    """Whole rows in the files' dtype, a block at a time, with the rank that owns them if rows are what is divided."""
     rows = tensor.shape[0] if len(tensor.shape) == 2 else 1
     step = max(1, BLOCK_ELEMENTS // tensor.shape[-1])
-    rows_per_rank = rows // target.world_size if tensor.split is Split.ROW else rows
+    rows_per_rank = rows // target.world_size if tensor.file_split is Split.ROW else rows
+    dtype = torch_dtype(tensor.dtype or target.storage_dtype)
     for start in range(0, rows, rows_per_rank):
         end = start + rows_per_rank
         for first in range(start, end, step):
             values = source.read(first, min(first + step, end))
-            stored = values.to(torch_dtype(target.storage_dtype))
+            stored = values.to(dtype)
             check.look(values, stored)
             yield start // rows_per_rank, stored
 
@@ -216,7 +225,6 @@ def _ahead(pool: ThreadPoolExecutor, items: Iterator[tuple[int, torch.Tensor]]) 
 class _ValueCheck:
     """Counts the values of one tensor that are not finite, in the source or only after the cast."""
 
-    storage_dtype: str
     nan_or_inf: int = 0
     out_of_range: int = 0
     largest: float = 0.0
@@ -234,12 +242,12 @@ class _ValueCheck:
         if lost.any():
             self.largest = max(self.largest, float(values[lost].abs().max()))
 
-    def problem(self) -> str | None:
+    def problem(self, dtype: str) -> str | None:
         problems = []
         if self.nan_or_inf:
             problems.append(f"{self.nan_or_inf} values are NaN or infinite")
         if self.out_of_range:
-            problems.append(f"{self.out_of_range} values up to {self.largest:.4g} do not fit {self.storage_dtype}")
+            problems.append(f"{self.out_of_range} values up to {self.largest:.4g} do not fit {dtype}")
         return ", ".join(problems) or None
 
 

@@ -24,6 +24,7 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.console import get_level, human_bytes, human_time, log, setup_logging
 from gpt.engine.estimate import check_room, count_workers, estimate
 from gpt.engine.folder import CONFIG_NAME, TOKENIZER_FOLDER, EngineFile, engine_config, engine_file_name
+from gpt.engine.quant_weights import quantization_notes
 from gpt.engine.tensor_file import write_tensor_file
 from gpt.engine.weights import WeightSource, engine_layout, engine_tensors
 from gpt.errors import GptError
@@ -41,7 +42,7 @@ def build_engine(model: ModelConfig, build: BuildConfig, checkpoint: Checkpoint 
     begin = time.perf_counter()
     source: WeightSource = checkpoint if checkpoint is not None else RandomWeights(model, build.seed or 0)
     notes, library = _prepare_backend(model, build)
-    for note in notes:
+    for note in (*notes, *quantization_notes(build.quant, checkpoint)):
         log.info(note)
     needed = estimate(model, build, Mapping.of_build(build))
     log.info("Needed per rank: %s", needed.describe())
@@ -141,8 +142,9 @@ def _build_rank(
         stored = build.seed is None
         checksum = write_tensor_file(
             path,
-            build.dtype,
-            {tensor.name: tensor.shape for tensor in engine_layout(model, mapping)} if stored else {},
+            {t.name: (t.dtype, t.shape) for t in engine_layout(model, mapping, build.dtype, build.quant)}
+            if stored
+            else {},
             engine_tensors(model, build, mapping, source) if stored else (),
             {"format": "pt", "tool": f"gpt {gpt.__version__}", "build_id": build_id, "rank": str(mapping.rank)},
             f"rank {mapping.rank}",

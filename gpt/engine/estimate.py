@@ -35,7 +35,7 @@ class Estimate:
 
 
 def estimate(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> Estimate:
-    weights = engine_bytes(model, mapping, build.dtype)
+    weights = engine_bytes(model, mapping, build.dtype, build.quant)
     num_rows = build.max_batch_size * build.max_beam_width
     num_tokens = build.max_batch_size * build.max_input_len
     widest = (

@@ -57,7 +57,8 @@ class EngineInfo:
         size = human_bytes(sum(file.num_bytes for file in self.files))
         weights = "random weights" if self.build.seed is not None else size
         shape = f"{model.n_layer} x {model.n_embd}, vocabulary {model.vocab_size}"
-        return f"{self.backend} {self.build.dtype}, {shape}, {weights}"
+        quant = self.build.quant.describe()
+        return ", ".join(part for part in (f"{self.backend} {self.build.dtype}", quant, shape, weights) if part)
 
 
 def engine_file_name(dtype: str, world_size: int, rank: int) -> str:

@@ -108,13 +108,13 @@ def _inspect_engine(path: Path, *, checksums: bool, values: bool) -> Inspection:
 def _options(build: BuildConfig) -> list[str]:
     plugins = ("gpt_attention", "gemm", "layernorm", "lookup")
     chosen = [f"{name} plugin" for name in plugins if getattr(build, f"{name}_plugin") is not None]
+    chosen += [build.quant.describe()] * bool(build.quant.describe())
     chosen += ["context fmha"] * (build.context_fmha > 0) + ["packed prompts"] * build.remove_input_padding
     return chosen
 
 
 def _tensor_problems(info: EngineInfo, rank: int, *, values: bool) -> list[str]:
     """Names, shapes, dtypes and values in one rank's file; an engine of random weights holds none."""
-    from gpt.dtypes import torch_dtype
     from gpt.engine.tensor_file import map_tensor_file
     from gpt.engine.weights import engine_layout
 
@@ -123,11 +123,13 @@ def _tensor_problems(info: EngineInfo, rank: int, *, values: bool) -> list[str]:
     problems = []
     if metadata.get("build_id") != info.build_id:
         problems.append(f"{name}: build {metadata.get('build_id')}, {CONFIG_NAME} belongs to {info.build_id}")
-    layout = engine_layout(info.model, Mapping.of_build(info.build, rank)) if info.build.seed is None else []
-    expected = {tensor.name: tensor.shape for tensor in layout}
+    mapping = Mapping.of_build(info.build, rank)
+    stored = info.build.seed is None
+    layout = engine_layout(info.model, mapping, info.build.dtype, info.build.quant) if stored else []
+    expected = {tensor.name: f"{list(tensor.shape)} torch.{tensor.dtype}" for tensor in layout}
     for key in sorted(expected.keys() | weights.keys()):
         found = f"{list(weights[key].shape)} {weights[key].dtype}" if key in weights else "nothing"
-        wanted = f"{list(expected[key])} {torch_dtype(info.build.dtype)}" if key in expected else "nothing"
+        wanted = expected.get(key, "nothing")
         if found != wanted:
             problems.append(f"{name}, {key}: found {found}, allowed {wanted}")
     if values:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping as Dict
 from dataclasses import dataclass
 
 import torch
@@ -9,17 +10,24 @@ import torch
 from gpt.config import BuildConfig, ModelConfig
 from gpt.dtypes import torch_dtype
 from gpt.mapping import Mapping
+from gpt.quant import to_fp8, to_int8
+
+KEYS, VALUES = 0, 1
 
 
 @dataclass(frozen=True)
 class KvCache:
     """K and V of every layer of one rank, in blocks of `tokens_per_block` slots.
 
-    blocks: [L, 2, num_blocks, G/R, tokens_per_block, D], K before V, in the engine's dtype.  A contiguous cache is one
-    block per sequence, as long as the longest.
+    blocks: [L, 2, num_blocks, G/R, tokens_per_block, D], K before V, in the engine's dtype, int8 or float8_e4m3fn.  A
+    contiguous cache is one block per sequence, as long as the longest.
+
+    scales: float32 [L, 2], the value of one step of K and V in a quantised cache.  dtype: what `decode` returns.
     """
 
     blocks: torch.Tensor
+    scales: torch.Tensor | None = None
+    dtype: torch.dtype | None = None
 
     @classmethod
     def empty(
@@ -31,11 +39,29 @@ class KvCache:
         *,
         num_blocks: int,
         tokens_per_block: int,
+        scales: torch.Tensor | None = None,
     ) -> KvCache:
         """Zeros, since a slot that is masked out still takes part in a product with weight zero."""
         heads = mapping.local_kv_heads(model)
         shape = (model.n_layer, 2, num_blocks, heads, tokens_per_block, model.head_size)
-        return cls(torch.zeros(shape, dtype=torch_dtype(build.dtype), device=device))
+        dtype = torch_dtype(build.dtype)
+        stored = {None: dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[build.quant.kv_cache]
+        # Through bytes: PyTorch does not fill FP8 everywhere.
+        blocks = torch.zeros((*shape[:-1], shape[-1] * stored.itemsize), dtype=torch.uint8, device=device).view(stored)
+        return cls(blocks, scales, dtype)
+
+    def encode(self, values: torch.Tensor, layer: int, part: int | None = None) -> torch.Tensor:
+        """What the cache keeps of K (part 0), of V (part 1), or of both, [N, 2, G, D]."""
+        if self.scales is None:
+            return values
+        scale = self.scales[layer].view(2, 1, 1) if part is None else self.scales[layer, part]
+        return to_int8(values, scale) if self.blocks.dtype == torch.int8 else to_fp8(values, scale)
+
+    def decode(self, stored: torch.Tensor, layer: int, part: int) -> torch.Tensor:
+        """The keys (part 0) or values (part 1) that a piece of `blocks` of any shape stands for."""
+        if self.scales is None or self.dtype is None:
+            return stored
+        return stored.to(self.dtype) * self.scales[layer, part].to(self.dtype)
 
     @property
     def num_blocks(self) -> int:
@@ -44,3 +70,9 @@ class KvCache:
     @property
     def tokens_per_block(self) -> int:
         return self.blocks.shape[4]
+
+
+def kv_scales(weights: Dict[str, torch.Tensor], model: ModelConfig) -> torch.Tensor | None:
+    """`KvCache.scales` out of an engine's tensors; None for one whose cache is not quantised."""
+    names = [f"model.layers.{layer}.attention.kv_scale" for layer in range(model.n_layer)]
+    return torch.stack([weights[name] for name in names]) if names[0] in weights else None

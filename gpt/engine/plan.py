@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt.checkpoint.layout import tensors
 from gpt.config import BuildConfig, ModelConfig
 from gpt.console import human_bytes
 from gpt.engine.estimate import Estimate, available_memory_bytes, estimate
-from gpt.engine.weights import engine_layout
 from gpt.mapping import Mapping
 
 # MiB that nvidia-smi shows as a card's total.
@@ -44,7 +44,7 @@ class Plan:
     @property
     def num_parameters(self) -> int:
         """Of the whole model, padding left out."""
-        return sum(math.prod(tensor.source.shape) for tensor in engine_layout(self.model, Mapping()))
+        return sum(math.prod(tensor.shape) for tensor in tensors(self.model))
 
     def largest_batch(self, memory_bytes: int) -> int:
         """Sequences of full length that one rank has room for beside its weights, at most --max_batch_size; 0: the

@@ -17,8 +17,8 @@ class ContextStep:
     Padding tokens are computed and never looked at: a causal mask keeps them out of real rows, and the cache slots they
     reach are overwritten by the tokens generated later.
 
-    ids, positions: [N] int32.  lengths: the prompts' own lengths, B of them.  last: [B] int64, where in N each prompt
-    ends.
+    ids, positions: [N] int32.  lengths: the prompts' own lengths, B of them.  last: [B] int64, the tokens of N
+    whose logits are wanted: where each prompt ends, or any others.
     """
 
     ids: torch.Tensor

@@ -16,23 +16,29 @@ import xxhash  # checksums at memory speed; nobody attacks a folder of weights t
 
 from gpt.checkpoint.safetensors_file import read_header
 from gpt.console import progress
-from gpt.dtypes import FLOAT_DTYPES, ITEMSIZE, torch_dtype
+from gpt.dtypes import ITEMSIZE, torch_dtype
 from gpt.errors import CheckpointError, EngineError
 
 _ALIGNMENT = 64
-_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_CODES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int8": "I8",
+    "uint8": "U8",
+    "float8_e4m3fn": "F8_E4M3",
+}
 _FILLER = "filler."
 
 
 def write_tensor_file(
     path: Path,
-    dtype: str,
-    shapes: dict[str, tuple[int, ...]],
+    layout: dict[str, tuple[str, tuple[int, ...]]],
     tensors: Iterable[tuple[str, torch.Tensor]],
     metadata: dict[str, str],
     what: str,
 ) -> str:
-    """Writes `tensors`, which must come in the order and with the shapes of `shapes`; returns the file's xxh3_128
+    """Writes `tensors`, which must come in the order, dtypes and shapes of `layout`; returns the file's xxh3_128
     checksum.
 
     One tensor is in memory at a time.  `what` labels the progress bar.
@@ -40,7 +46,7 @@ def write_tensor_file(
     entries: dict[str, object] = {"__metadata__": metadata}
     fillers: dict[str, int] = {}
     offset = 0
-    for name, shape in shapes.items():
+    for name, (dtype, shape) in layout.items():
         num_bytes = torch.Size(shape).numel() * ITEMSIZE[dtype]
         entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
         offset += num_bytes
@@ -64,8 +70,11 @@ def write_tensor_file(
         put(len(header).to_bytes(8, "little"))
         put(header)
         for name, tensor in tensors:
-            if tuple(tensor.shape) != tuple(shapes[name]):
-                raise EngineError(f"{name} has the wrong shape", found=tuple(tensor.shape), allowed=shapes[name])
+            dtype, shape = layout[name]
+            if tuple(tensor.shape) != tuple(shape):
+                raise EngineError(f"{name} has the wrong shape", found=tuple(tensor.shape), allowed=shape)
+            if tensor.dtype != torch_dtype(dtype):
+                raise EngineError(f"{name} has the wrong dtype", found=tensor.dtype, allowed=dtype)
             put(tensor.reshape(-1).view(torch.uint8).numpy().data)
             put(bytes(fillers.get(name, 0)))
             bar.update(tensor.nbytes)
@@ -88,7 +97,7 @@ def map_tensor_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     result = {}
     for name, tensor in layout.items():
-        if tensor.dtype not in FLOAT_DTYPES:
+        if tensor.dtype not in _CODES:
             raise _damaged(path, f"{name} in {tensor.dtype}")
         dtype = torch_dtype(tensor.dtype)
         num_bytes = torch.Size(tensor.shape).numel() * dtype.itemsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gpt.engine.attention_math import fused_attention, plain_attention
-from gpt.engine.kv_cache import KvCache
+from gpt.engine.kv_cache import KEYS, VALUES, KvCache
 from gpt.engine.step import ContextStep, GenerationStep, PagedStep, Step
 from gpt.engine.torch_paged_attention import PagedAttention
 
@@ -57,26 +57,27 @@ class TorchAttention:
         if isinstance(self.step, PagedStep):
             return self.paged(heads, layer, scale)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return self._context(self.step, q, k, v, self.cache.blocks[layer], scale)
+        return self._context(self.step, q, k, v, layer, scale)
 
     def _context(
-        self, step: ContextStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, scale: float
+        self, step: ContextStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float
     ) -> torch.Tensor:
-        """Prompts attend to themselves; the cache is written and not read.  q [N, H, D], k and v [N, G, D] -> [N,
-        H*D]."""
+        """Prompts attend to themselves, unquantised; the cache is written and not read.  q [N, H, D], k and v [N, G, D]
+        -> [N, H*D]."""
+        cache, encode = self.cache.blocks[layer], self.cache.encode
         if step.padded:
             batch_size = len(step.lengths)
             q, k, v = (t.unflatten(0, (batch_size, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, S, D]
             num_slots = k.shape[2]
-            cache[0, :batch_size, :, :num_slots] = k
-            cache[1, :batch_size, :, :num_slots] = v
+            cache[0, :batch_size, :, :num_slots] = encode(k, layer, KEYS)
+            cache[1, :batch_size, :, :num_slots] = encode(v, layer, VALUES)
             return self.attend(q, k, v, scale, None, causal=True).transpose(1, 2).flatten(2).flatten(0, 1)
         outputs = []
         parts = zip(*(t.split(step.lengths) for t in (q, k, v)), strict=True)
         for row, (length, part) in enumerate(zip(step.lengths, parts, strict=True)):
             q_row, k_row, v_row = (t.transpose(0, 1)[None] for t in part)  # [1, heads, P, D]
-            cache[0, row, :, :length] = k_row[0]
-            cache[1, row, :, :length] = v_row[0]
+            cache[0, row, :, :length] = encode(k_row[0], layer, KEYS)
+            cache[1, row, :, :length] = encode(v_row[0], layer, VALUES)
             outputs.append(self.attend(q_row, k_row, v_row, scale, None, causal=True)[0].transpose(0, 1).flatten(1))
         return torch.cat(outputs)
 
@@ -84,8 +85,11 @@ class TorchAttention:
         """One token per sequence attends to its cache, itself included: heads [B, H + 2G, D] -> [B, H*D]."""
         q = heads[:, : self.num_heads].unsqueeze(2)  # [B, H, 1, D]
         new = heads[:, self.num_heads :].view(len(heads), 2, self.num_kv_heads, -1)  # [B, 2, G, D]
+        new = self.cache.encode(new, layer)
         if step.uniform:
             self._slots[layer].copy_(new.transpose(0, 1))
         else:
             self.cache.blocks[layer][:, self._batch_rows, :, step.positions] = new
-        return self.attend(q, self._keys[layer], self._values[layer], scale, self._mask, causal=False).flatten(1)
+        keys = self.cache.decode(self._keys[layer], layer, KEYS)
+        values = self.cache.decode(self._values[layer], layer, VALUES)
+        return self.attend(q, keys, values, scale, self._mask, causal=False).flatten(1)

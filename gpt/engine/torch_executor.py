@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping as Dict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,12 @@ from gpt.comm import Communicator, NullCommunicator
 from gpt.config import ModelConfig
 from gpt.engine.kv_cache import KvCache
 from gpt.engine.linear import linear, wide_linear
+from gpt.engine.quant_linear import quantized_linears
 from gpt.engine.step import ContextStep, GenerationStep, Step
 from gpt.engine.torch_attention import TorchAttention
 from gpt.kernels.product import ACTIVATION_FUNCTIONS
 from gpt.mapping import Mapping, Split
+from gpt.quant import FLOAT, QuantConfig
 
 
 class TorchOps:
@@ -22,7 +25,9 @@ class TorchOps:
 
     comm: carries tensors of the weights' device between the ranks of `mapping`.
 
-    weights: by layout name, in the engine's dtype on one device.  fused: scaled_dot_product_attention, else scores and
+    weights: as `gpt.engine.weights.engine_tensors` makes them, on one device; quant: what of them is quantised.
+
+    fused: scaled_dot_product_attention, else scores and
     softmax written out in float32.  trace: where named intermediate results are kept, when given.  The session calls
     `begin` before each run.
     """
@@ -35,6 +40,7 @@ class TorchOps:
         *,
         fused: bool = True,
         comm: Communicator | None = None,
+        quant: QuantConfig = FLOAT,
     ):
         self.comm = comm or NullCommunicator()
         self.model = model
@@ -45,6 +51,9 @@ class TorchOps:
         self.dtype = weights["model.wte"].dtype
         # A few vectors, kept wide because what they scale is wide: see `embedding`.
         self._norms = {name: tensor.float() for name, tensor in weights.items() if "layernorm." in name}
+        self.linears = quantized_linears(weights, quant, self.dtype)
+        # Beside quantised weights, whose products are wide.
+        self._biases = {n: weights[n + ".bias"].float() for n in self.linears if n + ".bias" in weights}
         self.attend = TorchAttention(self.num_heads, self.num_kv_heads, fused=fused)
         self.trace: dict[str, torch.Tensor] | None = None
         self.step: Step
@@ -95,15 +104,25 @@ class TorchOps:
     def multiply(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a.mul_(b)
 
-    def layer_norm(self, x: torch.Tensor, name: str, epsilon: float) -> torch.Tensor:
+    def layer_norm(self, x: torch.Tensor, name: str, epsilon: float, feeds: str | None = None) -> Any:
         weight, bias = self._norms[name + ".weight"], self._norms[name + ".bias"]
-        return torch.layer_norm(x, weight.shape, weight, bias, epsilon).to(self.dtype)
+        return self._hand_over(torch.layer_norm(x, weight.shape, weight, bias, epsilon), feeds)
 
-    def rms_norm(self, x: torch.Tensor, name: str, epsilon: float) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], self._norms[name + ".weight"], epsilon).to(self.dtype)
+    def rms_norm(self, x: torch.Tensor, name: str, epsilon: float, feeds: str | None = None) -> Any:
+        return self._hand_over(F.rms_norm(x, x.shape[-1:], self._norms[name + ".weight"], epsilon), feeds)
 
-    def linear(self, x: torch.Tensor, name: str, *, activation: str | None = None, bias: bool = True) -> torch.Tensor:
-        y = linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias") if bias else None)
+    def _hand_over(self, y: torch.Tensor, feeds: str | None) -> Any:
+        """Normalised values in the engine's dtype, or as the quantised product `feeds` takes them."""
+        quantized = self.linears.get(feeds) if feeds else None
+        return y.to(self.dtype) if quantized is None else quantized.prepare(y)
+
+    def linear(self, x: Any, name: str, *, activation: str | None = None, bias: bool = True) -> torch.Tensor:
+        quantized = self.linears.get(name)
+        if quantized is None:
+            y = linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias") if bias else None)
+        else:
+            rows = quantized.prepare(x) if isinstance(x, torch.Tensor) else x
+            y = quantized.multiply(rows, self._biases.get(name) if bias else None)
         return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
 
     def add_bias(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -122,7 +141,7 @@ class TorchOps:
         return qkv
 
     def attention(self, qkv: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
-        return self.attend(qkv.view(qkv.shape[0], -1, self.model.head_size), layer, scale)
+        return self.attend(qkv.to(self.dtype).view(qkv.shape[0], -1, self.model.head_size), layer, scale)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         self.comm.all_reduce(x)

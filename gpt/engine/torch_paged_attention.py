@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 
 from gpt.engine.attention_math import Attend
-from gpt.engine.kv_cache import KvCache
+from gpt.engine.kv_cache import KEYS, VALUES, KvCache
 from gpt.engine.step import PagedStep
 
 # What one more call costs, in cached tokens that could be read meanwhile (measured on a CPU, 4 heads of 64).
@@ -90,24 +90,27 @@ class PagedAttention:
     def __call__(self, heads: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
         """heads [N, H + 2G, D], queries first -> [N, H*D]."""
         blocks = self.cache.blocks[layer]  # [2, num_blocks, G, tokens_per_block, D]
-        new = heads[:, self.num_heads :]  # [N, 2G, D]
-        blocks.view(-1, blocks.shape[-1])[self._slots] = new.flatten(0, 1)
+        new = heads[:, self.num_heads :].unflatten(1, (2, self.num_kv_heads))  # [N, 2, G, D]
+        blocks.view(-1, blocks.shape[-1])[self._slots] = self.cache.encode(new, layer).flatten(0, 2)
         if len(self._groups) == 1 and self._groups[0].tokens is None:
-            return self._attend_to_past(self._groups[0], heads, blocks, scale)
+            return self._attend_to_past(self._groups[0], heads, blocks, layer, scale)
         result = heads.new_empty(heads.shape[0], self.num_heads * heads.shape[2])
         for part in self._prompts:
             q, k, v = heads[part].transpose(0, 1)[None].split([self.num_heads, *[self.num_kv_heads] * 2], dim=1)
             result[part] = self.attend(q, k, v, scale, None, causal=True)[0].transpose(0, 1).flatten(1)
         for group in self._groups:
-            result[group.tokens] = self._attend_to_past(group, heads[group.tokens], blocks, scale)
+            result[group.tokens] = self._attend_to_past(group, heads[group.tokens], blocks, layer, scale)
         return result
 
-    def _attend_to_past(self, group: _Group, heads: torch.Tensor, blocks: torch.Tensor, scale: float) -> torch.Tensor:
+    def _attend_to_past(
+        self, group: _Group, heads: torch.Tensor, blocks: torch.Tensor, layer: int, scale: float
+    ) -> torch.Tensor:
         """heads [B*S, H + 2G, D], blocks [2, num_blocks, G, tokens_per_block, D] -> [B*S, H*D]."""
         head_size = blocks.shape[-1]
         q = heads[:, : self.num_heads].view(group.size, group.num_new, self.num_heads, head_size).transpose(1, 2)
         past = blocks.view(-1, blocks.shape[-2] * head_size).index_select(0, group.blocks)
         k, v = past.view(2, group.size, self.num_kv_heads, -1, head_size)  # [B, G, M*tokens_per_block, D]
+        k, v = self.cache.decode(k, layer, KEYS), self.cache.decode(v, layer, VALUES)
         return self.attend(q, k, v, scale, group.mask, causal=False).transpose(1, 2).flatten(0, 1).flatten(1)
 
 

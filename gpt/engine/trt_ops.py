@@ -138,13 +138,13 @@ class TrtOps:
     def multiply(self, a: Any, b: Any) -> Any:
         return self.layers.elementwise(a, b, "PROD")
 
-    def layer_norm(self, x: Any, name: str, epsilon: float) -> Any:
+    def layer_norm(self, x: Any, name: str, epsilon: float, feeds: str | None = None) -> Any:
         # TensorRT does not say what it sums in: the casts make it float32, which trained models in float16 need.
         wide = self.layers.cast(x, torch.float32)
         weight, bias = self.weights[name + ".weight"], self.weights[name + ".bias"]
         return self.layers.cast(self.layers.layer_norm(wide, weight, bias, epsilon, name), self.dtype)
 
-    def rms_norm(self, x: Any, name: str, epsilon: float) -> Any:
+    def rms_norm(self, x: Any, name: str, epsilon: float, feeds: str | None = None) -> Any:
         wide = self.layers.cast(x, torch.float32)
         return self.layers.cast(self.layers.rms_norm(wide, self.weights[name + ".weight"], epsilon), self.dtype)
 

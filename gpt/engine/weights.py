@@ -5,14 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from gpt.checkpoint.layout import Tensor, tensors
+from gpt.checkpoint.random_weights import RandomWeights
+from gpt.checkpoint.store import Checkpoint
 from gpt.config import BuildConfig, ModelConfig
 from gpt.dtypes import ITEMSIZE, torch_dtype
+from gpt.engine.quant_weights import (
+    Calibration,
+    RandomCalibration,
+    StoredCalibration,
+    kv_scale,
+    quantized_parts,
+    quantized_tensors,
+)
+from gpt.errors import ConfigError
 from gpt.mapping import Mapping, Split
+from gpt.quant import FLOAT, QuantConfig
 
 
 class WeightSource(Protocol):
@@ -25,19 +38,31 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class EngineTensor:
-    """A tensor as the engine holds it: linear weights [out, in], the head's table with V padded."""
+    """A tensor as the engine holds it: linear weights [out, in], the head's table with V padded.
+
+    source: the checkpoint tensor it is made of; quantised weights and their scales have the same one.  split: on top of
+    the source's own.
+    """
 
     source: Tensor
+    name: str
     shape: tuple[int, ...]
-    split: Split = Split.NONE  # on top of the source's own
+    dtype: str
+    split: Split = Split.NONE
 
     @property
-    def name(self) -> str:
-        return self.source.name
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
-def engine_layout(model: ModelConfig, mapping: Mapping) -> list[EngineTensor]:
-    """Names and shapes of one rank's tensors, without reading anything."""
+_QKV = ".attention.query_key_value.weight"
+
+
+def engine_layout(
+    model: ModelConfig, mapping: Mapping, dtype: str = "float32", quant: QuantConfig = FLOAT
+) -> list[EngineTensor]:
+    """One rank's tensors, without reading anything.  What is quantised: `gpt.engine.quant_weights.quantized_parts`,
+    and `attention.kv_scale` float32 [2] per layer with a quantised cache."""
     head = "model.wte" if model.tied_head else "model.lm_head.weight"
     result = []
     for tensor in tensors(model):
@@ -48,8 +73,17 @@ def engine_layout(model: ModelConfig, mapping: Mapping) -> list[EngineTensor]:
             shape = (model.padded_vocab_size(mapping.world_size), *shape[1:])
         split = _table_split(tensor, model, mapping)
         shape = mapping.local_shape(split, shape, model)
-        result.append(EngineTensor(tensor, shape, split))
+        if tensor.kind == "weight" and quant.weights:
+            result += [EngineTensor(tensor, *part) for part in quantized_parts(tensor, shape, dtype, quant)]
+        else:
+            result.append(EngineTensor(tensor, tensor.name, shape, dtype, split))
+        if quant.kv_cache and tensor.name.endswith(_QKV):
+            result.append(EngineTensor(tensor, _kv_scale_name(tensor), (2,), "float32"))
     return result
+
+
+def _kv_scale_name(qkv: Tensor) -> str:
+    return qkv.name.removesuffix(".query_key_value.weight") + ".kv_scale"
 
 
 def _table_split(tensor: Tensor, model: ModelConfig, mapping: Mapping) -> Split:
@@ -60,23 +94,47 @@ def _table_split(tensor: Tensor, model: ModelConfig, mapping: Mapping) -> Split:
     return Split.ROW if tensor.name == "model.lm_head.weight" else Split.NONE
 
 
-def engine_bytes(model: ModelConfig, mapping: Mapping, dtype: str) -> int:
+def engine_bytes(model: ModelConfig, mapping: Mapping, dtype: str, quant: QuantConfig = FLOAT) -> int:
     """Bytes of one rank's weights."""
-    return sum(math.prod(tensor.shape) for tensor in engine_layout(model, mapping)) * ITEMSIZE[dtype]
+    return sum(tensor.num_bytes for tensor in engine_layout(model, mapping, dtype, quant))
 
 
 def engine_tensors(
     model: ModelConfig, build: BuildConfig, mapping: Mapping, source: WeightSource
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, tensor) in the order of `engine_layout`, contiguous, in the engine's dtype, one at a time."""
+    """Yields (name, tensor) in the order of `engine_layout`, contiguous, in its dtypes, those of one checkpoint tensor
+    at a time in memory."""
     dtype = torch_dtype(build.dtype)
+    quant = build.quant
+    calibration = _calibration(source) if quant.describe() else None
     for target in engine_layout(model, mapping):
-        value = source.read(target.source, mapping)
-        if target.source.kind == "weight":
-            # [out, in] lets a row of the product be one dot product along memory, which is what decoding does all day.
-            value = value.t()
-        num_rows = target.shape[0] * (mapping.world_size if target.split is Split.ROW else 1)
-        if value.shape[0] < num_rows:
-            value = torch.nn.functional.pad(value, (0, 0, 0, num_rows - value.shape[0]))
-        value = mapping.shard(target.split, value, model)
-        yield target.name, value.to(dtype).contiguous()
+        tensor = target.source
+        read = partial(_read, source, target, model, mapping)
+        if calibration and tensor.kind == "weight" and quant.weights:
+            parts = quantized_tensors(tensor, read, build.dtype, quant, mapping, calibration)
+            for name, _, _ in quantized_parts(tensor, target.shape, build.dtype, quant):
+                yield name, parts[name].contiguous()
+        else:
+            yield target.name, read().to(dtype).contiguous()
+        if calibration and quant.kv_cache and tensor.name.endswith(_QKV):
+            yield _kv_scale_name(tensor), kv_scale(quant, int(tensor.name.split(".")[2]), calibration)
+
+
+def _read(source: WeightSource, target: EngineTensor, model: ModelConfig, mapping: Mapping) -> torch.Tensor:
+    """The float form of `target`, in the dtype of the source."""
+    value = source.read(target.source, mapping)
+    if target.source.kind == "weight":
+        # [out, in] lets a row of the product be one dot product along memory, which is what decoding does all day.
+        value = value.t()
+    num_rows = target.shape[0] * (mapping.world_size if target.split is Split.ROW else 1)
+    if value.shape[0] < num_rows:
+        value = torch.nn.functional.pad(value, (0, 0, 0, num_rows - value.shape[0]))
+    return mapping.shard(target.split, value, model)
+
+
+def _calibration(source: WeightSource) -> Calibration:
+    if isinstance(source, Checkpoint):
+        return StoredCalibration(source)
+    if isinstance(source, RandomWeights):
+        return RandomCalibration(source)
+    raise ConfigError("only a checkpoint and random weights can be quantised", found=type(source).__name__)

@@ -18,16 +18,9 @@ from gpt.network.ops import Ops, X
 def forward(ops: Ops[X], model: ModelConfig, mapping: Mapping) -> X:
     """The logits [B, V padded] of the last token of each sequence, float32, for the step that `ops` holds; the same on
     every rank."""
-    x = ops.embedding("model.wte")  # [..., E]
-    if mapping.embedding is Split.ROW:
-        x = ops.all_reduce(x)  # zeros from all ranks but the one that has the token
-    elif mapping.embedding is Split.COLUMN:
-        x = ops.all_gather(x)
-    if model.learned_positions:
-        x = ops.add(x, ops.position_embedding("model.wpe"))
-    x = ops.name(x, "embedding")
+    x = embed(ops, model, mapping)
     for layer in range(model.n_layer):
-        x = _block(ops, model, mapping, x, layer)
+        x = block(ops, model, mapping, x, layer)
     x = _norm(ops, model, x, "model.final_layernorm")
     x = ops.name(x, "final_layernorm")
     logits = ops.logits(x, "model.wte" if model.tied_head else "model.lm_head.weight")  # [B, V padded / R]
@@ -36,9 +29,22 @@ def forward(ops: Ops[X], model: ModelConfig, mapping: Mapping) -> X:
     return ops.name(logits, "logits")
 
 
-def _block(ops: Ops[X], model: ModelConfig, mapping: Mapping, x: X, layer: int) -> X:
+def embed(ops: Ops[X], model: ModelConfig, mapping: Mapping) -> X:
+    """The residual stream [..., E] that the first block gets."""
+    x = ops.embedding("model.wte")  # [..., E]
+    if mapping.embedding is Split.ROW:
+        x = ops.all_reduce(x)  # zeros from all ranks but the one that has the token
+    elif mapping.embedding is Split.COLUMN:
+        x = ops.all_gather(x)
+    if model.learned_positions:
+        x = ops.add(x, ops.position_embedding("model.wpe"))
+    return ops.name(x, "embedding")
+
+
+def block(ops: Ops[X], model: ModelConfig, mapping: Mapping, x: X, layer: int) -> X:
+    """One decoder block on the residual stream x [..., E]."""
     prefix = f"model.layers.{layer}."
-    h = _norm(ops, model, x, prefix + "input_layernorm")
+    h = _norm(ops, model, x, prefix + "input_layernorm", prefix + "attention.query_key_value")
     qkv = ops.linear(h, prefix + "attention.query_key_value")  # [..., (H+2G)*D/R]
     if not model.learned_positions:
         qkv = ops.rotary(qkv, model.rotary_dim, model.rotary_base, model.rotary_scaling)
@@ -48,14 +54,14 @@ def _block(ops: Ops[X], model: ModelConfig, mapping: Mapping, x: X, layer: int) 
         # Nothing after the last attention looks across tokens, and only the last token of a prompt is asked for.
         x, h = ops.gather_last(x), ops.gather_last(h)  # [B, E], [B, H*D/R]
     x = ops.add(x, _row_parallel(ops, mapping, h, prefix + "attention.dense"))
-    h = _norm(ops, model, x, prefix + "post_attention_layernorm")
+    h = _norm(ops, model, x, prefix + "post_attention_layernorm", prefix + "mlp.dense_h_to_4h")
     h = ops.name(_mlp(ops, model, mapping, h, prefix + "mlp."), f"layers.{layer}.mlp")
     return ops.name(ops.add(x, h), f"layers.{layer}")
 
 
-def _norm(ops: Ops[X], model: ModelConfig, x: X, name: str) -> X:
+def _norm(ops: Ops[X], model: ModelConfig, x: X, name: str, feeds: str | None = None) -> X:
     normalize = ops.rms_norm if model.normalization == "rmsnorm" else ops.layer_norm
-    return normalize(x, name, model.layer_norm_epsilon)
+    return normalize(x, name, model.layer_norm_epsilon, feeds)
 
 
 def _mlp(ops: Ops[X], model: ModelConfig, mapping: Mapping, h: X, prefix: str) -> X:

@@ -33,12 +33,17 @@ class Ops(Protocol[X]):
         """a + b, elementwise, [..., E]; used for residuals, so either may be overwritten by an executor."""
         ...
 
-    def layer_norm(self, x: X, name: str, epsilon: float) -> X:
-        """(x - mean) / sqrt(var + epsilon) * weight + bias over the last axis, moments in float32 (Ba et al. 2016)."""
+    def layer_norm(self, x: X, name: str, epsilon: float, feeds: str | None = None) -> X:
+        """(x - mean) / sqrt(var + epsilon) * weight + bias over the last axis, moments in float32 (Ba et al. 2016).
+
+        feeds: the linear layer that is given the result; all others that are take it in the same form.  An executor
+        may hand over what a quantised layer multiplies, int8 rows and their scales, from one kernel.
+        """
         ...
 
-    def rms_norm(self, x: X, name: str, epsilon: float) -> X:
-        """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, the mean in float32 (Zhang and Sennrich 2019)."""
+    def rms_norm(self, x: X, name: str, epsilon: float, feeds: str | None = None) -> X:
+        """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, the mean in float32 (Zhang and Sennrich 2019).
+        `feeds` as in `layer_norm`."""
         ...
 
     def linear(self, x: X, name: str, *, activation: str | None = None, bias: bool = True) -> X:
@@ -73,7 +78,7 @@ class Ops(Protocol[X]):
         ...
 
     def gather_last(self, x: X) -> X:
-        """Keeps the last token of each sequence: [..., E] -> [B, E]."""
+        """Keeps the tokens whose logits are wanted, as a rule the last one of each sequence: [..., E] -> [B, E]."""
         ...
 
     def logits(self, x: X, name: str) -> X:

@@ -9,6 +9,7 @@ import torch
 from gpt.checkpoint.random_weights import RandomWeights
 from gpt.comm import Communicator
 from gpt.console import human_bytes, log
+from gpt.dtypes import dtype_name
 from gpt.engine.folder import EngineInfo
 from gpt.engine.tensor_file import map_tensor_file
 from gpt.engine.weights import engine_layout, engine_tensors
@@ -71,8 +72,9 @@ def load_torch_weights(info: EngineInfo, mapping: Mapping, device: torch.device)
             found=f"build {metadata.get('build_id')} of the file, {info.build_id} of config.json",
             hint="build the engine again with build.py",
         )
-    expected = {tensor.name: tensor.shape for tensor in engine_layout(info.model, mapping)}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    layout = engine_layout(info.model, mapping, info.build.dtype, info.build.quant)
+    expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in layout}
+    found = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in weights.items()}
     if found != expected:
         different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise EngineError(

@@ -11,7 +11,7 @@ import torch
 
 from gpt.comm import Communicator, NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
-from gpt.engine.kv_cache import KvCache
+from gpt.engine.kv_cache import KvCache, kv_scales
 from gpt.engine.step import ContextStep, GenerationStep, PagedStep, Step
 from gpt.engine.torch_executor import TorchOps
 from gpt.mapping import Mapping
@@ -40,8 +40,9 @@ class TorchSession:
         self.build = build
         self.mapping = mapping
         self.device = torch.device(device)
-        self.ops = TorchOps(model, mapping, weights, fused=build.fused_attention, comm=self.comm)
+        self.ops = TorchOps(model, mapping, weights, fused=build.fused_attention, comm=self.comm, quant=build.quant)
         self._dtype = weights["model.wte"].dtype
+        self._kv_scales = kv_scales(weights, model)
         self.cache: KvCache | None = None
         self.pool: KvCache | None = None
         self._lengths: list[int] = []
@@ -60,6 +61,7 @@ class TorchSession:
                 self.device,
                 num_blocks=batch_size,
                 tokens_per_block=max_seq_len,
+                scales=self._kv_scales,
             )
         self._lengths = []
 
@@ -72,6 +74,13 @@ class TorchSession:
         self._positions = torch.tensor(self._lengths, dtype=torch.int32, device=self.device)
         self._beginnings = SharedBeginnings(self._lengths)
         return self._run(step)
+
+    def all_logits(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Like `context`, with the logits after every token: [N, V], the prompts one after the other."""
+        self._lengths = [len(prompt) for prompt in prompts]
+        self._positions = torch.tensor(self._lengths, dtype=torch.int32, device=self.device)
+        step = _packed_step(prompts, self.device)
+        return self._run(dataclasses.replace(step, last=torch.arange(len(step.ids), device=self.device)))
 
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
         longest = max(self._lengths)
@@ -130,6 +139,7 @@ class TorchSession:
                 self.device,
                 num_blocks=num_blocks,
                 tokens_per_block=tokens_per_block,
+                scales=self._kv_scales,
             )
 
     def run_paged(self, step: PagedStep) -> torch.Tensor:

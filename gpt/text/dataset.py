@@ -21,12 +21,15 @@ _SPLIT = "test"
 
 @dataclass(frozen=True)
 class HubData:
-    """A data set on the hub, the version of it, and its columns of texts and references."""
+    """A data set on the hub, the version of it, its columns of texts and of references, the split that is read, and the
+    flag that names a file to read in its place."""
 
     name: str
-    version: str
+    version: str | None
     text_column: str
-    reference_column: str
+    reference_column: str = ""
+    split: str = _SPLIT
+    flag: str = "--dataset_path"
 
 
 CNN_DAILYMAIL = HubData("abisee/cnn_dailymail", "3.0.0", "article", "highlights")
@@ -49,7 +52,7 @@ def load_articles(
 
     Raises ConfigError for data that is not there, has no rows, lacks a column or has something other than text in it.
     """
-    rows = _rows_of_hub(hub, None) if path is None else _rows_of_path(path, hub)
+    rows = rows_of_hub(hub, None) if path is None else _rows_of_path(path, hub)
     source = hub.name if path is None else str(path)
     articles: list[Article] = []
     problems = Problems()
@@ -85,10 +88,11 @@ def _rows_of_path(path: Path, hub: HubData) -> Iterator[Mapping[str, Any]]:
         raise ConfigError(f"no data set in {path}", found=path.suffix or "no such folder", allowed=allowed)
     if not path.is_file():
         raise ConfigError(f"there is no data set {path}", hint="--dataset_path names a file or a folder")
-    return _rows_of_file(path)
+    return rows_of_file(path)
 
 
-def _rows_of_file(path: Path) -> Iterator[Mapping[str, Any]]:
+def rows_of_file(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file of FILE_SUFFIXES.  Raises ConfigError where it cannot be read as what its name says."""
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     try:
         for row in readers[path.suffix.lower()](path):
@@ -150,24 +154,26 @@ def _rows_of_folder(path: Path, hub: HubData) -> Iterator[Mapping[str, Any]]:
     for suffix in (".parquet", ".jsonl", ".json", ".csv"):
         files = sorted(path.rglob(f"*{_SPLIT}*{suffix}"))
         if files:
-            return itertools.chain.from_iterable(map(_rows_of_file, files))
-    return _rows_of_hub(hub, path)
+            return itertools.chain.from_iterable(map(rows_of_file, files))
+    return rows_of_hub(hub, path)
 
 
-def _rows_of_hub(hub: HubData, cache_dir: Path | None) -> Iterator[Mapping[str, Any]]:
+def rows_of_hub(hub: HubData, cache_dir: Path | None) -> Iterator[Mapping[str, Any]]:
+    """The rows of a data set from the hub or its cache.  Raises ConfigError where neither has it."""
     online = use_cache_when_offline()
     from datasets import load_dataset
 
     cache = None if cache_dir is None else str(cache_dir)
     try:
-        return iter(load_dataset(hub.name, hub.version, split=_SPLIT, cache_dir=cache))
+        return iter(load_dataset(hub.name, hub.version, split=hub.split, cache_dir=cache))
     except Exception as error:  # the library raises many kinds, from ConnectionError to its own
         where = "the default cache" if cache_dir is None else str(cache_dir)
         reason = "the hub refused" if online else "no hub reachable"
         raise ConfigError(
             f"the data set {hub.name} cannot be loaded",
             found=f"{reason}, and it is not in {where}: {_first_line(error)}",
-            hint=f"--dataset_path <file> reads a file with the columns {hub.text_column} and {hub.reference_column}",
+            hint=f"{hub.flag} <file> reads a file with "
+            + (f"the columns {hub.text_column} and {hub.reference_column}" if hub.reference_column else "texts"),
         ) from error
 
 

@@ -112,3 +112,21 @@ def _to_svg(figure: Figure, axes: Axes, title: str) -> str:
     prefix = re.sub(r"\W+", "-", title.lower())
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+
+
+def plot_agreement(kl_by_position: Sequence[float], prompt_len: int) -> str:
+    """The mean divergence of an engine's predictions from the float model's over the position in a text; the line
+    parts prompts from generation steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _new_figure()
+    positions = range(1, len(kl_by_position) + 1)
+    axes.plot(positions, kl_by_position, color=_SERIES[0], linewidth=1.4, label="KL(float || engine)")
+    axes.axvline(prompt_len + 0.5, color=_INK, linewidth=1, linestyle=(0, (4, 4)))
+    axes.set(xlabel="predicted token (dashed: the prompt's end)", ylabel="nats")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    svg = _to_svg(figure, axes, "Divergence from the float model")
+    for variable, colour in zip(_VARIABLES.values(), ("#555", "#ddd", "#2563a8", "#b4541a"), strict=True):
+        svg = svg.replace(variable, colour)  # a file of its own has no style sheet
+    return svg
