@@ -7,8 +7,9 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from gpt.comm import POLL_S, Watch, summable
+from gpt.console import log
 from gpt.errors import ConfigError
-from gpt.launch import Launch, singletons
+from gpt.launch import Launch, check_wire, singletons
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,10 @@ class MpiCommunicator:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of an mpirun that is not MPI's own; the check below says more
+                import mpi4py
+
+                # The library says what it is before it joins, since not all ways to fail there return.
+                mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
                 from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
             raise ConfigError(
@@ -30,9 +35,15 @@ class MpiCommunicator:
                 hint="python -m pip install mpi4py mpich, or mpi4py built for the cluster's MPI; "
                 "srun --mpi=none does without",
             ) from error
+        library = MPI.Get_library_version()
+        warning = check_wire(library)
+        if warning and launch.rank == 0:
+            log.warning(warning)
+        if not MPI.Is_initialized():
+            MPI.Init_thread()
         world = MPI.COMM_WORLD
         if world.Get_size() != launch.size:
-            raise singletons(launch, world.Get_size(), MPI.Get_library_version())
+            raise singletons(launch, world.Get_size(), library)
         self._in_place = MPI.IN_PLACE
         self._world = world
         local = world.Split_type(MPI.COMM_TYPE_SHARED)
