@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from gpt.comm import POLL_S, Communicator, Watch, summable, time_limit_s
@@ -135,8 +135,10 @@ class NcclCommunicator:
         self._dist = dist
         self.rank, self.size = control.rank, control.size
         self.local_rank, self.local_size = control.local_rank, control.local_size
+        # Sums a small contiguous tensor and says so, where the GPUs reach each other's memory.
+        self.small_sum: Callable[[torch.Tensor], bool] | None = None
         if dist.is_initialized():
-            self._group = dist.new_group(backend="nccl", timeout=_time_limit(), device_id=device)
+            self.group = dist.new_group(backend="nccl", timeout=_time_limit(), device_id=device)
             return
         # Rank 0 takes any free port, so that two jobs on one machine never meet.
         store = None
@@ -152,7 +154,7 @@ class NcclCommunicator:
             "nccl", store=store, rank=self.rank, world_size=self.size, timeout=_time_limit(), device_id=device
         )
         atexit.register(dist.destroy_process_group)
-        self._group = dist.group.WORLD
+        self.group = dist.group.WORLD
 
     @property
     def stage(self) -> str:
@@ -164,7 +166,8 @@ class NcclCommunicator:
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         total = tensor.contiguous()
-        self._dist.all_reduce(total, group=self._group)
+        if self.small_sum is None or not self.small_sum(total):
+            self._dist.all_reduce(total, group=self.group)
         if total is not tensor:
             tensor.copy_(total)
 
@@ -173,7 +176,7 @@ class NcclCommunicator:
 
         own = tensor.contiguous()
         parts = [torch.empty_like(own) for _ in range(self.size)]
-        self._dist.all_gather(parts, own, group=self._group)
+        self._dist.all_gather(parts, own, group=self.group)
         return torch.cat(parts, dim)
 
     def broadcast_object(self, value: Any) -> Any:

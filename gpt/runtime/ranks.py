@@ -96,9 +96,12 @@ def place_on_gpu(ranks: Communicator, device: torch.device | None) -> Communicat
             hint="start fewer ranks per machine, or use --device cpu on all of them",
         )
     from gpt.comm_torch import NcclCommunicator
+    from gpt.runtime.peer_memory import connect_peers
 
     torch.cuda.set_device(device)
-    return NcclCommunicator(ranks, device)
+    gpus = NcclCommunicator(ranks, device)
+    gpus.small_sum = connect_peers(ranks, gpus.group, device)
+    return gpus
 
 
 def spawn_ranks(engine_dir: Path, script: str, arguments: Sequence[str]) -> int | None:

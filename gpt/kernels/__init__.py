@@ -1,0 +1,1 @@
+"""Triton kernels: each file has the kernel, its launcher and the same in plain PyTorch."""
