@@ -14,6 +14,8 @@ from gpt.launch import Launch, check_wire, singletons
 if TYPE_CHECKING:
     import torch
 
+_ROLL_CALL = 1  # a tag that nothing else has
+
 
 class MpiCommunicator:
     """CPU tensors over MPI."""
@@ -45,6 +47,7 @@ class MpiCommunicator:
         if world.Get_size() != launch.size:
             raise singletons(launch, world.Get_size(), library)
         self._in_place = MPI.IN_PLACE
+        self._library = " ".join(library.split("\n")[0].split(",")[0].split())
         self._world = world
         local = world.Split_type(MPI.COMM_TYPE_SHARED)
         self.rank, self.size = world.Get_rank(), world.Get_size()
@@ -83,6 +86,20 @@ class MpiCommunicator:
         request = self._world.Ibarrier()
         while not request.Test():
             time.sleep(POLL_S)
+
+    def roll_call(self, limit_s: float) -> list[int]:
+        if self.rank > 0:
+            self._world.isend(None, 0, _ROLL_CALL)
+            return []
+        requests = {rank: self._world.irecv(source=rank, tag=_ROLL_CALL) for rank in range(1, self.size)}
+        deadline = time.monotonic() + limit_s
+        while requests and time.monotonic() < deadline:
+            requests = {rank: request for rank, request in requests.items() if not request.test()[0]}
+            time.sleep(POLL_S)
+        return list(requests)
+
+    def versions(self) -> dict[str, str]:
+        return {"mpi": self._library}
 
     def abort(self, code: int) -> None:
         self._world.Abort(code)

@@ -90,6 +90,20 @@ class GlooCommunicator:
             time.sleep(POLL_S)
             seen = self._store.add(name + " seen", 0)
 
+    def roll_call(self, limit_s: float) -> list[int]:
+        self._store.set(f"here {self.rank}", "")
+        if self.rank > 0:
+            return []
+        missing = list(range(1, self.size))
+        deadline = time.monotonic() + limit_s
+        while missing and time.monotonic() < deadline:
+            missing = [rank for rank in missing if not self._store.check([f"here {rank}"])]
+            time.sleep(POLL_S)
+        return missing
+
+    def versions(self) -> dict[str, str]:
+        return {}  # PyTorch's own
+
     def abort(self, code: int) -> None:
         self._store.set("abort", str(code))
         if self.rank == 0:
@@ -187,6 +201,12 @@ class NcclCommunicator:
 
     def barrier(self) -> None:
         self._control.barrier()
+
+    def roll_call(self, limit_s: float) -> list[int]:
+        return self._control.roll_call(limit_s)
+
+    def versions(self) -> dict[str, str]:
+        return self._control.versions()
 
     def abort(self, code: int) -> None:
         self._control.abort(code)

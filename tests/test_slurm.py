@@ -140,10 +140,10 @@ def test_the_cluster_is_checked_first_when_asked(
     slurm: dict[str, str], engines: dict[int, EngineInfo], expected: str, tmp_path: Path
 ) -> None:
     arguments = run_words(engines[NUM_RANKS])
-    code, printed = sbatch(slurm, NODES[2], arguments, tmp_path / "job.log", SELFTEST="1")
+    code, printed = sbatch(slurm, NODES[2], arguments, tmp_path / "job.log", CHECK="1")
     assert code == 0, printed
     assert printed.endswith(expected)
-    assert "4 ranks" in printed
+    assert "4 ranks on 1 machine" in printed
 
 
 @pytest.mark.parametrize(

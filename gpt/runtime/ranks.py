@@ -38,7 +38,7 @@ def join_ranks(info: EngineInfo) -> Communicator:
             found=[f"rank {rank}: build {build_id}" for rank, build_id in enumerate(build_ids)],
             hint="give all machines the same folder, or copy it to each again",
         )
-    _share_processors(ranks)
+    share_processors(ranks)
     processes = ranks.gather_objects(f"{os.getpid()} on {socket.gethostname()}")
     log.info("Ranks: %s", ", ".join(f"{rank} is process {process}" for rank, process in enumerate(processes)))
     return ranks
@@ -59,7 +59,7 @@ def _wrong_number(info: EngineInfo, num_started: int) -> ConfigError:
     return ConfigError(what, hint=hint)
 
 
-def _share_processors(ranks: Communicator) -> None:
+def share_processors(ranks: Communicator) -> None:
     """Every rank computes with its part of the processors that it shares with others, unless OMP_NUM_THREADS says
     otherwise: more threads than processors wait for each other."""
     if "OMP_NUM_THREADS" in os.environ:
