@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Checks checkpoints, engine folders, Hugging Face models, .nemo archives and prompt tables without running them."""
+"""Checks checkpoints, engine folders, Hugging Face models, .nemo archives and prompt tables without running them, and,
+started by mpirun or srun with --ranks, whether the ranks of a job can work together."""
 
 from __future__ import annotations
 
@@ -9,19 +10,28 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt.cli import ArgumentParser, add_log_level, run_main
+from gpt.cli import ArgumentParser, add_log_level, reject_unsupported, run_main
+from gpt.comm import active
 from gpt.console import setup_logging
 from gpt.engine.inspection import inspect
-from gpt.errors import CheckpointError
+from gpt.errors import CheckpointError, ConfigError, GptError
+from gpt.runtime import rank_check
+from gpt.runtime.rank_check import check_ranks
 from gpt.text.inspection import add_tokenizer, as_json, as_text
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, epilog="Exit code: 0 if everything is fine, 3 if there are problems.")
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folder or file to check")
+    parser = ArgumentParser(
+        description=__doc__, epilog="Exit code: 0 if everything is fine, 3 if there are problems, 1 with --ranks."
+    )
+    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="folder or file to check")
     parser.add_argument("--no_checksums", action="store_true", help="do not compare the bytes with their checksums")
     parser.add_argument("--no_values", action="store_true", help="do not look for NaN and infinity among the values")
     parser.add_argument("--json", action="store_true", help="print a list of objects: path, kind, facts, problems")
+    group = parser.add_argument_group("ranks of a job (mpirun -np N python3 check.py --ranks)")
+    group.add_argument("--ranks", action="store_true", help="check machines, devices, links, sums and their speed")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="for each part of the check")
     add_log_level(parser)
     return parser
 
@@ -33,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: Namespace) -> int:
+    if args.ranks:
+        return _run_ranks(args)
+    if not args.paths:
+        raise ConfigError("nothing to check", allowed="one PATH or more, or --ranks")
     results = []
     for path in args.paths:
         result = inspect(path, checksums=not args.no_checksums, values=not args.no_values)
@@ -43,6 +57,19 @@ def _run(args: Namespace) -> int:
     if args.json:
         print(json.dumps([as_json(result) for result in results], indent=2))
     return CheckpointError.exit_code if any(result.problems for result in results) else 0
+
+
+def _run_ranks(args: Namespace) -> int:
+    problems = []
+    if args.paths:
+        problems.append("--ranks looks at machines; folders and files are checked by one process, without it")
+    if not 0.1 <= args.timeout <= 1e6:
+        problems.append(f"--timeout {args.timeout:g}: allowed are 0.1 to 1e6 seconds")
+    reject_unsupported(problems)
+    result = check_ranks(args.device, args.timeout)
+    if active().rank == 0:
+        print(json.dumps(result.as_json(), indent=2) if args.json else rank_check.as_text(result), flush=True)
+    return GptError.exit_code if result.problems else 0
 
 
 if __name__ == "__main__":

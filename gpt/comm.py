@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gpt.console import print_error
 from gpt.errors import ConfigError
-from gpt.launch import let_mpirun_forward, read_launch
+from gpt.launch import let_lower_ranks_speak, let_mpirun_forward, read_launch
 
 if TYPE_CHECKING:
     import torch
 
 POLL_S = 0.001
-_TIMEOUT_VARIABLE = "GPT_RANK_TIMEOUT"
+TIMEOUT_VARIABLE = "GPT_RANK_TIMEOUT"
 _DEFAULT_TIMEOUT_S = 600.0
 
 
@@ -64,6 +64,14 @@ class Communicator(Protocol):
         """Returns when all ranks are here.  Waits without a limit and leaves the processor to others."""
         ...
 
+    def roll_call(self, limit_s: float) -> list[int]:
+        """The ranks that rank 0 has not heard of within the limit, as rank 0 sees it; [] elsewhere."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """What carries the messages, by name."""
+        ...
+
     def abort(self, code: int) -> None:
         """Ends the job with this exit code, whatever the other ranks are doing."""
         ...
@@ -94,6 +102,12 @@ class NullCommunicator:
 
     def barrier(self) -> None:
         pass
+
+    def roll_call(self, limit_s: float) -> list[int]:
+        return []
+
+    def versions(self) -> dict[str, str]:
+        return {}
 
     def abort(self, code: int) -> None:
         pass
@@ -132,21 +146,58 @@ class Watch:
             if since is not None and time.monotonic() - since > self._limit_s:
                 print_error(
                     f"{describe_rank(self._comm)}: no answer from the other ranks for {self._limit_s:g} s "
-                    f"in {self._what}\n  next:    look at what they are doing, or raise {_TIMEOUT_VARIABLE}"
+                    f"in {self._what}\n  next:    look at what they are doing, or raise {TIMEOUT_VARIABLE}"
                 )
                 let_mpirun_forward()
                 self._comm.abort(1)
 
 
+class Deadline:
+    """Ends this process, and with it the job, when a part of the work takes longer than `limit_s`: for programs that
+    have to end in any case.  `with Deadline(60) as deadline: deadline.begin("roll call"); ...`"""
+
+    def __init__(self, limit_s: float):
+        self._limit_s = limit_s
+        self._what = ""
+        self._since: float | None = None
+
+    def begin(self, what: str) -> None:
+        """The next part, with the whole limit for itself."""
+        self._what, self._since = what, time.monotonic()
+        active().stage = what
+
+    def __enter__(self) -> Deadline:
+        self.begin("start")
+        threading.Thread(target=self._run, daemon=True, name="deadline").start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._since = None
+
+    def _run(self) -> None:
+        while self._since is not None:
+            time.sleep(min(0.1, self._limit_s / 4))
+            since = self._since
+            if since is not None and time.monotonic() - since > self._limit_s:
+                let_lower_ranks_speak()
+                rank = read_launch().rank
+                print_error(
+                    f"rank {rank}: {self._what} takes more than {self._limit_s:g} s: a rank is missing or hangs"
+                )
+                let_mpirun_forward()
+                active().abort(1)
+                os._exit(1)
+
+
 def time_limit_s() -> float:
     """The longest wait inside a step.  Raises ConfigError where the variable holds no positive number."""
-    text = os.environ.get(_TIMEOUT_VARIABLE, str(_DEFAULT_TIMEOUT_S))
+    text = os.environ.get(TIMEOUT_VARIABLE, str(_DEFAULT_TIMEOUT_S))
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0.0 < seconds < 1e9:
-        raise ConfigError(f"{_TIMEOUT_VARIABLE} is no time", found=repr(text), allowed="seconds, above 0")
+        raise ConfigError(f"{TIMEOUT_VARIABLE} is no time", found=repr(text), allowed="seconds, above 0")
     return seconds
 
 

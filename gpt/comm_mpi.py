@@ -7,11 +7,14 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from gpt.comm import POLL_S, Watch, summable
+from gpt.console import log
 from gpt.errors import ConfigError
-from gpt.launch import Launch, singletons
+from gpt.launch import Launch, check_wire, singletons
 
 if TYPE_CHECKING:
     import torch
+
+_ROLL_CALL = 1  # a tag that nothing else has
 
 
 class MpiCommunicator:
@@ -22,6 +25,10 @@ class MpiCommunicator:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of an mpirun that is not MPI's own; the check below says more
+                import mpi4py
+
+                # The library says what it is before it joins, since not all ways to fail there return.
+                mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
                 from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
             raise ConfigError(
@@ -30,10 +37,17 @@ class MpiCommunicator:
                 hint="python -m pip install mpi4py mpich, or mpi4py built for the cluster's MPI; "
                 "srun --mpi=none does without",
             ) from error
+        library = MPI.Get_library_version()
+        warning = check_wire(library)
+        if warning and launch.rank == 0:
+            log.warning(warning)
+        if not MPI.Is_initialized():
+            MPI.Init_thread()
         world = MPI.COMM_WORLD
         if world.Get_size() != launch.size:
-            raise singletons(launch, world.Get_size(), MPI.Get_library_version())
+            raise singletons(launch, world.Get_size(), library)
         self._in_place = MPI.IN_PLACE
+        self._library = " ".join(library.split("\n")[0].split(",")[0].split())
         self._world = world
         local = world.Split_type(MPI.COMM_TYPE_SHARED)
         self.rank, self.size = world.Get_rank(), world.Get_size()
@@ -72,6 +86,20 @@ class MpiCommunicator:
         request = self._world.Ibarrier()
         while not request.Test():
             time.sleep(POLL_S)
+
+    def roll_call(self, limit_s: float) -> list[int]:
+        if self.rank > 0:
+            self._world.isend(None, 0, _ROLL_CALL)
+            return []
+        requests = {rank: self._world.irecv(source=rank, tag=_ROLL_CALL) for rank in range(1, self.size)}
+        deadline = time.monotonic() + limit_s
+        while requests and time.monotonic() < deadline:
+            requests = {rank: request for rank, request in requests.items() if not request.test()[0]}
+            time.sleep(POLL_S)
+        return list(requests)
+
+    def versions(self) -> dict[str, str]:
+        return {"mpi": self._library}
 
     def abort(self, code: int) -> None:
         self._world.Abort(code)

@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from gpt.comm import POLL_S, Communicator, Watch, summable, time_limit_s
@@ -90,6 +90,20 @@ class GlooCommunicator:
             time.sleep(POLL_S)
             seen = self._store.add(name + " seen", 0)
 
+    def roll_call(self, limit_s: float) -> list[int]:
+        self._store.set(f"here {self.rank}", "")
+        if self.rank > 0:
+            return []
+        missing = list(range(1, self.size))
+        deadline = time.monotonic() + limit_s
+        while missing and time.monotonic() < deadline:
+            missing = [rank for rank in missing if not self._store.check([f"here {rank}"])]
+            time.sleep(POLL_S)
+        return missing
+
+    def versions(self) -> dict[str, str]:
+        return {}  # PyTorch's own
+
     def abort(self, code: int) -> None:
         self._store.set("abort", str(code))
         if self.rank == 0:
@@ -135,8 +149,10 @@ class NcclCommunicator:
         self._dist = dist
         self.rank, self.size = control.rank, control.size
         self.local_rank, self.local_size = control.local_rank, control.local_size
+        # Sums a small contiguous tensor and says so, where the GPUs reach each other's memory.
+        self.small_sum: Callable[[torch.Tensor], bool] | None = None
         if dist.is_initialized():
-            self._group = dist.new_group(backend="nccl", timeout=_time_limit(), device_id=device)
+            self.group = dist.new_group(backend="nccl", timeout=_time_limit(), device_id=device)
             return
         # Rank 0 takes any free port, so that two jobs on one machine never meet.
         store = None
@@ -152,7 +168,7 @@ class NcclCommunicator:
             "nccl", store=store, rank=self.rank, world_size=self.size, timeout=_time_limit(), device_id=device
         )
         atexit.register(dist.destroy_process_group)
-        self._group = dist.group.WORLD
+        self.group = dist.group.WORLD
 
     @property
     def stage(self) -> str:
@@ -164,7 +180,8 @@ class NcclCommunicator:
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         total = tensor.contiguous()
-        self._dist.all_reduce(total, group=self._group)
+        if self.small_sum is None or not self.small_sum(total):
+            self._dist.all_reduce(total, group=self.group)
         if total is not tensor:
             tensor.copy_(total)
 
@@ -173,7 +190,7 @@ class NcclCommunicator:
 
         own = tensor.contiguous()
         parts = [torch.empty_like(own) for _ in range(self.size)]
-        self._dist.all_gather(parts, own, group=self._group)
+        self._dist.all_gather(parts, own, group=self.group)
         return torch.cat(parts, dim)
 
     def broadcast_object(self, value: Any) -> Any:
@@ -184,6 +201,12 @@ class NcclCommunicator:
 
     def barrier(self) -> None:
         self._control.barrier()
+
+    def roll_call(self, limit_s: float) -> list[int]:
+        return self._control.roll_call(limit_s)
+
+    def versions(self) -> dict[str, str]:
+        return self._control.versions()
 
     def abort(self, code: int) -> None:
         self._control.abort(code)

@@ -7,6 +7,7 @@ mpirun of MPICH (and everything else that speaks PMI) sets PMI_*, Open MPI's set
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -101,12 +102,10 @@ def find_mpirun() -> str:
 
 def singletons(launch: Launch, mpi_size: int, library: str) -> ConfigError:
     """The error for processes that were started together and do not know of each other."""
-    is_mpich = "MPICH" in library or "Intel" in library
-    name = "MPICH" if is_mpich else "Open MPI" if "Open MPI" in library else library.split("\n")[0][:40]
+    name = _short_name(library)
     if launch.by_slurm:
-        wire = "pmi2" if is_mpich else "pmix"
-        hint = f"srun --mpi={wire} for {name}; srun --mpi=none does without MPI"
-    elif is_mpich == launch.variable.startswith("OMPI"):
+        hint = _slurm_hint(library)
+    elif _is_mpich(library) == launch.variable.startswith("OMPI"):
         hint = f"this mpirun is another library's: {launch_command(launch.size)}, or MPI4PY_MPIABI chooses the library"
     else:
         hint = f"start with the mpirun that belongs to {name}: {launch_command(launch.size)}"
@@ -116,3 +115,45 @@ def singletons(launch: Launch, mpi_size: int, library: str) -> ConfigError:
         allowed="the same number from both",
         hint=hint,
     )
+
+
+def check_wire(library: str, environ: Mapping[str, str] | None = None) -> str | None:
+    """Before MPI_Init, where libraries end the process, each rank with a message of its own: raises ConfigError for an
+    srun --mpi=... that this MPI cannot join, and returns a warning where it depends on how the library was built.
+
+    library: its version text, in which MPICH tells its build options.
+    """
+    environ = os.environ if environ is None else environ
+    over_pmi = bool({"PMI_FD", "PMI_RANK"} & environ.keys())
+    over_pmix = "PMIX_RANK" in environ
+    if "SLURM_STEP_NUM_TASKS" not in environ or "OMPI_COMM_WORLD_RANK" in environ or over_pmi == over_pmix:
+        return None
+    name, wire = _short_name(library), "PMI-2" if over_pmi else "PMIx"
+    version = re.search(r"Open MPI v(\d+)", library)
+    if over_pmi and version is not None:
+        unfit, known = True, int(version.group(1)) >= 5  # from 5 on it has nothing but PMIx
+    else:
+        unfit = over_pmix and "MPICH" in library and "pmix" not in library.lower()
+        known = "mpich configure:" in library.lower()
+    if not unfit:
+        return None
+    if not known:
+        return f"ranks started over {wire}, which {name} speaks in some builds only; {_slurm_hint(library)}"
+    raise ConfigError(
+        "MPI cannot connect the ranks",
+        found=f"ranks started over {wire}, which this {name} was built without",
+        hint=_slurm_hint(library),
+    )
+
+
+def _is_mpich(library: str) -> bool:
+    return "MPICH" in library or "Intel" in library
+
+
+def _short_name(library: str) -> str:
+    return "MPICH" if _is_mpich(library) else "Open MPI" if "Open MPI" in library else library.split("\n")[0][:40]
+
+
+def _slurm_hint(library: str) -> str:
+    wire = "pmi2" if _is_mpich(library) else "pmix"
+    return f"srun --mpi={wire} for {_short_name(library)}; srun --mpi=none does without MPI"

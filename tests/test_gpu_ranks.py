@@ -44,3 +44,19 @@ def test_more_ranks_than_gpus(tmp_path: Path) -> None:
     results = without_mpi(2 * num_gpus, *arguments)
     assert all(result.returncode != 0 for result in results)
     assert sum("each rank needs a GPU of its own" in result.stderr for result in results) == 1
+
+
+def test_sums_through_shared_memory() -> None:
+    results = without_mpi(2, PROGRAMS / "peer_sum.py", GPT_PEER_SUM_BYTES=str(1 << 20))
+    assert [result.stdout for result in results] == ["rank 0 of 2: good\n", "rank 1 of 2: good\n"], results
+
+
+def test_nccl_alone_is_as_good(results: dict[int, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """The same engines without the sums through shared memory."""
+    folder = build_case("gpt2", 2, tmp_path)
+    out = tmp_path / "out.pt"
+    done = without_mpi(2, PROGRAMS / "logits.py", "cuda", out, folder, GPT_PEER_SUM_BYTES="0")
+    assert [result.returncode for result in done] == [0, 0], done
+    whole = results[1][list(CASES).index("gpt2")]
+    for ours, expected in zip(torch.load(out)[0]["logits"], whole["logits"], strict=True):
+        assert relative_error(ours, expected) < CASES["gpt2"].bound

@@ -40,7 +40,7 @@ def load_session(info: EngineInfo, device: str = "auto") -> Session:
     else:
         target = pick_device(device)
         if ranks.size > 1:
-            target = _device_of_rank(target, ranks)
+            target = device_of_rank(target, ranks)
             ranks = place_on_gpu(ranks, target if target.type == "cuda" else None)
         weights = load_torch_weights(info, mapping, target)
         session = TorchSession(info.model, info.build, mapping, weights, target, ranks)
@@ -48,7 +48,8 @@ def load_session(info: EngineInfo, device: str = "auto") -> Session:
     return session
 
 
-def _device_of_rank(device: torch.device, ranks: Communicator) -> torch.device:
+def device_of_rank(device: torch.device, ranks: Communicator) -> torch.device:
+    """The GPU of this rank among those that `device`, as `pick_device` gave it, means."""
     if device.type != "cuda":
         return device
     if str(device) != "cuda":

@@ -38,7 +38,7 @@ def join_ranks(info: EngineInfo) -> Communicator:
             found=[f"rank {rank}: build {build_id}" for rank, build_id in enumerate(build_ids)],
             hint="give all machines the same folder, or copy it to each again",
         )
-    _share_processors(ranks)
+    share_processors(ranks)
     processes = ranks.gather_objects(f"{os.getpid()} on {socket.gethostname()}")
     log.info("Ranks: %s", ", ".join(f"{rank} is process {process}" for rank, process in enumerate(processes)))
     return ranks
@@ -59,7 +59,7 @@ def _wrong_number(info: EngineInfo, num_started: int) -> ConfigError:
     return ConfigError(what, hint=hint)
 
 
-def _share_processors(ranks: Communicator) -> None:
+def share_processors(ranks: Communicator) -> None:
     """Every rank computes with its part of the processors that it shares with others, unless OMP_NUM_THREADS says
     otherwise: more threads than processors wait for each other."""
     if "OMP_NUM_THREADS" in os.environ:
@@ -96,9 +96,12 @@ def place_on_gpu(ranks: Communicator, device: torch.device | None) -> Communicat
             hint="start fewer ranks per machine, or use --device cpu on all of them",
         )
     from gpt.comm_torch import NcclCommunicator
+    from gpt.runtime.peer_memory import connect_peers
 
     torch.cuda.set_device(device)
-    return NcclCommunicator(ranks, device)
+    gpus = NcclCommunicator(ranks, device)
+    gpus.small_sum = connect_peers(ranks, gpus.group, device)
+    return gpus
 
 
 def spawn_ranks(engine_dir: Path, script: str, arguments: Sequence[str]) -> int | None:
