@@ -32,8 +32,7 @@ from gpt.mapping import Mapping, Split
 class DecodeInputs:
     """What a step reads and where it leaves its choice, at fixed addresses.
 
-    ids, positions: [B] int32.  table: [B, blocks] int32.  tiles: per sequence the largest logits of the head's tiles
-    and their token ids, [B, tiles] float32 and int32; set by the head.
+    ids, positions: [B] int32.  table: [B, blocks] int32, the cache's blocks of each sequence.
     """
 
     ids: torch.Tensor
@@ -223,10 +222,10 @@ class DecodeOps:
         skinny(h, weight, parts, config=skinny_config, scale=scale)
         stream.parts, stream.bias = parts, bias
 
-    def layer_norm(self, x: Value, name: str, epsilon: float) -> Value:
+    def layer_norm(self, x: Value, name: str, epsilon: float, feeds: str | None = None) -> Value:
         return self._normed(x, Norm(self._norms[name + ".weight"], self._norms[name + ".bias"], epsilon))
 
-    def rms_norm(self, x: Value, name: str, epsilon: float) -> Value:
+    def rms_norm(self, x: Value, name: str, epsilon: float, feeds: str | None = None) -> Value:
         return self._normed(x, Norm(self._norms[name + ".weight"], None, epsilon))
 
     def _normed(self, x: Value, norm: Norm) -> _Normed:
@@ -266,6 +265,7 @@ class DecodeOps:
             scale=scale,
             config=config,
             rotary=rotary,
+            kv_scale=None if cache.scales is None else cache.scales[layer],
             parts=parts,
             join=not in_parts,
             next_weight=self.weights.get(f"model.layers.{layer}.mlp.dense_h_to_4h.weight"),

@@ -63,7 +63,7 @@ def generate_beams(
     for step in range(max_new_tokens):
         session.comm.stage = f"new token {step}"
         logits = session.context(prompts, virtual) if step == 0 else session.generation(chosen.tokens)
-        check_finite(logits.amax(dim=-1), step)
+        check_finite(logits.amax(dim=-1).tolist(), step)
         logprobs = logits.log_softmax(dim=-1)
         scores = logprobs if sampler is None else sampler.process(logprobs, may_block_all=True)
         if step == 0:  # of prompts, not yet of their beams

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -14,13 +15,13 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.console import log
 from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
 from gpt.engine.kv_cache import KvCache
+from gpt.engine.step import PagedStep
 from gpt.engine.tuning import Tuning
 from gpt.kernels.choose import choose_greedy
 from gpt.mapping import Mapping
 from gpt.network.gpt import forward
 from gpt.runtime.limits import check_start
 from gpt.runtime.torch_session import TorchSession
-from gpt.runtime.virtual_tokens import VirtualTokens
 
 # Slots of the cache and rows of a batch are rounded up, so that requests of about the same size share a graph.
 _SLOTS = 128
@@ -29,11 +30,18 @@ _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 _LEAD = 3
 
 
+def decodes_with_kernels(build: BuildConfig) -> bool:
+    """Whether the kernels know the numbers of this engine; `TorchSession` knows all."""
+    quant = build.quant
+    return quant.weights in (None, "int8") and quant.activations is None and quant.kv_cache in (None, "int8")
+
+
 @dataclass
 class _Decoder:
     """A decode step for one batch size: its buffers and, on a GPU, its graph.
 
-    tokens: [T, 2, B] int32: per step the chosen tokens and the bits of their logits.
+    first: [B] int32, the positions at which generating began.  tokens: [T, 2, B] int32: per step since then the chosen
+    tokens and the bits of their logits.  logits: [B, V padded] of the last step.
     """
 
     inputs: DecodeInputs
@@ -42,9 +50,13 @@ class _Decoder:
     logits: torch.Tensor | None = None
     graph: torch.cuda.CUDAGraph | None = None
 
+    @property
+    def num_rows(self) -> int:
+        return self.first.shape[0]
+
 
 class CudaSession(TorchSession):
-    """See gpt.runtime.session.Session; `greedy` decodes without waiting for the host.
+    """See gpt.runtime.session.Session and PagedSession; `greedy` decodes without waiting for the host.
 
     graphs: whether steps are captured in CUDA graphs; without, the same kernels are launched one by one.
     """
@@ -59,6 +71,7 @@ class CudaSession(TorchSession):
         comm: Communicator | None = None,
         *,
         graphs: bool = True,
+        tuning: Tuning | None = None,
     ):
         super().__init__(model, build, mapping, weights, device, comm)
         self.graphs = graphs and self.device.type == "cuda"
@@ -66,13 +79,14 @@ class CudaSession(TorchSession):
             model,
             mapping,
             weights,
-            Tuning(self.device),
+            tuning or Tuning(self.device),
             max_seq_len=build.max_seq_len + _SLOTS,
             comm=self.comm,
         )
-        self._decoders: dict[int, _Decoder] = {}
-        self._batch_size = 0
-        self._num_generated = 0
+        self._decoders: dict[tuple[str, int], _Decoder] = {}
+        self._graph_memory = torch.cuda.graph_pool_handle() if self.graphs else None
+        self._active: _Decoder | None = None  # the one that holds the positions of the batch
+        self._num_generated = 0  # since it does
 
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)
@@ -80,7 +94,7 @@ class CudaSession(TorchSession):
         num_slots = -(-max_seq_len // _SLOTS) * _SLOTS
         cache = self.cache
         if cache is None or cache.num_blocks < num_rows or cache.tokens_per_block < num_slots:
-            self._decoders.clear()
+            self._forget("batch")
             self.cache = None  # the old one is gone before the new one is made
             self.cache = KvCache.empty(
                 self.model,
@@ -89,27 +103,17 @@ class CudaSession(TorchSession):
                 self.device,
                 num_blocks=num_rows,
                 tokens_per_block=num_slots,
+                scales=self._kv_scales,
             )
-        self._batch_size = batch_size
         self._lengths = []
-
-    def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
-        logits = super().context(prompts, virtual)
-        decoder = self._decoder()
-        inputs = decoder.inputs
-        inputs.positions.zero_()
-        inputs.positions[: self._batch_size] = self._positions
-        decoder.first.copy_(inputs.positions)
-        self._num_generated = 0
-        return logits
+        self._active = None
 
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
-        decoder = self._decoder()
-        decoder.inputs.ids[: self._batch_size] = ids
-        self._step(decoder)
-        self._num_generated += 1
-        assert decoder.logits is not None
-        return decoder.logits[: self._batch_size, : self.model.vocab_size]
+        decoder = self._batch_decoder()
+        decoder.inputs.ids[: len(self._lengths)] = ids
+        logits = self._step(decoder)
+        self._count_step()
+        return logits[: len(self._lengths)]
 
     def greedy(self, first: torch.Tensor, num_steps: int) -> Iterator[tuple[list[int], list[float]]]:
         """Appends `first` [B], then each step's likeliest tokens: yields per step the tokens and their logits.
@@ -117,67 +121,149 @@ class CudaSession(TorchSession):
         The device runs a few steps ahead of what has been yielded.  A caller that has enough closes the iterator, which
         ends the batch: `start` comes next.
         """
-        decoder = self._decoder()
-        decoder.inputs.ids[: self._batch_size] = first
-        host = torch.empty((num_steps, 2, decoder.first.shape[0]), dtype=torch.int32, pin_memory=self.graphs)
+        decoder = self._batch_decoder()
+        num_rows = len(self._lengths)
+        decoder.inputs.ids[:num_rows] = first
+        host = torch.empty((num_steps, 2, decoder.num_rows), dtype=torch.int32, pin_memory=self.graphs)
+        begin = self._num_generated
         done: list[torch.cuda.Event] = []
-        already = self._num_generated
         for step in range(num_steps + _LEAD):
             if step < num_steps:
                 self._step(decoder)
-                host[step].copy_(decoder.tokens[already + step], non_blocking=True)
+                host[step].copy_(decoder.tokens[begin + step], non_blocking=True)
                 if self.graphs:
                     done.append(torch.cuda.Event())
                     done[-1].record()
-            if step >= _LEAD or not self.graphs:
-                oldest = step - _LEAD if self.graphs else step
-                if oldest >= num_steps:
-                    return
+            if step >= _LEAD:
+                oldest = step - _LEAD
                 if self.graphs:
                     done[oldest].synchronize()
-                self._num_generated += 1
-                tokens, values = host[oldest, :, : self._batch_size]
+                self._count_step()
+                tokens, values = host[oldest, :, :num_rows]
                 yield tokens.tolist(), values.view(torch.float32).tolist()
 
-    def _decoder(self) -> _Decoder:
-        num_rows = batch_bucket(self._batch_size)
-        if num_rows not in self._decoders:
-            self._decoders[num_rows] = self._make_decoder(num_rows)
-        return self._decoders[num_rows]
+    def reorder(self, sources: Sequence[int]) -> None:
+        if self._active is not None:
+            self._positions = self._active.inputs.positions[: len(self._lengths)].clone()
+        super().reorder(sources)
+        self._active = None
 
-    def _make_decoder(self, num_rows: int) -> _Decoder:
-        cache = self.cache
-        if cache is None:
+    def start_paged(self, num_blocks: int, tokens_per_block: int) -> None:
+        before = self.pool
+        super().start_paged(num_blocks + 1, tokens_per_block)  # the last one is for the rows that fill up a batch
+        if self.pool is not before:
+            self._forget("paged")
+            self._forget("batch")
+
+    def run_paged(self, step: PagedStep) -> torch.Tensor:
+        """Rows of one token after a past take the decode step, all others PyTorch's."""
+        decoding = [num_new == 1 and past > 0 for num_new, past in zip(step.num_new, step.num_past, strict=True)]
+        if not any(decoding):
+            return super().run_paged(step)
+        starts = list(accumulate(step.num_new, initial=0))
+        rows = [row for row, one in enumerate(decoding) if one]
+        logits = self._decode_rows(step, rows, [starts[row] for row in rows])
+        if all(decoding):
+            return logits[step.wanted]
+        result = logits.new_empty((len(step.ids), logits.shape[1]))
+        tokens = torch.tensor([starts[row] for row in rows], device=self.device)
+        result[tokens] = logits
+        others = [row for row, one in enumerate(decoding) if not one]
+        places = [place for row in others for place in range(starts[row], starts[row + 1])]
+        picked = torch.tensor(places, device=self.device)
+        wanted = torch.isin(picked, step.wanted).nonzero().flatten()
+        part = PagedStep(
+            ids=step.ids[picked],
+            positions=step.positions[picked],
+            wanted=wanted,
+            num_new=tuple(step.num_new[row] for row in others),
+            num_past=tuple(step.num_past[row] for row in others),
+            block_table=step.block_table[torch.tensor(others, device=self.device)],
+            prompt_table=step.prompt_table,
+            first_row=None if step.first_row is None else step.first_row[picked],
+        )
+        result[picked[wanted]] = super().run_paged(part)
+        return result[step.wanted]
+
+    def _decode_rows(self, step: PagedStep, rows: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+        """One decode step of these rows of a paged step, whose tokens stand at `tokens`: logits [rows, V]."""
+        pool = self._pool()
+        key = ("paged", batch_bucket(len(rows)))
+        if key not in self._decoders:
+            width = -(-self.build.max_seq_len // pool.tokens_per_block)
+            self._decoders[key] = self._make_decoder(key[1], width, pool)
+        decoder = self._decoders[key]
+        inputs, num_rows = decoder.inputs, len(rows)
+        picked = torch.tensor(tokens, device=self.device)
+        inputs.ids[:num_rows] = step.ids[picked]
+        inputs.positions.zero_()
+        inputs.positions[:num_rows] = step.positions[picked]
+        decoder.first.copy_(inputs.positions)
+        inputs.table.fill_(pool.num_blocks - 1)
+        width = min(step.block_table.shape[1], inputs.table.shape[1])
+        inputs.table[:num_rows, :width] = step.block_table[torch.tensor(rows, device=self.device), :width]
+        return self._step(decoder)[:num_rows]
+
+    def _batch_decoder(self) -> _Decoder:
+        """The decoder that goes on with the batch, its positions set."""
+        if self._active is not None:
+            return self._active
+        if self.cache is None:
             raise RuntimeError("start comes before context and generation")
+        key = ("batch", batch_bucket(len(self._lengths)))
+        if key not in self._decoders:
+            self._decoders[key] = self._make_decoder(key[1], 1, self.cache)
+            rows = torch.arange(key[1], dtype=torch.int32, device=self.device)
+            self._decoders[key].inputs.table.copy_(rows[:, None])
+        decoder = self._decoders[key]
+        decoder.inputs.positions.zero_()
+        decoder.inputs.positions[: len(self._lengths)] = self._positions
+        decoder.first.copy_(decoder.inputs.positions)
+        self._active, self._num_generated = decoder, 0
+        return decoder
 
+    def _make_decoder(self, num_rows: int, table_width: int, cache: KvCache) -> _Decoder:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=self.device)
 
-        table = torch.arange(num_rows, dtype=torch.int32, device=self.device)[:, None].contiguous()
-        inputs = DecodeInputs(zeros(num_rows), zeros(num_rows), table, cache)
-        return _Decoder(inputs, zeros(num_rows), zeros(cache.tokens_per_block + 1, 2, num_rows))
+        inputs = DecodeInputs(zeros(num_rows), zeros(num_rows), zeros(num_rows, table_width), cache)
+        # One row more than positions: the device may be a few steps ahead of the last one.
+        return _Decoder(inputs, zeros(num_rows), zeros(table_width * cache.tokens_per_block + 1, 2, num_rows))
 
-    def _step(self, decoder: _Decoder) -> None:
+    def _forget(self, kind: str) -> None:
+        """Graphs hold the addresses of a cache that is about to go."""
+        self._decoders = {key: decoder for key, decoder in self._decoders.items() if key[0] != kind}
+        self._active = None
+
+    def _count_step(self) -> None:
+        self._num_generated += 1
+        self._lengths = [length + 1 for length in self._lengths]
+        self._beginnings.grow()
+
+    def _step(self, decoder: _Decoder) -> torch.Tensor:
+        """The logits [B, V] that follow the decoder's inputs, which move on to the likeliest tokens."""
         with torch.inference_mode():
             if not self.graphs:
-                self._launch(decoder)
-                return
+                return self._launch(decoder)[:, : self.model.vocab_size]
             if decoder.graph is None:
-                self._capture(decoder)
-            assert decoder.graph is not None
+                decoder.graph = self._capture(decoder)
             decoder.graph.replay()
+            if decoder.logits is None:
+                raise RuntimeError("a graph without a result")
+            return decoder.logits[:, : self.model.vocab_size]
 
-    def _launch(self, decoder: _Decoder) -> None:
+    def _launch(self, decoder: _Decoder) -> torch.Tensor:
         ops = self._decode_ops
         ops.begin(decoder.inputs)
-        decoder.logits = ops.value(forward(ops, self.model, self.mapping))
+        logits = ops.value(forward(ops, self.model, self.mapping))
         tiles = ops.tiles
         if tiles is None or self.mapping.world_size > 1:
-            best = decoder.logits[:, : self.model.vocab_size].max(dim=-1, keepdim=True)
+            best = logits[:, : self.model.vocab_size].max(dim=-1, keepdim=True)
             tiles = (best.values, best.indices.to(torch.int32))
         choose_greedy(tiles, decoder.inputs.ids, decoder.inputs.positions, decoder.first, decoder.tokens)
+        return logits
 
-    def _capture(self, decoder: _Decoder) -> None:
+    def _capture(self, decoder: _Decoder) -> torch.cuda.CUDAGraph:
         """Runs the step once to have its kernels compiled, puts the inputs back, and records it."""
         begin = time.perf_counter()
         saved = decoder.inputs.ids.clone(), decoder.inputs.positions.clone()
@@ -191,15 +277,16 @@ class CudaSession(TorchSession):
         torch.cuda.synchronize(self.device)
         compiled = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._launch(decoder)
-        decoder.graph = graph
+        with torch.cuda.graph(graph, pool=self._graph_memory):
+            decoder.logits = self._launch(decoder)
+        now = time.perf_counter()
         log.debug(
-            "Decode step of %d sequences captured in %.2f s (%.2f s of compiling and first run)",
-            decoder.first.shape[0],
-            time.perf_counter() - begin,
+            "Decode step of %d sequences captured in %.2f s, %.2f s of it compiling and the first run",
+            decoder.num_rows,
+            now - begin,
             compiled - begin,
         )
+        return graph
 
 
 def batch_bucket(batch_size: int) -> int:

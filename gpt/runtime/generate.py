@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ from gpt.errors import ConfigError, GptError
 from gpt.runtime.limits import check_prompts
 from gpt.runtime.logprobs import TokenLogprob, record
 from gpt.runtime.sampling import Sampler, SamplingConfig
-from gpt.runtime.session import Session
+from gpt.runtime.session import RunsAhead, Session
 from gpt.runtime.stopping import Stops
 from gpt.runtime.virtual_tokens import VirtualTokens, check_virtual_tokens
 
@@ -89,16 +89,23 @@ def generate(
     result = Generation(tokens=rows.tokens)
     if num_top_logprobs is not None:
         result.logprobs = [[] for _ in prompts]
+    needs_logits = sampler is not None or num_top_logprobs is not None
+    ahead: Iterator[tuple[list[int], list[float]]] | None = None
     chosen = torch.empty(0)
     begin = time.perf_counter()
     for step in range(max_new_tokens):
         session.comm.stage = f"new token {step}"
-        logits = run_context(session, prompts, keys, virtual) if step == 0 else session.generation(chosen)
-        values, likeliest = logits.max(dim=-1)
-        check_finite(values, step)  # waits for the device
-        chosen = likeliest if sampler is None else sampler.choose(logits)
+        if step > 0 and ahead is not None:
+            tokens, largest = next(ahead)
+        else:
+            logits = run_context(session, prompts, keys, virtual) if step == 0 else session.generation(chosen)
+            values, likeliest = logits.max(dim=-1)
+            largest = values.tolist()  # waits for the device
+            chosen = likeliest if sampler is None else sampler.choose(logits)
+            tokens = chosen.tolist()
+        check_finite(largest, step)
         running = list(rows.running)
-        new = rows.add(chosen.tolist())
+        new = rows.add(tokens)
         if num_top_logprobs is not None:
             for row, token_record in enumerate(record(logits, chosen, num_top_logprobs)):
                 if running[row]:
@@ -108,6 +115,8 @@ def generate(
             for row in ended:
                 sampler.close(row)
         now = time.perf_counter()
+        if step == 0 and max_new_tokens > 1 and isinstance(session, RunsAhead) and not needs_logits:
+            ahead = session.greedy(chosen, max_new_tokens - 1)
         if step == 0:
             result.context_ms = (now - begin) * 1e3
         else:
@@ -202,9 +211,9 @@ def _make_sampler(
     return Sampler(sampling, prompts, vocab_size=vocab_size, end_id=end_id, device=session.device, keys=keys)
 
 
-def check_finite(values: torch.Tensor, step: int) -> None:
+def check_finite(values: Sequence[float], step: int) -> None:
     """The largest logit of a row is NaN or infinite as soon as anything before it overflowed: GptError says so."""
-    if not math.isfinite(sum(values.tolist())):
+    if not math.isfinite(sum(values)):
         raise GptError(
             "the model computes values that are no numbers",
             found=f"NaN or infinite logits for new token {step}",

@@ -20,8 +20,10 @@ from gpt.runtime.session import Session
 from gpt.runtime.torch_session import TorchSession
 
 
-def load_session(info: EngineInfo, device: str = "auto") -> Session:
+def load_session(info: EngineInfo, device: str = "auto", *, cuda_graphs: bool = True) -> Session:
     """Loads this process's rank of an engine on `device`: auto, cpu, cuda or, for an engine of one rank, cuda:N.
+
+    cuda_graphs: off, a GPU's decode steps are launched kernel by kernel.
 
     Raises ConfigError for a device that is not there and for a launch of another number of ranks than the engine's,
     EngineError for an engine that cannot be loaded.
@@ -43,9 +45,29 @@ def load_session(info: EngineInfo, device: str = "auto") -> Session:
             target = device_of_rank(target, ranks)
             ranks = place_on_gpu(ranks, target if target.type == "cuda" else None)
         weights = load_torch_weights(info, mapping, target)
-        session = TorchSession(info.model, info.build, mapping, weights, target, ranks)
+        session = _torch_session(info, mapping, weights, target, ranks, cuda_graphs)
     log.info("Engine loaded: %s on %s, %.2f s", info.describe(), session.device, time.perf_counter() - begin)
     return session
+
+
+def _torch_session(
+    info: EngineInfo,
+    mapping: Mapping,
+    weights: dict[str, torch.Tensor],
+    device: torch.device,
+    comm: Communicator,
+    cuda_graphs: bool,
+) -> Session:
+    if device.type == "cuda":
+        from gpt.engine.tuning import Tuning, tuning_path
+        from gpt.runtime.cuda_session import CudaSession, decodes_with_kernels  # Triton comes with PyTorch for CUDA
+
+        if decodes_with_kernels(info.build):
+            tuning = Tuning.load(tuning_path(info.folder, device), device)
+            return CudaSession(
+                info.model, info.build, mapping, weights, device, comm, graphs=cuda_graphs, tuning=tuning
+            )
+    return TorchSession(info.model, info.build, mapping, weights, device, comm)
 
 
 def device_of_rank(device: torch.device, ranks: Communicator) -> torch.device:

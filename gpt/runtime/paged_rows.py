@@ -85,7 +85,7 @@ class Rows:
         """
         values, likeliest = logits.max(dim=-1)
         oldest = max((len(self.result.tokens[part.sequence.index]) for part in parts if part.reaches_end), default=0)
-        check_finite(values, oldest)  # waits for the device
+        check_finite(values.tolist(), oldest)  # waits for the device
         greedy = likeliest.tolist() if self._sampler is None else []
         ended: list[RunningSequence] = []
         going: list[tuple[Part, int]] = []  # a part and its next line of logits

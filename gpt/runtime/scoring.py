@@ -71,6 +71,6 @@ def _score(session: Session, prompt: Sequence[int], virtual: VirtualTokens | Non
     for first in range(0, len(scored), count):
         part = scored[first : first + count]
         logits = session.prompt_logits(prompt, [place - 1 for place in part], virtual)
-        check_finite(logits.amax(dim=-1), first)
+        check_finite(logits.amax(dim=-1).tolist(), first)
         logprobs += record(logits, [prompt[place] for place in part], num_top)
     return Score(tuple(logprobs))

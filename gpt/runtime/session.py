@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from gpt.comm import Communicator
 from gpt.config import BuildConfig, ModelConfig
@@ -52,6 +52,16 @@ class Session(Protocol):
     ) -> torch.Tensor:
         """Runs one prompt: the logits [K, V] behind its tokens number `places`, counted from 0.  `start` comes before,
         and before anything else.  Raises ConfigError where the engine only tells those of the last token."""
+        ...
+
+
+@runtime_checkable
+class RunsAhead(Protocol):
+    """A session whose device chooses the likeliest tokens itself and does not wait for the host to see them."""
+
+    def greedy(self, first: torch.Tensor, num_steps: int) -> Iterator[tuple[list[int], list[float]]]:
+        """Appends `first` [B], then each step's likeliest tokens: yields per step the tokens and their logits.
+        Closing the iterator ends the batch."""
         ...
 
 
