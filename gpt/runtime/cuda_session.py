@@ -14,6 +14,7 @@ from gpt.comm import Communicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.console import log
 from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
+from gpt.engine.cuda_prompt_ops import PromptOps
 from gpt.engine.kv_cache import KvCache
 from gpt.engine.step import PagedStep
 from gpt.engine.tuning import Tuning
@@ -21,7 +22,9 @@ from gpt.kernels.choose import choose_greedy
 from gpt.mapping import Mapping
 from gpt.network.gpt import forward
 from gpt.runtime.limits import check_start
+from gpt.runtime.prompt_graphs import PromptGraphs
 from gpt.runtime.torch_session import TorchSession
+from gpt.runtime.virtual_tokens import VirtualTokens
 
 # Slots of the cache and rows of a batch are rounded up, so that requests of about the same size share a graph.
 _SLOTS = 128
@@ -61,6 +64,8 @@ class CudaSession(TorchSession):
     graphs: whether steps are captured in CUDA graphs; without, the same kernels are launched one by one.
     """
 
+    _ops_class = PromptOps
+
     def __init__(
         self,
         model: ModelConfig,
@@ -85,6 +90,7 @@ class CudaSession(TorchSession):
         )
         self._decoders: dict[tuple[str, int], _Decoder] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.graphs else None
+        self._prompts = PromptGraphs(self._forward, self._graph_memory) if self.graphs else None
         self._active: _Decoder | None = None  # the one that holds the positions of the batch
         self._num_generated = 0  # since it does
 
@@ -107,6 +113,15 @@ class CudaSession(TorchSession):
             )
         self._lengths = []
         self._active = None
+
+    def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
+        logits = None
+        if self._prompts is not None and self.cache is not None and virtual is None:
+            logits = self._prompts.run(prompts, self.cache, self.model.n_positions)
+        if logits is None:
+            return super().context(prompts, virtual)
+        self._set_lengths(prompts)
+        return logits
 
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
         decoder = self._batch_decoder()
@@ -233,6 +248,8 @@ class CudaSession(TorchSession):
     def _forget(self, kind: str) -> None:
         """Graphs hold the addresses of a cache that is about to go."""
         self._decoders = {key: decoder for key, decoder in self._decoders.items() if key[0] != kind}
+        if self._prompts is not None:
+            self._prompts.clear()
         self._active = None
 
     def _count_step(self) -> None:

@@ -24,6 +24,8 @@ from gpt.runtime.virtual_tokens import VirtualTokens
 class TorchSession:
     """See gpt.runtime.session.Session.  `ops.trace` may be set to a dict to keep named intermediate results."""
 
+    _ops_class: type[TorchOps] = TorchOps
+
     def __init__(
         self,
         model: ModelConfig,
@@ -40,7 +42,9 @@ class TorchSession:
         self.build = build
         self.mapping = mapping
         self.device = torch.device(device)
-        self.ops = TorchOps(model, mapping, weights, fused=build.fused_attention, comm=self.comm, quant=build.quant)
+        self.ops = self._ops_class(
+            model, mapping, weights, fused=build.fused_attention, comm=self.comm, quant=build.quant
+        )
         self._dtype = weights["model.wte"].dtype
         self._kv_scales = kv_scales(weights, model)
         self.cache: KvCache | None = None
@@ -66,14 +70,17 @@ class TorchSession:
         self._lengths = []
 
     def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
-        self._lengths = [len(prompt) for prompt in prompts]
+        self._set_lengths(prompts)
         packed = self.build.remove_input_padding or len(set(self._lengths)) == 1
         step = _packed_step(prompts, self.device) if packed else _padded_step(prompts, self.device)
         if virtual is not None:
             step = self._with_table(step, virtual)
+        return self._run(step)
+
+    def _set_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+        self._lengths = [len(prompt) for prompt in prompts]
         self._positions = torch.tensor(self._lengths, dtype=torch.int32, device=self.device)
         self._beginnings = SharedBeginnings(self._lengths)
-        return self._run(step)
 
     def all_logits(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Like `context`, with the logits after every token: [N, V], the prompts one after the other."""

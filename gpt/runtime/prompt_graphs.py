@@ -1,0 +1,88 @@
+"""Short prompts as CUDA graphs: a few hundred launches one by one would take longer than their work."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gpt.engine.kv_cache import KvCache
+from gpt.engine.step import ContextStep, Step
+
+# Beyond this many tokens the device is busy longer than the host needs to launch.
+_MAX_TOKENS = 1024
+_TOKENS_PER_BUCKET = 64
+_MAX_GRAPHS = 16
+
+
+@dataclass
+class _Prompt:
+    """A recorded step of B prompts of up to S tokens: its inputs' memory and its result's."""
+
+    step: ContextStep
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+
+
+class PromptGraphs:
+    """Prompt steps by batch size and length, padded to a multiple of 64 tokens, recorded when a size comes again."""
+
+    def __init__(self, forward: Callable[[Step, KvCache], torch.Tensor], memory: Any):
+        """forward: runs a step; memory: the graphs' pool."""
+        self._forward = forward
+        self._memory = memory
+        self._seen: Counter[tuple[int, int]] = Counter()
+        self._graphs: OrderedDict[tuple[int, int], _Prompt] = OrderedDict()
+
+    def run(self, prompts: Sequence[Sequence[int]], cache: KvCache, num_positions: int) -> torch.Tensor | None:
+        """The logits [B, V] after the last token of each prompt; None for sizes that are not worth a graph."""
+        longest = max(map(len, prompts))
+        width = -(-longest // _TOKENS_PER_BUCKET) * _TOKENS_PER_BUCKET
+        key = (len(prompts), width)
+        if len(prompts) * width > _MAX_TOKENS or width > cache.tokens_per_block:
+            return None
+        self._seen[key] += 1
+        if key not in self._graphs and self._seen[key] < 2:
+            return None
+        device = cache.blocks.device
+        ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], dtype=torch.int32)
+        last = torch.tensor([row * width + len(prompt) - 1 for row, prompt in enumerate(prompts)])
+        if key not in self._graphs:
+            self._graphs[key] = self._record(key, cache, num_positions)
+            if len(self._graphs) > _MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        recorded = self._graphs[key]
+        recorded.step.ids.copy_(ids.flatten().to(device))
+        recorded.step.last.copy_(last.to(device))
+        recorded.graph.replay()
+        return recorded.logits
+
+    def clear(self) -> None:
+        """Forgets all graphs: they hold the addresses of the cache."""
+        self._graphs.clear()
+
+    def _record(self, key: tuple[int, int], cache: KvCache, num_positions: int) -> _Prompt:
+        batch_size, width = key
+        device = cache.blocks.device
+        positions = torch.arange(width, dtype=torch.int32, device=device).clamp(max=num_positions - 1)
+        step = ContextStep(
+            ids=torch.zeros(batch_size * width, dtype=torch.int32, device=device),
+            positions=positions.repeat(batch_size),
+            last=torch.zeros(batch_size, dtype=torch.int64, device=device),
+            lengths=(width,) * batch_size,
+            padded=True,
+        )
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self._forward(step, cache)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            logits = self._forward(step, cache)
+        return _Prompt(step, graph, logits)
