@@ -71,7 +71,7 @@ def _run(args: Namespace) -> None:
         print(Plan.make(model, build).describe(Path(args.output_dir), args.gpus_per_node))
         return
     build_engine(model, build, checkpoint, Path(args.output_dir))
-    if args.check_quality:
+    if args.check_quality and checkpoint is not None:
         from gpt.text.quality import check_quality
 
         print(check_quality(Path(args.output_dir), checkpoint, Path(args.check_quality)))
