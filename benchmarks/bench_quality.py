@@ -63,33 +63,30 @@ def main() -> None:
     windows = windows_of([row.whole for row in rows], tokenizer, reference.model, reference.build, args.max_windows)
     summarised = [row for row in rows if row.reference is not None][: args.max_summaries]
     float_rouge = rouge1(reference, summarised, tokenizer) if summarised else None
-    results: list[dict[str, object]] = []
     for mode in args.modes:
         session = open_session(checkpoint, args.dtype, MODES[mode])
         found = compare(session, reference, windows)
         rouge = rouge1(session, summarised, tokenizer) if summarised else None
-        results.append(
-            {
-                "device": describe_device(),
-                "versions": describe_versions("torch"),
-                "model": args.name,
-                "dtype": args.dtype,
-                "mode": mode,
-                "tokens": found.num_tokens,
-                "float_perplexity": round(found.float_perplexity, 4),
-                "perplexity": round(found.perplexity, 4),
-                "rise_percent": round(found.perplexity_rise_percent, 4),
-                "same_top1_percent": round(found.same_top1_percent, 2),
-                "kl": round(found.kl, 6),
-                "rouge1": None if rouge is None else round(rouge, 2),
-                "float_rouge1": None if float_rouge is None else round(float_rouge, 2),
-                "summaries": len(summarised),
-                "weight_bytes": engine_bytes(session.model, Mapping(), args.dtype, MODES[mode]),
-                "cache_bytes_per_token": session.build.kv_cache_bytes(session.model, 1, 1),
-            }
-        )
-        print({key: results[-1][key] for key in ("mode", "rise_percent", "same_top1_percent", "rouge1")}, flush=True)
-    append_csv(args.csv, results)
+        row: dict[str, object] = {
+            "device": describe_device(),
+            "versions": describe_versions("torch"),
+            "model": args.name,
+            "dtype": args.dtype,
+            "mode": mode,
+            "tokens": found.num_tokens,
+            "float_perplexity": round(found.float_perplexity, 4),
+            "perplexity": round(found.perplexity, 4),
+            "rise_percent": round(found.perplexity_rise_percent, 4),
+            "same_top1_percent": round(found.same_top1_percent, 2),
+            "kl": round(found.kl, 6),
+            "rouge1": None if rouge is None else round(rouge, 2),
+            "float_rouge1": None if float_rouge is None else round(float_rouge, 2),
+            "summaries": len(summarised),
+            "weight_bytes": engine_bytes(session.model, Mapping(), args.dtype, MODES[mode]),
+            "cache_bytes_per_token": session.build.kv_cache_bytes(session.model, 1, 1),
+        }
+        print({key: row[key] for key in ("mode", "rise_percent", "same_top1_percent", "rouge1")}, flush=True)
+        append_csv(args.csv, [row])
 
 
 def open_session(checkpoint: Checkpoint, dtype: str, quant: QuantConfig) -> TorchSession:

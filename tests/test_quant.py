@@ -11,7 +11,7 @@ import torch
 from gpt import quant
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.kv_cache import KEYS, VALUES, KvCache
-from gpt.engine.quant_linear import IntegerProduct, int_mm, quantized_linears
+from gpt.engine.quant_linear import IntegerProduct, QuantizedRows, int_mm, quantized_linears
 from gpt.errors import ConfigError
 from gpt.mapping import Mapping
 from gpt.quant import QuantConfig
@@ -251,13 +251,18 @@ def test_products(mode: QuantConfig, rows: int, num_out: int, num_in: int, with_
     assert relative(y, expected) < BOUNDS[dtype]
 
 
+def values_of(rows: QuantizedRows | torch.Tensor) -> torch.Tensor:
+    assert isinstance(rows, QuantizedRows)
+    return rows.values
+
+
 def test_int8_activations_equal_the_plain_ones() -> None:
     mode = QuantConfig("int8", "per_token", per_channel=True)
     layer, _ = weights_of(mode, 8, 48, torch.float32)
     x = random(9, 48, seed=5)
     rows = quantized_linears(layer, mode, torch.float32)["l"].prepare(x)
     scale = x.abs().amax(1, keepdim=True) / 127
-    assert torch.equal(rows.values, (x * (1 / scale)).round().to(torch.int8))  # type: ignore[union-attr]
+    assert torch.equal(values_of(rows), (x * (1 / scale)).round().to(torch.int8))
 
 
 def test_the_digits_of_weight_only_products() -> None:
@@ -267,7 +272,7 @@ def test_the_digits_of_weight_only_products() -> None:
     x[3] = 0
     x[4] *= 1e-20
     rows = quantized_linears(layer, QuantConfig("int8"), torch.float32)["l"].prepare(x)
-    high, low = rows.values.double().chunk(2)  # type: ignore[union-attr]
+    high, low = values_of(rows).double().chunk(2)
     largest = x.double().abs().amax(1, keepdim=True)
     back = (high + low / 127) / 127 * largest
     assert ((back - x.double()).abs() <= largest * 0.51 / 127**2).all()

@@ -48,7 +48,7 @@ class IntegerProduct:
     """int8 x [N, in] times int8 weight [out, in], summed in int32: float32 [N, out] of the sums times a scale [out]."""
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor):
-        self.scale = scale.float()
+        weight, self.scale = weight.contiguous(), scale.float().contiguous()  # packing looks at no strides
         self.packed = self.weight = None
         if weight.is_cuda or not has_int8_instructions():
             self.weight = weight
