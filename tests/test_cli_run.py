@@ -248,7 +248,10 @@ def _npy(folder: Path, array: np.ndarray) -> list[object]:
         (lambda d: ["--input_tokens", d / "absent.csv"], ["no such input file"]),
         (lambda d: ["--input_file", d / "absent.txt"], ["no such input file"]),
         (lambda d: ["--input_tokens", d / "in.txt"], ["format not supported", ".txt", ".csv, .npy"]),
-        (lambda d: ["--input_file", d / "in.docx"], ["format not supported", ".docx", ".txt, .csv, .npy"]),
+        (
+            lambda d: ["--input_file", d / "in.docx"],
+            ["format not supported", ".docx", ".txt, .jsonl, .parquet, .csv, .npy"],
+        ),
         (lambda d: [*_csv(d, "1\n"), "--input_text", "a"], ["one place", "--input_text, --input_tokens"]),
         (lambda d: ["--tokenizer", d / "absent"], ["no such tokenizer folder"]),
         (lambda d: ["--vocab_file", d / "absent.model"], ["no such sentencepiece model"]),

@@ -161,3 +161,31 @@ def test_settings_out_of_range() -> None:
         BatchingConfig(free_memory_fraction=0, max_cache_tokens=0, max_draft_len=65)
     for flag in ("--kv_cache_free_gpu_memory_fraction", "--max_tokens_in_paged_kv_cache", "--max_draft_len"):
         assert flag in str(caught.value)
+
+
+def test_drafts_leave_the_distribution_as_it_is(monkeypatch: pytest.MonkeyPatch, session: TorchSession) -> None:
+    """Second tokens drawn behind a draft of the first, whether it was right or not, against the exact probabilities."""
+    from gpt.runtime.prompt_lookup import PromptLookup
+
+    vocab_size, num_rows = 50, 4000
+    first = torch.linspace(-2, 2, vocab_size)
+    second = first.flip(0) * 0.7
+    drafted = 40
+
+    def logits_of(step: Any) -> torch.Tensor:
+        # The prompt's token is followed by `first`, any other one by `second`, as far as the logits go.
+        return torch.stack([first if step.positions[place] == 0 else second for place in step.wanted.tolist()])
+
+    monkeypatch.setattr(session, "run_paged", logits_of)
+    monkeypatch.setattr(PromptLookup, "propose", lambda self, tokens, room: (drafted,)[:room])
+    sampling = SamplingConfig(top_k=0, seed=11)
+    settings: dict[str, Any] = {"max_new_tokens": 2, "end_id": None, "sampling": sampling}
+    result = generate_paged(session, [[1]] * num_rows, batching=BatchingConfig(max_draft_len=1), **settings)
+    steps_of_drafts = sum(row[0] == drafted for row in result.tokens)
+    assert 0 < steps_of_drafts < num_rows  # right for some, wrong for others
+    for place, logits in enumerate((first, second)):
+        counts = torch.bincount(torch.tensor([row[place] for row in result.tokens]), minlength=vocab_size).double()
+        expected = logits.double().softmax(0) * num_rows
+        chi_square = ((counts - expected) ** 2 / expected).sum()
+        freedom = torch.tensor(vocab_size - 1, dtype=torch.float64)
+        assert torch.special.gammaincc(freedom / 2, chi_square / 2) > 1e-3

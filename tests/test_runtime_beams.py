@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import build_engine, convert, open_session, random_prompts
@@ -19,6 +20,7 @@ from gpt.errors import ConfigError, GptError
 from gpt.runtime.beam_config import BeamConfig
 from gpt.runtime.beams import generate_beams
 from gpt.runtime.generate import Generation, generate
+from gpt.runtime.hypotheses import BeamSearch, Candidate
 from gpt.runtime.sampling_config import SamplingConfig
 from gpt.runtime.session import Session
 from gpt.runtime.torch_session import TorchSession
@@ -107,6 +109,21 @@ def test_other_families(name: str, end_id: int, tmp_path: Path) -> None:
 def test_ends_of_a_search(early_stopping: Any, length_penalty: float, gpt2: tuple[TorchSession, Any]) -> None:
     beams = BeamConfig(3, length_penalty=length_penalty, early_stopping=early_stopping, num_return=2)
     compare(*gpt2, beams, 25, END)
+
+
+@pytest.mark.parametrize(
+    ("early_stopping", "length_penalty", "done"),
+    [(True, 1.0, True), (False, 1.0, True), ("never", 1.0, False), ("never", 0.0, True), ("never", -1.0, True)],
+)
+def test_when_nothing_better_can_come(early_stopping: Any, length_penalty: float, done: bool) -> None:
+    """Two complete hypotheses of -0.5 and -0.6 after one token; the best running one has -3, over ten tokens -0.3."""
+    config = BeamConfig(2, length_penalty=length_penalty, early_stopping=early_stopping)
+    search = BeamSearch(config, 2, max_new_tokens=10)
+    scores = (-0.5, -0.6, -3.0, -4.0)
+    chosen = search.step([Candidate(0, token, np.float32(score), token < 2) for token, score in enumerate(scores)])
+    assert [one.token for one in chosen] == [2, 3]
+    assert [one.tokens for one in search.best(2)] == [(0,), (1,)]
+    assert search.is_done == done
 
 
 def test_penalties_and_blocks(gpt2: tuple[TorchSession, Any]) -> None:

@@ -87,6 +87,9 @@ def test_a_copy_goes_its_own_way(tokenizer: Tokenizer) -> None:
     state = stops.start()
     assert not any(state.add(token) for token in tokens[:-1])
     other = state.copy()
+    broken = state.copy()
+    assert not broken.add(5)  # the character that has begun is none then
+    assert not broken.add(tokens[-1])
     assert state.add(tokens[-1])
     assert not other.add(5)
     third = other.copy()

@@ -37,7 +37,7 @@ class Rows:
         max_new_tokens: int,
         end_id: int | None,
         sampling: SamplingConfig | None,
-        keys: Sequence[tuple[int, ...]] | None,
+        keys: Sequence[tuple[int, ...]],
         stops: Stops | None,
         num_top_logprobs: int | None,
         max_draft_len: int,
@@ -68,7 +68,7 @@ class Rows:
         for row, prompt in enumerate(self._prompts):
             sampler_row = -1
             if self._sampler is not None:
-                sampler_row = self._sampler.open(prompt, (row,) if self._keys is None else self._keys[row])
+                sampler_row = self._sampler.open(prompt, self._keys[row])
             stop = None if self._stops is None else self._stops.start()
             self._states[row] = _State(sampler_row, stop, PromptLookup(self._max_draft_len))
             yield RunningSequence(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 # Longest first.  Saxena's rule goes down to one token, whose drafts are mostly wrong.
 _NGRAM_SIZES = (4, 3, 2)
+_FIRST_LEN = 3
 
 
 class PromptLookup:
@@ -19,7 +20,7 @@ class PromptLookup:
 
     def __init__(self, max_len: int):
         self._max_len = max_len
-        self._len = max_len
+        self._len = min(max_len, _FIRST_LEN)
         self._followers: dict[tuple[int, ...], int] = {}  # n-gram -> where its latest occurrence goes on
         self._num_indexed = 0
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from gpt.comm import start
 from gpt.console import log
@@ -35,7 +35,7 @@ from gpt.text.tokenizer import Tokenizer, load_tokenizer
 if TYPE_CHECKING:
     import torch
 
-    from gpt.runtime.session import Session
+    from gpt.runtime.session import PagedSession, Session
     from gpt.text.hf_baseline import HfBaseline
 
 _RULE = "-" * 57
@@ -228,7 +228,11 @@ def _make_sides(
     settings: dict[str, Any] = {"max_new_tokens": config.output_len, "end_id": end_id, "sampling": decoding.sampling}
     sides: list[Side] = []
     if session is not None:
-        ours = partial(generate, session, **settings)
+        ours: Any = partial(generate, session, **settings)
+        if session.build.paged_kv_cache:
+            from gpt.runtime.batcher import generate_paged
+
+            ours = partial(generate_paged, cast("PagedSession", session), **settings)
         if decoding.uses_beams:
             ours = partial(generate_beams, session, beams=decoding.search, **settings)
         sides.append(Side("Engine", "Engine", ours, decoding.num_results))
