@@ -75,6 +75,7 @@ def generate(
     sampler = _make_sampler(session, prompts, max_new_tokens, end_id, sampling, first_row)
     longest = max(len(prompt) for prompt in prompts)
     session.start(len(prompts), longest + max_new_tokens)
+    session.limit_logits(1 if sampling is None else sampling.num_candidates)
     result = Generation(tokens=[[] for _ in prompts])
     running = [True] * len(prompts)
     chosen = torch.empty(0)

@@ -17,6 +17,7 @@ from gpt.engine.torch_executor import TorchOps
 from gpt.mapping import Mapping
 from gpt.network.gpt import forward
 from gpt.runtime.limits import check_start
+from gpt.runtime.shard_logits import gather_logits
 from gpt.runtime.virtual_tokens import VirtualTokens
 
 
@@ -42,6 +43,7 @@ class TorchSession:
         self.ops = TorchOps(model, mapping, weights, fused=build.fused_attention, comm=self.comm)
         self._dtype = weights["model.wte"].dtype
         self.cache: KvCache | None = None
+        self._num_best: int | None = None
         self._lengths: list[int] = []
         self._positions = torch.empty(0)
 
@@ -58,7 +60,11 @@ class TorchSession:
                 num_blocks=batch_size,
                 tokens_per_block=max_seq_len,
             )
+        self._num_best = None
         self._lengths = []
+
+    def limit_logits(self, num_best: int | None) -> None:
+        self._num_best = num_best
 
     def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
         self._lengths = [len(prompt) for prompt in prompts]
@@ -95,7 +101,8 @@ class TorchSession:
             raise RuntimeError("start comes before context and generation")
         with torch.inference_mode():
             self.ops.begin(step, self.cache)
-            return forward(self.ops, self.model, self.mapping)[:, : self.model.vocab_size]
+            shard = forward(self.ops, self.model, self.mapping, gather=False)
+            return gather_logits(shard, self.model, self.mapping, self.comm, self._num_best)
 
 
 def _packed_step(prompts: Sequence[Sequence[int]], device: torch.device) -> ContextStep:
