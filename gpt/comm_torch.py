@@ -19,6 +19,9 @@ from gpt.launch import Launch
 if TYPE_CHECKING:
     import torch
 
+# Longer than a slow machine needs to end an interpreter; ranks that were killed are not waited for beyond it.
+_LEAVING_TIME_S = 10.0
+
 
 class GlooCommunicator:
     """CPU tensors over torch.distributed, for ranks that srun --mpi=none started and that have to find each other."""
@@ -41,8 +44,9 @@ class GlooCommunicator:
                 found=f"{host}:{port}: {str(error).splitlines()[0]}",
                 hint="MASTER_ADDR and MASTER_PORT, the same on all ranks, name a machine and a free port",
             ) from error
-        atexit.register(dist.destroy_process_group)
+        atexit.register(self._leave)
         self._dist = dist
+        self._leaving = False
         self._num_barriers = 0
         hosts = self.gather_objects(socket.gethostname())
         self.local_size = hosts.count(hosts[self.rank])
@@ -123,8 +127,21 @@ class GlooCommunicator:
                 hint="look for its message; srun --kill-on-bad-exit ends all ranks with the first",
             ) from error
 
+    def _leave(self) -> None:
+        """At the end of the process.  Rank 0 keeps the store until nobody can miss it any more."""
+        self._leaving = True
+        with contextlib.suppress(RuntimeError):
+            left = self._store.add("left", 1)
+            deadline = time.monotonic() + _LEAVING_TIME_S
+            while self.rank == 0 and left < self.size and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+                left = self._store.add("left", 0)
+            self._dist.destroy_process_group()
+
     def _obey(self) -> None:
         """Ends this rank once another one has asked for it, or is gone with the store."""
+        if self._leaving:
+            return
         try:
             code = int(self._store.get("abort")) if self._store.check(["abort"]) else 0
         except RuntimeError:

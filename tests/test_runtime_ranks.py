@@ -358,3 +358,18 @@ def test_a_missing_rank_file(engines: dict[int, EngineInfo], tmp_path: Path) -> 
     result = mpirun(2, *run_arguments(info))
     assert result.returncode == 3
     assert "rank 1: gpt_float32_tp2_rank1.engine is missing" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layers", "width", "heads"), [(8, 96, 12288, 96), (16, 105, 20480, 128)], ids=["175B", "530B"]
+)
+def test_the_largest_engines_of_random_weights_hold_no_weights(
+    world_size: int, layers: int, width: int, heads: int, tmp_path: Path
+) -> None:
+    sizes = ["--n_layer", str(layers), "--n_embd", str(width), "--n_head", str(heads), "--vocab_size", "51200"]
+    info = build_engine(
+        None, tmp_path / "e", *sizes, "--n_positions", "2048", "--dtype", "float16", "--world_size", str(world_size)
+    )
+    assert len(info.files) == world_size
+    assert sum(path.stat().st_size for path in info.folder.rglob("*") if path.is_file()) < 100_000
+    assert open_engine(info.folder).model.n_layer == layers

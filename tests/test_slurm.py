@@ -165,7 +165,7 @@ def test_singletons_name_the_right_mpi(slurm: dict[str, str], engines: dict[int,
     """A step without a process manager, in which something has left a rank of MPI's: MPI counts one."""
     words = ["env", "OMPI_COMM_WORLD_RANK=0", sys.executable, "run.py", *run_words(engines[NUM_RANKS])]
     result = srun(slurm, *NODES[1], "--mpi=none", *words)
-    assert result.returncode == 2, result.stderr
+    assert result.returncode != 0  # srun's is the highest of all ranks, and those that are ended have one as well
     assert result.stderr.count("error: MPI did not connect the ranks") == 1
     assert "SLURM_STEP_NUM_TASKS says 4 ranks, MPI (MPICH) counts 1" in result.stderr
     assert "srun --mpi=pmi2 for MPICH" in result.stderr
@@ -191,7 +191,7 @@ def test_a_wrong_number_of_ranks(slurm: dict[str, str], engines: dict[int, Engin
     code, printed = sbatch(
         slurm, ["--nodes", "1", "--ntasks-per-node", "3"], run_words(engines[NUM_RANKS]), tmp_path / "job.log"
     )
-    assert code != 0  # srun's is the highest of all ranks, and those that are ended have one as well
-    assert printed.count("error: ") == 1 + printed.count("srun: error: ")
+    assert code != 0
+    assert sum(line.startswith("error: ") for line in printed.splitlines()) == 1
     assert "has 4 ranks, 3 were started" in printed
     assert "srun --ntasks 4" in printed

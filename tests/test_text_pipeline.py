@@ -46,6 +46,9 @@ class SumSession:
     def start(self, batch_size: int, max_seq_len: int) -> None:
         self.batch_sizes.append(batch_size)
 
+    def limit_logits(self, num_best: int | None) -> None:
+        pass
+
     def context(self, prompts: Sequence[Sequence[int]], virtual: object = None) -> torch.Tensor:
         self._sums = torch.tensor([sum(prompt) for prompt in prompts])
         return self._logits()

@@ -40,8 +40,17 @@ def _embed_kernel(
 def embed(
     ids: torch.Tensor, positions: torch.Tensor, words: torch.Tensor, places: torch.Tensor | None, x: torch.Tensor
 ) -> None:
-    """x [M, E] float32 = words[ids] (+ places[positions]); ids and positions [M] int32, words [V, E], places [P, E]."""
+    """x [M, E] float32 = words[ids] (+ places[positions]); ids and positions [M] int32, words [V, E], places [P, E].
+
+    Raises ValueError for shapes that do not fit.
+    """
     num_rows, width = x.shape
+    tables = {"words": words, "places": words if places is None else places}
+    for name, table in tables.items():
+        if table.shape[1] != width or not table.is_contiguous():
+            raise ValueError(f"{name}: found {tuple(table.shape)}, expected {width} columns, contiguous")
+    if ids.shape != (num_rows,) or positions.shape != (num_rows,):
+        raise ValueError(f"found ids {tuple(ids.shape)}, positions {tuple(positions.shape)}, expected {num_rows} each")
     block = min(1024, triton.next_power_of_2(width))
     _embed_kernel[(num_rows, triton.cdiv(width, block))](
         ids,
@@ -97,6 +106,19 @@ def _add_norm_kernel(
         tl.store(out_ptr + row * E + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def check_rows(x: torch.Tensor, norm: Norm | None, parts: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+    """Raises ValueError naming what does not fit: x [M, E], parts [PARTS, M, E], bias and the norm's vectors [E]."""
+    width = x.shape[1:]
+    vectors = {"bias": bias, "norm weight": norm and norm.weight, "norm bias": norm and norm.bias}
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != width:
+            raise ValueError(f"{name}: found {tuple(vector.shape)}, expected {tuple(width)}")
+    if parts is not None and (parts.dim() != 3 or parts.shape[1:] != x.shape or not parts.is_contiguous()):
+        raise ValueError(f"parts: found {tuple(parts.shape)}, expected parts of {tuple(x.shape)}, contiguous")
+    if not x.is_contiguous():
+        raise ValueError("x: found strides, expected contiguous rows")
+
+
 def add_norm(
     x: torch.Tensor,
     out: torch.Tensor | None,
@@ -109,8 +131,13 @@ def add_norm(
 
     x [M, E] float32.  parts [PARTS, M, E] of any float type, added in their order; bias [E], only with parts.  out
     [M, E] of any float type, or None with `norm` None.
+
+    Raises ValueError for shapes that do not fit.
     """
     num_rows, width = x.shape
+    check_rows(x, norm, parts, bias)
+    if out is not None and (out.shape != x.shape or not out.is_contiguous()):
+        raise ValueError(f"out: found {tuple(out.shape)}, expected {tuple(x.shape)}, contiguous")
     _add_norm_kernel[(num_rows,)](
         x,
         parts if parts is not None else x,

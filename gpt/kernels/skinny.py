@@ -184,7 +184,9 @@ def skinny(
     """
     num_tokens = x.shape[0]
     num_rows, num_columns = weight.shape
-    check_product(x, weight, out.view(-1, num_tokens, num_rows)[0], bias, scale)
+    if out.dim() == 3 and (out.shape[0] != config.split_k or not out.is_contiguous()):
+        raise ValueError(f"out: found {tuple(out.shape)}, expected {config.split_k} parts, contiguous")
+    check_product(x, weight, out[0] if out.dim() == 3 else out, bias, scale)
     block_m = min(64, max(16, triton.next_power_of_2(num_tokens)))
     tile_max, tile_argmax = tiles or (out, out)
     grid = (triton.cdiv(num_rows, config.block_n), config.split_k, triton.cdiv(num_tokens, block_m))

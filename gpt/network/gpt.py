@@ -15,16 +15,16 @@ from gpt.mapping import Mapping, Split
 from gpt.network.ops import Ops, X
 
 
-def forward(ops: Ops[X], model: ModelConfig, mapping: Mapping) -> X:
+def forward(ops: Ops[X], model: ModelConfig, mapping: Mapping, *, gather: bool = True) -> X:
     """The logits [B, V padded] of the last token of each sequence, float32, for the step that `ops` holds; the same on
-    every rank."""
+    every rank.  gather: if not, this rank's part of them, [B, V padded / R]."""
     x = embed(ops, model, mapping)
     for layer in range(model.n_layer):
         x = block(ops, model, mapping, x, layer)
     x = _norm(ops, model, x, "model.final_layernorm")
     x = ops.name(x, "final_layernorm")
     logits = ops.logits(x, "model.wte" if model.tied_head else "model.lm_head.weight")  # [B, V padded / R]
-    if mapping.world_size > 1:
+    if gather and mapping.world_size > 1:
         logits = ops.all_gather(logits)
     return ops.name(logits, "logits")
 

@@ -16,7 +16,7 @@ from gpt.console import log
 from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
 from gpt.engine.cuda_prompt_ops import PromptOps
 from gpt.engine.kv_cache import KvCache
-from gpt.engine.step import PagedStep
+from gpt.engine.step import PagedStep, Step
 from gpt.engine.tuning import Tuning
 from gpt.kernels.choose import choose_greedy
 from gpt.mapping import Mapping
@@ -90,7 +90,7 @@ class CudaSession(TorchSession):
         )
         self._decoders: dict[tuple[str, int], _Decoder] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.graphs else None
-        self._prompts = PromptGraphs(self._forward, self._graph_memory) if self.graphs else None
+        self._prompts = PromptGraphs(self._forward_whole, self._graph_memory) if self.graphs else None
         self._active: _Decoder | None = None  # the one that holds the positions of the batch
         self._num_generated = 0  # since it does
 
@@ -111,6 +111,7 @@ class CudaSession(TorchSession):
                 tokens_per_block=num_slots,
                 scales=self._kv_scales,
             )
+        self._num_best = None
         self._lengths = []
         self._active = None
 
@@ -122,6 +123,11 @@ class CudaSession(TorchSession):
             return super().context(prompts, virtual)
         self._set_lengths(prompts)
         return logits
+
+    def _forward_whole(self, step: Step, cache: KvCache) -> torch.Tensor:
+        """With all logits: what ranks exchange must not depend on values where a graph records it."""
+        self._num_best = None
+        return self._forward(step, cache)
 
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
         decoder = self._batch_decoder()

@@ -85,6 +85,8 @@ def generate(
     check_request(session, prompts, max_new_tokens, virtual)
     sampler = _make_sampler(session, prompts, max_new_tokens, end_id, sampling, keys)
     session.start(len(prompts), max(map(len, prompts)) + max_new_tokens)
+    if num_top_logprobs is None:
+        session.limit_logits(1 if sampling is None else sampling.num_candidates)
     rows = _Rows(session, len(prompts), end_id, stops, has_stops)
     result = Generation(tokens=rows.tokens)
     if num_top_logprobs is not None:

@@ -82,6 +82,19 @@ class SamplingConfig:
         return self.is_greedy and self == SamplingConfig(top_p=self.top_p, seed=self.seed)
 
     @property
+    def num_candidates(self) -> int | None:
+        """How many of the likeliest tokens can be chosen, None where what came before may change their order or none is
+        excluded."""
+        settings = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_length", "no_repeat_ngram_size")
+        if (
+            self.top_k == 0
+            or self.bad_words
+            or any(getattr(self, name) != getattr(SamplingConfig, name) for name in settings)
+        ):
+            return None
+        return self.top_k
+
+    @property
     def nucleus(self) -> float:
         """`top_p` with its second spelling of "all" resolved."""
         return self.top_p or 1.0

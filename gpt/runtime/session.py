@@ -33,6 +33,11 @@ class Session(Protocol):
         earlier batch left is forgotten.  Raises ConfigError above the engine's limits."""
         ...
 
+    def limit_logits(self, num_best: int | None) -> None:
+        """Until the next `start`, only the `num_best` largest logits of a row (and all that equal the last of them)
+        matter: a session may give -inf for the others, which saves several ranks an exchange.  None: all matter."""
+        ...
+
     def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
         """Runs the prompts (token ids, one sequence each, none empty): logits after the last token of each.
         `virtual` gives the ids behind the vocabulary their embeddings."""

@@ -18,6 +18,7 @@ from gpt.mapping import Mapping
 from gpt.network.gpt import forward
 from gpt.runtime.limits import check_start
 from gpt.runtime.shared_beginnings import SharedBeginnings, copy_rows
+from gpt.runtime.shard_logits import gather_logits
 from gpt.runtime.virtual_tokens import VirtualTokens
 
 
@@ -49,6 +50,7 @@ class TorchSession:
         self._kv_scales = kv_scales(weights, model)
         self.cache: KvCache | None = None
         self.pool: KvCache | None = None
+        self._num_best: int | None = None
         self._lengths: list[int] = []
         self._positions = torch.empty(0)
         self._beginnings = SharedBeginnings([])
@@ -67,7 +69,11 @@ class TorchSession:
                 tokens_per_block=max_seq_len,
                 scales=self._kv_scales,
             )
+        self._num_best = None
         self._lengths = []
+
+    def limit_logits(self, num_best: int | None) -> None:
+        self._num_best = num_best
 
     def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
         self._set_lengths(prompts)
@@ -133,9 +139,11 @@ class TorchSession:
     def _forward(self, step: Step, cache: KvCache) -> torch.Tensor:
         with torch.inference_mode():
             self.ops.begin(step, cache)
-            return forward(self.ops, self.model, self.mapping)[:, : self.model.vocab_size]
+            shard = forward(self.ops, self.model, self.mapping, gather=False)
+            return gather_logits(shard, self.model, self.mapping, self.comm, self._num_best)
 
     def start_paged(self, num_blocks: int, tokens_per_block: int) -> None:
+        self._num_best = None
         pool = self.pool
         if pool is None or (pool.num_blocks, pool.tokens_per_block) != (num_blocks, tokens_per_block):
             self.cache = self.pool = None  # the old ones are gone before the new one is made

@@ -101,6 +101,9 @@ class TrtSession:
             shape = port.shape_for({"B": num_rows})
             self._memory[port.name] = torch.zeros(shape, dtype=torch_dtype(port.dtype), device=self.device)
 
+    def limit_logits(self, num_best: int | None) -> None:
+        """Nothing to save: a plan computes all logits."""
+
     def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
         if virtual is not None:
             check_virtual_tokens(self.model, self.build, virtual, len(prompts))
