@@ -7,12 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import tiny_gpt2
 
 # Nothing here may look for the network, whatever the machine has configured.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Without a GPU our kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if HAS_GPU else "cpu"])
+def kernel_device(request: pytest.FixtureRequest) -> torch.device:
+    """Where kernels are tested: compiled on a GPU (`-m gpu`), or where there is none, interpreted on the CPU."""
+    torch.manual_seed(0)
+    return torch.device(request.param)
 
 
 @pytest.fixture

@@ -1,0 +1,142 @@
+"""The session of our kernels beside the one of PyTorch's operations, with the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from engines import random_prompts, relative_error
+
+from gpt.checkpoint.random_weights import RandomWeights
+from gpt.config import BuildConfig, ModelConfig
+from gpt.engine.weights import engine_tensors
+from gpt.kernels.launch import INTERPRETED
+from gpt.mapping import Mapping
+from gpt.runtime.cuda_session import CudaSession, batch_bucket
+from gpt.runtime.torch_session import TorchSession
+
+MODEL = ModelConfig(vocab_size=67, n_positions=40, n_embd=32, n_head=4, n_layer=2, n_kv_head=4, inter_size=48)
+MODELS = {
+    "learned": MODEL,
+    "multi-query": replace(MODEL, n_kv_head=1),
+    "grouped": replace(MODEL, n_kv_head=2),
+    "rope gated": replace(MODEL, rotary_pct=0.5, hidden_act="swiglu", bias=False, tied_head=False),
+    "rope rmsnorm": replace(MODEL, rotary_pct=1.0, normalization="rmsnorm", hidden_act="geglu", bias=False),
+}
+BATCHES = {"one": [6], "three": [3, 9, 1]}
+MAX_SEQ_LEN = 20
+# The project's bounds for logits of each type beside float32.
+BOUNDS = {"float32": 1e-5, "float16": 5e-3}
+
+
+def make_build(dtype: str, kv_cache: str | None = None) -> BuildConfig:
+    build = BuildConfig(dtype=dtype, max_input_len=12, max_output_len=12, max_batch_size=4, seed=1)
+    return replace(build, quant=replace(build.quant, kv_cache=kv_cache))
+
+
+def make_weights(model: ModelConfig, build: BuildConfig) -> dict[str, torch.Tensor]:
+    """Every tensor random, also those that a fresh model has at 0 or 1, so that a mix-up changes the logits."""
+    generator = torch.Generator().manual_seed(3)
+    weights = {}
+    for name, tensor in engine_tensors(model, build, Mapping(), RandomWeights(model, 1, torch.device("cpu"))):
+        spread = tensor.float().std() if tensor.dim() > 1 else 1.0
+        noise = torch.randn(tensor.shape, generator=generator) * spread * 0.3
+        weights[name] = tensor if "kv_scale" in name else (tensor.float() + noise).to(tensor.dtype)
+    return weights
+
+
+def make_pair(model: ModelConfig, dtype: str, device: torch.device) -> Iterator[TorchSession]:
+    """The oracle in float32 on the CPU and the session to be tested, weights of `dtype` in both."""
+    build = make_build(dtype)
+    weights = make_weights(model, build)
+    yield TorchSession(model, make_build("float32"), Mapping(), {name: t.float() for name, t in weights.items()})
+    yield CudaSession(model, build, Mapping(), {name: t.to(device) for name, t in weights.items()}, device)
+
+
+def begin(session: TorchSession, prompts: list[list[int]]) -> torch.Tensor:
+    session.start(len(prompts), MAX_SEQ_LEN)
+    return session.context(prompts).cpu()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "batch"),
+    [
+        *((name, "float32", batch) for name in MODELS for batch in BATCHES),
+        *(("rope gated", "float16", batch) for batch in BATCHES),
+    ],
+)
+def test_logits(name: str, dtype: str, batch: str, kernel_device: torch.device) -> None:
+    oracle, session = make_pair(MODELS[name], dtype, kernel_device)
+    prompts = random_prompts(BATCHES[batch], MODEL.vocab_size)
+    ids = begin(oracle, prompts).argmax(-1)
+    begin(session, prompts)
+    for _ in range(2 if INTERPRETED else 10):
+        expected, logits = oracle.generation(ids), session.generation(ids.to(kernel_device)).cpu()
+        assert logits.shape == expected.shape
+        assert relative_error(logits, expected) < BOUNDS[dtype]
+        ids = expected.argmax(-1)
+
+
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
+def test_running_ahead_chooses_the_same(lengths: list[int], kernel_device: torch.device) -> None:
+    oracle, session = make_pair(MODEL, "float32", kernel_device)
+    prompts = random_prompts(lengths, MODEL.vocab_size)
+    first = ids = begin(oracle, prompts).argmax(-1)
+    for batch in (prompts[:1], prompts):  # the second batch finds the buffers of the first
+        begin(session, batch)
+    assert isinstance(session, CudaSession)
+    num_steps = 3 if INTERPRETED else 10
+    for tokens, largest in session.greedy(first.to(kernel_device), num_steps):
+        logits = oracle.generation(ids)
+        ids = logits.argmax(-1)
+        assert tokens == ids.tolist()
+        assert torch.tensor(largest).allclose(logits.amax(-1), rtol=1e-4, atol=1e-5)
+        num_steps -= 1
+    assert num_steps == 0
+
+
+def test_steps_one_by_one_between_those_run_ahead(kernel_device: torch.device) -> None:
+    """A token given by the caller, two chosen by the device, and the next one goes on behind them."""
+    oracle, session = make_pair(MODEL, "float32", kernel_device)
+    assert isinstance(session, CudaSession)
+    prompts = random_prompts([2, 4], MODEL.vocab_size)
+    for each in (oracle, session):
+        begin(each, prompts)
+    given = torch.tensor([5, 6])
+    oracle.generation(given)
+    session.generation(given.to(kernel_device))
+    ids = given
+    for tokens, _ in session.greedy(given.to(kernel_device), 2):
+        ids = oracle.generation(ids).argmax(-1)
+        assert tokens == ids.tolist()
+    expected, logits = oracle.generation(given), session.generation(given.to(kernel_device)).cpu()
+    assert relative_error(logits, expected) < BOUNDS["float32"]
+
+
+def test_reordered_rows(kernel_device: torch.device) -> None:
+    oracle, session = make_pair(MODEL, "float32", kernel_device)
+    prompts = random_prompts([3, 5, 2], MODEL.vocab_size)
+    given = torch.tensor([5, 6, 7])
+    logits = []
+    for each in (oracle, session):
+        begin(each, prompts)
+        each.generation(given.to(each.device))
+        each.reorder([2, 0, 0])
+        logits.append(each.generation(given.to(each.device)).cpu())
+    assert relative_error(logits[1], logits[0]) < BOUNDS["float32"]
+
+
+def test_logits_that_are_no_numbers_reach_the_caller(kernel_device: torch.device) -> None:
+    _, session = make_pair(MODEL, "float32", kernel_device)
+    assert isinstance(session, CudaSession)
+    begin(session, [[1, 2]])
+    session.ops.weights["model.wte"][9, 3] = torch.nan  # the tied head: token 9 has no logit
+    (tokens, largest), *_ = session.greedy(torch.tensor([4], device=kernel_device), 1)
+    assert largest[0] != largest[0]
+    assert 0 <= tokens[0] < MODEL.vocab_size
+
+
+def test_batches_share_buckets() -> None:
+    assert [batch_bucket(size) for size in (1, 2, 3, 33, 256, 257)] == [1, 2, 4, 48, 256, 320]
