@@ -63,7 +63,7 @@ def test_a_damaged_file(damage: str, stored: Path, caplog: pytest.LogCaptureFixt
     stored.write_bytes(text.encode("latin-1"))
     with caplog.at_level(logging.WARNING, "gpt"):
         tuning = Tuning.load(stored, CPU)
-    assert not (tuning.gemvs or tuning.skinnies or tuning.attentions)
+    assert [tuning.gemvs, tuning.skinnies, tuning.attentions] == [{}, {}, {}]
     assert str(stored) in caplog.text
     assert "defaults are used" in caplog.text
 

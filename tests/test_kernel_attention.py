@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused(change: str, kernel_device: torch.device) 
     out = torch.empty((3, 2, 33 if change == "out" else 32), device=kernel_device)
     keys = step.keys[:, :, :8] if change == "keys" else step.keys
     values = step.values.transpose(2, 3).contiguous().transpose(2, 3) if change == "strides" else step.values
-    with pytest.raises(ValueError, match="found|expected"):
+    with pytest.raises(ValueError, match=r"found|expected"):
         decode_attention(
             step.qkv,
             step.positions,

@@ -68,14 +68,14 @@ def _gemv_kernel(
         bias = tl.load(bias_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
         if GATED:
             gate_bias = tl.load(gate_bias_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
-    stretch, shift = _load_norm(norm_weight_ptr, norm_bias_ptr, columns, K, NORM)
+    stretch, shift = load_norm(norm_weight_ptr, norm_bias_ptr, columns, K, NORM)
     wait_for_inputs(DEPENDENT)
     mean = 0.0
     inverse = 1.0
     if NORM != "none":
         whole = tl.arange(0, PADDED_K)
         x = tl.load(x_ptr + whole, mask=whole < K, other=0.0).to(tl.float32)
-        total, squares = tl.reduce((x, x * x), 0, _add_pairs)
+        total, squares = tl.reduce((x, x * x), 0, add_pairs)
         if NORM == "layernorm":
             mean = total / K
         inverse = tl.rsqrt(squares / K - mean * mean + epsilon)
@@ -83,14 +83,14 @@ def _gemv_kernel(
     gate_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
         if SPLITS > 1:
-            x = _load_joined(x_ptr, part_sum_ptr, start, K, SPLITS, HEAD_SIZE, BLOCK_K)
+            x = load_joined(x_ptr, part_sum_ptr, start, K, SPLITS, HEAD_SIZE, BLOCK_K)
         else:
             x = tl.load(x_ptr + start + columns, mask=start + columns < K, other=0.0).to(tl.float32)
         if start == 0:
             weights = first
         else:
             weights = _load_weights(weight_ptr, rows, start + columns, in_rows, K)
-            stretch, shift = _load_norm(norm_weight_ptr, norm_bias_ptr, start + columns, K, NORM)
+            stretch, shift = load_norm(norm_weight_ptr, norm_bias_ptr, start + columns, K, NORM)
         if NORM != "none":
             x = (x - mean) * inverse * stretch
         if NORM == "layernorm":
@@ -126,12 +126,12 @@ def _gemv_kernel(
 
 
 @triton.jit
-def _add_pairs(a, b, more_a, more_b):
+def add_pairs(a, b, more_a, more_b):
     return a + more_a, b + more_b
 
 
 @triton.jit
-def _load_norm(norm_weight_ptr, norm_bias_ptr, columns, K: tl.constexpr, NORM: tl.constexpr):
+def load_norm(norm_weight_ptr, norm_bias_ptr, columns, K: tl.constexpr, NORM: tl.constexpr):
     inside = columns < K
     stretch = inside.to(tl.float32)
     shift = stretch
@@ -143,7 +143,7 @@ def _load_norm(norm_weight_ptr, norm_bias_ptr, columns, K: tl.constexpr, NORM: t
 
 
 @triton.jit
-def _load_joined(
+def load_joined(
     parts_ptr,
     part_sum_ptr,
     start,

@@ -114,10 +114,10 @@ def _skinny_kernel(
     if WEIGHTS_FIRST:
         sums = tl.trans(sums)
         gate_sums = tl.trans(gate_sums)
-    y = _finish(sums, scale_ptr, bias_ptr, rows, N, HAS_SCALE, HAS_BIAS)
+    y = finish(sums, scale_ptr, bias_ptr, rows, N, HAS_SCALE, HAS_BIAS)
     y = activate(y, ACTIVATION)
     if GATED:
-        y *= _finish(gate_sums, gate_scale_ptr, gate_bias_ptr, rows, N, HAS_SCALE, HAS_BIAS)
+        y *= finish(gate_sums, gate_scale_ptr, gate_bias_ptr, rows, N, HAS_SCALE, HAS_BIAS)
     inside = (tokens < M)[:, None] & (rows < N)[None, :]
     places = (part * M + tokens).to(tl.int64)[:, None] * N + rows[None, :]
     tl.store(out_ptr + places, y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -153,7 +153,7 @@ def _load_tile(ptr, rows, columns, num_rows, K: tl.constexpr, WHOLE: tl.constexp
 
 
 @triton.jit
-def _finish(y, scale_ptr, bias_ptr, rows, N, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+def finish(y, scale_ptr, bias_ptr, rows, N, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
     if HAS_SCALE:
         y *= tl.load(scale_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
