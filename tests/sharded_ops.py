@@ -69,7 +69,7 @@ def sharded_logits(
         for call in ("context", "generation"):
             asked: list[int] = []
 
-            def wait(ops: Any, *_: Any, asked: list[int] = asked) -> torch.Tensor:
+            def wait(ops: Any, *_: Any, asked: list[int] = asked, **__: Any) -> torch.Tensor:
                 asked.append(1)
                 if len(asked) == world_size:
                     steps.append(forward(together, model, Mapping(world_size)))

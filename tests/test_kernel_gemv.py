@@ -42,8 +42,8 @@ def test_everything_fused(
     options = {"bias": bias, "scale": scale, "norm": norm, "activation": "gelu_tanh", "gate": gate}
     out = torch.full((num_rows,), 7.0, device=kernel_device)
     tiles, num_valid = tiles_of(num_rows, 8, device=kernel_device), num_rows - 3
-    gemv(x, weight, out, config=CONFIG, add_to_out=True, tiles=tiles, num_valid=num_valid, **options)  # type: ignore[arg-type]
-    expected = reference(x[None], weight, **options)[0] + 7  # type: ignore[arg-type]
+    gemv(x, weight, out, config=CONFIG, add_to_out=True, tiles=tiles, num_valid=num_valid, **options)
+    expected = reference(x[None], weight, **options)[0] + 7
     assert relative_error(out, expected) < TOLERANCE[torch.float32]
     best = tiles[0].argmax()
     assert tiles[1][best] == out[:num_valid].argmax()

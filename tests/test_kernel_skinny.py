@@ -31,8 +31,8 @@ def test_everything_fused(num_tokens: int, weights_first: bool, weights: str, ke
     out = torch.empty((num_tokens, num_rows), device=kernel_device)
     config = SkinnyConfig(32, 32, 4, 2, 1, weights_first)
     options = {"bias": bias, "scale": scale, "activation": "silu", "gate": gate}
-    skinny(x, weight, out, config=config, tiles=tiles, num_valid=num_valid, **options)  # type: ignore[arg-type]
-    assert relative_error(out, reference(x, weight, **options)) < TOLERANCE[torch.float32]  # type: ignore[arg-type]
+    skinny(x, weight, out, config=config, tiles=tiles, num_valid=num_valid, **options)
+    assert relative_error(out, reference(x, weight, **options)) < TOLERANCE[torch.float32]
     best = tiles[0].argmax(1, keepdim=True)
     assert torch.equal(tiles[1].gather(1, best)[:, 0].long(), out[:, :num_valid].argmax(1))
 

@@ -14,13 +14,12 @@ from statistics import median
 from typing import TypeVar
 
 import torch
-import triton
 
 from gpt.config import ModelConfig
 from gpt.console import log, progress
 from gpt.engine.tuning import Tuning, token_bucket
 from gpt.kernels import attention, gemv, skinny
-from gpt.kernels.launch import num_multiprocessors
+from gpt.kernels.launch import OutOfResources, num_multiprocessors
 from gpt.kernels.norm import add_norm
 from gpt.kernels.product import Norm
 from gpt.mapping import Mapping
@@ -82,11 +81,12 @@ def autotune(
 
 
 def gemv_candidates(num_columns: int) -> Iterator[gemv.GemvConfig]:
-    widest = triton.next_power_of_2(num_columns)
-    for block_n, block_k, num_warps in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (4, 8)):
-        per_thread = block_n * block_k // (32 * num_warps)
-        if block_k <= widest and 24 <= per_thread <= 96:
-            yield gemv.GemvConfig(block_n, block_k, num_warps)
+    widest = 1 << (num_columns - 1).bit_length()
+    for block_n, num_warps in itertools.product((1, 2, 4, 8), (4, 8)):
+        for block_k in sorted({min(widest, 8192), min(widest, 4096)}):
+            if 32 <= block_n * block_k // (32 * num_warps) <= 64:
+                for programs in (2, 4, 8) if block_k >= num_columns else (4,):
+                    yield gemv.GemvConfig(block_n, block_k, num_warps, programs)
 
 
 def attention_candidates(shared: bool, head_size: int, num_slots: int) -> Iterator[attention.AttentionConfig]:
@@ -208,7 +208,7 @@ def _best(candidates: Iterable[Config], launch: Callable[[Config, int], None], c
 def _time_candidate(config: Config, launch: Callable[[Config, int], None], copies: int) -> float:
     try:
         return _time(lambda copy: launch(config, copy), copies)
-    except triton.runtime.errors.OutOfResources as error:
+    except OutOfResources as error:
         log.debug("%s: %s", config, error)
         return math.inf
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from gpt.config import ModelConfig
 from gpt.engine.kv_cache import KvCache
 from gpt.engine.torch_executor import rotary_tables
 from gpt.engine.tuning import Tuning
+from gpt.kernels import int4
 from gpt.kernels.attention import Rotary, decode_attention, scratch_size
 from gpt.kernels.gemv import gemv
 from gpt.kernels.norm import add_norm, embed
@@ -210,7 +212,7 @@ class DecodeOps:
 
     def _add_product(self, stream: _Stream, product: _Product) -> None:
         weight, scale, bias = self._weight(product.name, product.bias)
-        num_rows, num_columns = weight.shape
+        num_rows, num_columns = _shape(weight)
         if self._batch_size == 1:
             self._gemv(product.input, weight, stream.x, bias=bias, scale=scale, add_to_out=True)
             return
@@ -219,7 +221,8 @@ class DecodeOps:
         parts = torch.empty(
             (skinny_config.split_k, self._batch_size, num_rows), dtype=torch.float32, device=self.device
         )
-        skinny(h, weight, parts, config=skinny_config, scale=scale)
+        multiply: Any = int4.int4_skinny if weight.dtype == torch.uint8 else skinny
+        multiply(h, weight, parts, config=skinny_config, scale=scale)
         stream.parts, stream.bias = parts, bias
 
     def layer_norm(self, x: Value, name: str, epsilon: float, feeds: str | None = None) -> Value:
@@ -333,24 +336,16 @@ class DecodeOps:
         num_valid: int | None = None,
     ) -> None:
         """num_valid: rows of a head that are tokens; `tiles` is set for it."""
-        num_rows, num_columns = weight.shape
+        num_rows, num_columns = _shape(weight)
         if self._batch_size == 1:
             self._gemv(x, weight, out, bias=bias, scale=scale, activation=activation, gate=gate, num_valid=num_valid)
         else:
             skinny_config = self.tuning.skinny(self._batch_size, num_rows, num_columns, splits=False)
-            tiles = None if num_valid is None else self._make_tiles(num_rows, skinny_config.block_n)
-            skinny(
-                self._input(x),
-                weight,
-                out,
-                config=skinny_config,
-                bias=bias,
-                scale=scale,
-                activation=activation,
-                gate=gate,
-                tiles=tiles,
-                num_valid=num_valid,
-            )
+            options: dict[str, Any] = {"bias": bias, "scale": scale, "activation": activation, "gate": gate}
+            if num_valid is not None:
+                options |= {"tiles": self._make_tiles(num_rows, skinny_config.block_n), "num_valid": num_valid}
+            multiply: Any = int4.int4_skinny if weight.dtype == torch.uint8 else skinny
+            multiply(self._input(x), weight, out, config=skinny_config, **options)
 
     def _gemv(
         self,
@@ -366,8 +361,12 @@ class DecodeOps:
         num_valid: int | None = None,
     ) -> None:
         """One row's product, which takes the norm before it along, or the joining of an attention's parts."""
-        num_rows, num_columns = weight.shape
-        config = self.tuning.gemv(num_rows, num_columns)
+        packed = weight.dtype == torch.uint8
+        num_rows, num_columns = _shape(weight)
+        if packed:
+            config = int4.default_gemv_config(num_rows, num_columns, self.device)
+        else:
+            config = self.tuning.gemv(num_rows, num_columns)
         norm, splits = None, 1
         if isinstance(x, _Parts):
             h, splits = x.parts, x.num_splits
@@ -376,7 +375,8 @@ class DecodeOps:
             h, norm = x.stream.x, x.norm
         else:
             h = self._input(x)
-        gemv(
+        multiply: Any = int4.int4_gemv if packed else gemv
+        multiply(
             h,
             weight,
             out,
@@ -421,3 +421,8 @@ class DecodeOps:
 
     def _empty(self, width: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty((self._batch_size, width), dtype=dtype, device=self.device)
+
+
+def _shape(weight: torch.Tensor) -> tuple[int, int]:
+    """(N, K) of a weight, two of whose values may share a byte."""
+    return weight.shape[0], weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from gpt.console import log
 from gpt.files import write_text
 from gpt.kernels import attention, gemv, skinny
+from gpt.kernels.launch import TRITON_VERSION
 
 
 @dataclass
@@ -82,7 +82,7 @@ _KINDS: dict[str, Any] = {
 
 def _conditions(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return {"device": name, "triton": triton.__version__}
+    return {"device": name, "triton": TRITON_VERSION}
 
 
 def tuning_path(engine_folder: Path, device: torch.device) -> Path:

@@ -17,6 +17,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+TRITON_VERSION: str = triton.__version__
+OutOfResources = triton.runtime.errors.OutOfResources  # a launch that asks for more than the card has
 
 
 @lru_cache

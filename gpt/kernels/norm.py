@@ -109,7 +109,7 @@ def _add_norm_kernel(
 def check_rows(x: torch.Tensor, norm: Norm | None, parts: torch.Tensor | None, bias: torch.Tensor | None) -> None:
     """Raises ValueError naming what does not fit: x [M, E], parts [PARTS, M, E], bias and the norm's vectors [E]."""
     width = x.shape[1:]
-    vectors = {"bias": bias, "norm weight": norm and norm.weight, "norm bias": norm and norm.bias}
+    vectors = {"bias": bias, "norm weight": norm.weight if norm else None, "norm bias": norm.bias if norm else None}
     for name, vector in vectors.items():
         if vector is not None and vector.shape != width:
             raise ValueError(f"{name}: found {tuple(vector.shape)}, expected {tuple(width)}")

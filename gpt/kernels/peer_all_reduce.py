@@ -96,7 +96,7 @@ def reference(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 @triton.jit
-def _peer_all_reduce(  # type: ignore[no-untyped-def]
+def _peer_all_reduce(
     x_ptr,  # [num_elements], summed in place
     data_ptrs,  # by rank: [2, half]
     flag_ptrs,  # by rank: [MAX_PIECES, num_ranks]

@@ -36,7 +36,7 @@ _LEAD = 3
 def decodes_with_kernels(build: BuildConfig) -> bool:
     """Whether the kernels know the numbers of this engine; `TorchSession` knows all."""
     quant = build.quant
-    return quant.weights in (None, "int8") and quant.activations is None and quant.kv_cache in (None, "int8")
+    return quant.weights in (None, "int8", "int4") and quant.activations is None and quant.kv_cache in (None, "int8")
 
 
 @dataclass

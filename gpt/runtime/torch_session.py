@@ -17,8 +17,8 @@ from gpt.engine.torch_executor import TorchOps
 from gpt.mapping import Mapping
 from gpt.network.gpt import forward
 from gpt.runtime.limits import check_start
-from gpt.runtime.shared_beginnings import SharedBeginnings, copy_rows
 from gpt.runtime.shard_logits import gather_logits
+from gpt.runtime.shared_beginnings import SharedBeginnings, copy_rows
 from gpt.runtime.virtual_tokens import VirtualTokens
 
 
