@@ -82,11 +82,9 @@ def autotune(
 
 def gemv_candidates(num_columns: int) -> Iterator[gemv.GemvConfig]:
     widest = 1 << (num_columns - 1).bit_length()
-    for block_n, num_warps in itertools.product((1, 2, 4, 8), (4, 8)):
-        for block_k in sorted({min(widest, 8192), min(widest, 4096)}):
-            if 32 <= block_n * block_k // (32 * num_warps) <= 64:
-                for programs in (2, 4, 8) if block_k >= num_columns else (4,):
-                    yield gemv.GemvConfig(block_n, block_k, num_warps, programs)
+    for block_n, block_k, num_warps in itertools.product((1, 2, 4, 8), (1024, 2048, 4096), (4, 8)):
+        if block_k <= max(widest, 1024) and 32 <= block_n * block_k // (32 * num_warps) <= 64:
+            yield gemv.GemvConfig(block_n, block_k, num_warps)
 
 
 def attention_candidates(shared: bool, head_size: int, num_slots: int) -> Iterator[attention.AttentionConfig]:

@@ -1,8 +1,8 @@
 """One token's product with a weight matrix, with normalisation before and bias, activation, gate and residual after.
 
-At batch 1 a product is a read of its weights: N * K values that nothing else needs.  A program multiplies tiles of
-BLOCK_N whole rows, so that sums stay inside it and their order never depends on the launch; its first weights are on
-their way before the kernel waits for the vector, the following ones while a tile is multiplied.
+At batch 1 a product is a read of its weights: N * K values that nothing else needs.  Each program multiplies BLOCK_N
+whole rows, so that sums stay inside it and their order never depends on the launch; its first weights are on their way
+before the kernel waits for the vector.
 """
 
 from __future__ import annotations
@@ -20,13 +20,9 @@ from gpt.kernels.product import Gate, Norm, check_product
 
 @dataclass(frozen=True)
 class GemvConfig:
-    """block_k: with less than all of K, a program does one tile of rows in pieces; else tile after tile, fetching the
-    next meanwhile, and programs_per_processor says how many programs share the tiles."""
-
     block_n: int
     block_k: int
     num_warps: int
-    programs_per_processor: int = 4
 
 
 @triton.jit
@@ -62,191 +58,82 @@ def _gemv_kernel(
     PADDED_K: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
-    tile = tl.program_id(0)
-    weights, gates = _load_both(weight_ptr, gate_ptr, tile, 0, N, K, GATED, BLOCK_N, BLOCK_K)
+    in_rows = rows < N
+    first = _load_weights(weight_ptr, rows, columns, in_rows, K)
+    if GATED:
+        first_gate = _load_weights(gate_ptr, rows, columns, in_rows, K)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+        if GATED:
+            gate_bias = tl.load(gate_bias_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
     stretch, shift = load_norm(norm_weight_ptr, norm_bias_ptr, columns, K, NORM)
     wait_for_inputs(DEPENDENT)
-    if BLOCK_K >= K:
-        if SPLITS > 1:
-            x = load_joined(x_ptr, part_sum_ptr, 0, K, SPLITS, HEAD_SIZE, BLOCK_K)
-        else:
-            x = tl.load(x_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
-        mean, inverse = _moments(x, epsilon, K, NORM)
-        x = _normalised(x, mean, inverse, stretch, shift, columns, K, NORM)
-        num_programs = tl.num_programs(0)
-        for _ in range(tile, tl.cdiv(N, BLOCK_N), num_programs):
-            # The next rows are on their way while these are multiplied.
-            next_weights, next_gates = _load_both(
-                weight_ptr, gate_ptr, tile + num_programs, 0, N, K, GATED, BLOCK_N, BLOCK_K
-            )
-            y = tl.sum(weights.to(tl.float32) * x[None, :], 1)
-            gate = tl.sum(gates.to(tl.float32) * x[None, :], 1) if GATED else y
-            _finish(
-                y,
-                gate,
-                tile,
-                scale_ptr,
-                gate_scale_ptr,
-                bias_ptr,
-                gate_bias_ptr,
-                out_ptr,
-                tile_max_ptr,
-                tile_argmax_ptr,
-                N,
-                num_valid,
-                ACTIVATION,
-                HAS_BIAS,
-                HAS_SCALE,
-                GATED,
-                ADD_TO_OUT,
-                ARGMAX,
-                BLOCK_N,
-            )
-            weights = next_weights
-            gates = next_gates
-            tile += num_programs
-    else:
-        mean = 0.0
-        inverse = 1.0
-        if NORM != "none":
-            whole = tl.arange(0, PADDED_K)
-            mean, inverse = _moments(tl.load(x_ptr + whole, mask=whole < K, other=0.0).to(tl.float32), epsilon, K, NORM)
-        sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        gate_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for start in tl.static_range(0, K, BLOCK_K):
-            if SPLITS > 1:
-                x = load_joined(x_ptr, part_sum_ptr, start, K, SPLITS, HEAD_SIZE, BLOCK_K)
-            else:
-                x = tl.load(x_ptr + start + columns, mask=start + columns < K, other=0.0).to(tl.float32)
-            if start > 0:
-                weights, gates = _load_both(weight_ptr, gate_ptr, tile, start, N, K, GATED, BLOCK_N, BLOCK_K)
-                stretch, shift = load_norm(norm_weight_ptr, norm_bias_ptr, start + columns, K, NORM)
-            x = _normalised(x, mean, inverse, stretch, shift, start + columns, K, NORM)
-            sums += weights.to(tl.float32) * x[None, :]
-            if GATED:
-                gate_sums += gates.to(tl.float32) * x[None, :]
-        y = tl.sum(sums, 1)
-        gate = tl.sum(gate_sums, 1) if GATED else y
-        _finish(
-            y,
-            gate,
-            tile,
-            scale_ptr,
-            gate_scale_ptr,
-            bias_ptr,
-            gate_bias_ptr,
-            out_ptr,
-            tile_max_ptr,
-            tile_argmax_ptr,
-            N,
-            num_valid,
-            ACTIVATION,
-            HAS_BIAS,
-            HAS_SCALE,
-            GATED,
-            ADD_TO_OUT,
-            ARGMAX,
-            BLOCK_N,
-        )
-
-
-@triton.jit
-def _load_both(
-    weight_ptr,
-    gate_ptr,
-    tile,
-    start,
-    N,
-    K: tl.constexpr,
-    GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """[BLOCK_N, BLOCK_K] of the weights and, with a gate, of its weights too."""
-    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = start + tl.arange(0, BLOCK_K)
-    places = rows.to(tl.int64)[:, None] * K + columns[None, :]
-    inside = (rows < N)[:, None] & (columns < K)[None, :]
-    weights = tl.load(weight_ptr + places, mask=inside, other=0.0, eviction_policy="evict_first")
-    gates = weights
-    if GATED:
-        gates = tl.load(gate_ptr + places, mask=inside, other=0.0, eviction_policy="evict_first")
-    return weights, gates
-
-
-@triton.jit
-def _moments(x, epsilon, K: tl.constexpr, NORM: tl.constexpr):
-    """Mean and inverse deviation in one reduction over the program."""
     mean = 0.0
     inverse = 1.0
     if NORM != "none":
-        total, squares = tl.reduce((x, x * x), 0, add_pairs)
+        whole = tl.arange(0, PADDED_K)
+        mean, inverse = moments(tl.load(x_ptr + whole, mask=whole < K, other=0.0).to(tl.float32), epsilon, K, NORM)
+    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    gate_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        if SPLITS > 1:
+            x = load_joined(x_ptr, part_sum_ptr, start, K, SPLITS, HEAD_SIZE, BLOCK_K)
+        else:
+            x = tl.load(x_ptr + start + columns, mask=start + columns < K, other=0.0).to(tl.float32)
+        if start == 0:
+            weights = first
+        else:
+            weights = _load_weights(weight_ptr, rows, start + columns, in_rows, K)
+            stretch, shift = load_norm(norm_weight_ptr, norm_bias_ptr, start + columns, K, NORM)
+        if NORM != "none":
+            x = (x - mean) * inverse * stretch
         if NORM == "layernorm":
-            mean = total / K
-        inverse = tl.rsqrt(squares / K - mean * mean + epsilon)
-    return mean, inverse
-
-
-@triton.jit
-def _normalised(x, mean, inverse, stretch, shift, columns, K: tl.constexpr, NORM: tl.constexpr):
-    if NORM != "none":
-        x = (x - mean) * inverse * stretch
-    if NORM == "layernorm":
-        x += shift
-    return x
-
-
-@triton.jit
-def _finish(
-    y,
-    gate,
-    tile,
-    scale_ptr,
-    gate_scale_ptr,
-    bias_ptr,
-    gate_bias_ptr,
-    out_ptr,
-    tile_max_ptr,
-    tile_argmax_ptr,
-    N,
-    num_valid,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    GATED: tl.constexpr,
-    ADD_TO_OUT: tl.constexpr,
-    ARGMAX: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Everything behind the sums of a tile's rows, [BLOCK_N]."""
-    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = rows < N
-    y = _scaled(y, rows, inside, scale_ptr, bias_ptr, HAS_SCALE, HAS_BIAS)
+            x += shift
+        sums += weights.to(tl.float32) * x[None, :]
+        if GATED:
+            if start == 0:
+                gates = first_gate
+            else:
+                gates = _load_weights(gate_ptr, rows, start + columns, in_rows, K)
+            gate_sums += gates.to(tl.float32) * x[None, :]
+    y = tl.sum(sums, 1)
+    if HAS_SCALE:
+        y *= tl.load(scale_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += bias
     y = activate(y, ACTIVATION)
     if GATED:
-        y *= _scaled(gate, rows, inside, gate_scale_ptr, gate_bias_ptr, HAS_SCALE, HAS_BIAS)
+        gate = tl.sum(gate_sums, 1)
+        if HAS_SCALE:
+            gate *= tl.load(gate_scale_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            gate += gate_bias
+        y *= gate
     if ADD_TO_OUT:
-        y += tl.load(out_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=inside)
+        y += tl.load(out_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=in_rows)
     if ARGMAX:
-        value, index = best_of(tl.where(rows < num_valid, y, float("-inf")), 0)
-        tl.store(tile_max_ptr + tile, value)
-        tl.store(tile_argmax_ptr + tile, tl.minimum(tile * BLOCK_N + index, num_valid - 1))
-
-
-@triton.jit
-def _scaled(y, rows, inside, scale_ptr, bias_ptr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
-    if HAS_SCALE:
-        y *= tl.load(scale_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-    return y
+        y = tl.where(rows < num_valid, y, float("-inf"))
+        value, index = best_of(y, 0)
+        tl.store(tile_max_ptr + tl.program_id(0), value)
+        tl.store(tile_argmax_ptr + tl.program_id(0), tl.minimum(tl.program_id(0) * BLOCK_N + index, num_valid - 1))
 
 
 @triton.jit
 def add_pairs(a, b, more_a, more_b):
     return a + more_a, b + more_b
+
+
+@triton.jit
+def moments(x, epsilon, K: tl.constexpr, NORM: tl.constexpr):
+    """Mean and inverse deviation of K values, the rest of `x` zeros, in one reduction over the program."""
+    total, squares = tl.reduce((x, x * x), 0, add_pairs)
+    mean = 0.0
+    if NORM == "layernorm":
+        mean = total / K
+    return mean, tl.rsqrt(squares / K - mean * mean + epsilon)
 
 
 @triton.jit
@@ -286,6 +173,13 @@ def load_joined(
     return tl.reshape(tl.sum(parts * weights[:, :, None], 1), (BLOCK_K,))
 
 
+@triton.jit
+def _load_weights(weight_ptr, rows, columns, in_rows, K: tl.constexpr):
+    inside = in_rows[:, None] & (columns < K)[None, :]
+    starts = rows.to(tl.int64)[:, None] * K
+    return tl.load(weight_ptr + starts + columns[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+
+
 def gemv(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -322,10 +216,8 @@ def gemv(
     else:
         check_product(x.view(1, -1), weight, out.view(1, -1), bias, scale)
     tile_max, tile_argmax = tiles or (out, out)
-    num_programs = triton.cdiv(num_rows, config.block_n)
-    if config.block_k >= num_columns:
-        num_programs = min(num_programs, config.programs_per_processor * num_multiprocessors(x.device))
-    _gemv_kernel[(num_programs,)](
+    grid = (triton.cdiv(num_rows, config.block_n),)
+    _gemv_kernel[grid](
         x,
         part_sum,
         norm.weight if norm else x,
@@ -362,8 +254,9 @@ def gemv(
 
 def default_config(num_rows: int, num_columns: int, device: torch.device) -> GemvConfig:
     """Enough programs to fill the card, each with a few kilobytes of weights in flight: 64 values per thread."""
-    block_k = min(8192, triton.next_power_of_2(num_columns))
-    block_n = max(1, min(8, 8192 // block_k))
+    block_k = min(4096, triton.next_power_of_2(num_columns))
+    block_n = 8
     while block_n > 1 and triton.cdiv(num_rows, block_n) < num_multiprocessors(device):
         block_n //= 2
+    block_k = max(min(block_k, 512), min(block_k, 16384 // block_n))
     return GemvConfig(block_n, block_k, max(1, min(8, block_n * block_k // 2048)))
