@@ -157,10 +157,6 @@ def _run(args: Namespace) -> None:
 def _unsupported(args: Namespace) -> list[str]:
     """Every flag that this version cannot honour, with the reason."""
     checks = (
-        (
-            args.world_size > 1 and (args.backend == "tensorrt" or bool(args.target)),
-            f"--world_size {args.world_size} with --backend tensorrt: TensorRT engines are built for one rank",
-        ),
         (args.max_beam_width > 1, f"--max_beam_width {args.max_beam_width}: decoding is greedy in this version"),
         (args.paged_kv_cache, "--paged_kv_cache: the cache of this version is contiguous, sized to each batch"),
         (

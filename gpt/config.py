@@ -273,6 +273,8 @@ def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
+PROFILING_VERBOSITIES = ("layer_names_only", "detailed", "none")
+
 # builder_config of the original; what is not said by ModelConfig and BuildConfig is fixed here.
 _PLUGINS_ABSENT = (
     "bert_attention_plugin",
@@ -294,7 +296,8 @@ class BuildConfig:
 
     A plugin field holds a dtype name, or None where the plugin is off.  `context_fmha` is 0 off, 1 half-precision
     accumulation, 2 fp32 accumulation.  `embedding_sharding_dim` is 0 by vocabulary, 1 by hidden size.  `seed` is set
-    for random weights only.
+    for random weights only.  For TensorRT: `batch_buckets` are the batch sizes that generation is compiled for one by
+    one, beside max_batch_size; none: one profile for all sizes.
     """
 
     dtype: str = "float16"
@@ -316,6 +319,11 @@ class BuildConfig:
     context_fmha: int = 0
     remove_input_padding: bool = False
     builder_opt: int | None = None
+    batch_buckets: tuple[int, ...] = ()
+    profiling_verbosity: str = "layer_names_only"
+    weight_streaming: bool = False
+    refit: bool = False
+    timing_cache: str | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -330,12 +338,23 @@ class BuildConfig:
             problems.add(f"max_prompt_embedding_table_size: found {found}, allowed: 0 to {2**31 - 1}")
         if self.embedding_sharding_dim not in (0, 1):
             problems.add(f"embedding_sharding_dim: found {self.embedding_sharding_dim}, allowed: 0, 1")
+        if any(not 1 <= size <= self.max_batch_size for size in self.batch_buckets):
+            sizes = " ".join(map(str, self.batch_buckets))
+            problems.add(f"batch_buckets: found {sizes}, allowed: 1 to max_batch_size {self.max_batch_size}")
+        if self.profiling_verbosity not in PROFILING_VERBOSITIES:
+            allowed = ", ".join(PROFILING_VERBOSITIES)
+            problems.add(f"profiling_verbosity: found {self.profiling_verbosity!r}, allowed: {allowed}")
         problems.raise_if_any(ConfigError, "the build configuration is not valid")
 
     @property
     def max_seq_len(self) -> int:
         """Slots of the cache per sequence: prompt and new tokens together."""
         return self.max_input_len + self.max_output_len
+
+    @property
+    def generation_batches(self) -> tuple[int, ...]:
+        """The largest batch of each of TensorRT's generation profiles, ascending."""
+        return (*(size for size in sorted(set(self.batch_buckets)) if size < self.max_batch_size), self.max_batch_size)
 
     @property
     def fused_attention(self) -> bool:
@@ -397,7 +416,8 @@ class BuildConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BuildConfig:
         known = _known_fields(cls, values)
-        known["targets"] = tuple(known.get("targets", ()))
+        for name in ("targets", "batch_buckets"):
+            known[name] = tuple(known.get(name, ()))
         return cls(**known)
 
 

@@ -162,7 +162,7 @@ def test_inputs_and_their_profiles(packed: bool) -> None:
     assert found["prompt_embedding_table"] == ("HALF", (-1, model.n_embd))
     assert found["tasks"] == ("INT32", (-1,) if packed else (-1, 1))
     assert found["prompt_vocab_size"] == ("INT32", (1,))
-    for profile in (trt_io.CONTEXT, trt_io.GENERATION):
+    for profile in range(trt_io.num_profiles(build)):
         shapes = trt_io.profile_shapes(model, build, RANK, profile)
         width = model.n_embd
         assert shapes["prompt_embedding_table"] == [(1, width), ((NUM_ROWS + 1) // 2, width), (NUM_ROWS, width)]

@@ -57,7 +57,7 @@ class NetworkBuild:
         layers = Layers(trt, self.network, self.recorder)
         define_network(layers, model, build, mapping, weights)
         self.side_table = layers.side_table
-        profiles = (trt_io.CONTEXT, trt_io.GENERATION)
+        profiles = range(trt_io.num_profiles(build))
         self.profiles = [trt_io.profile_shapes(model, build, mapping, profile) for profile in profiles]
 
     def write_plan(self, file: IO[bytes]) -> None:

@@ -17,6 +17,15 @@ TARGETS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")},
 }
 DEFAULT_TARGET = "default"
+# Every compute capability that TensorRT-RTX has, with some of its cards.
+_CARDS = {
+    "SM75": "GeForce RTX 20, Quadro RTX, T4",
+    "SM80": "A100, A30",
+    "SM86": "GeForce RTX 30, RTX A2000 to A6000, A10",
+    "SM89": "GeForce RTX 40, RTX Ada, L4, L40S",
+    "SM120": "GeForce RTX 50, RTX PRO Blackwell",
+    "SM121": "GB10 (DGX Spark)",
+}
 _LARGEST_DIMENSION = 2**31 - 1
 # Through the peaks measured with this builder in float16: 1236 MiB for 237 MiB of weights, 2114 MiB for 677 MiB; 1476
 # MiB of weights, in a process without PyTorch, took 3796 MiB.
@@ -46,6 +55,16 @@ def compute_capabilities(targets: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(name for target in targets for name in spelled[target.lower()]))
 
 
+def loadable_cards(capabilities: list[str]) -> dict[str, str]:
+    """Compute capability -> cards that can load an engine of these targets; none named: the library's own choice,
+    which may be any of those it knows."""
+    return {name: cards for name, cards in _CARDS.items() if not capabilities or name in capabilities}
+
+
+def describe_capability(capability: tuple[int, int]) -> str:
+    return f"compute capability {capability[0]}.{capability[1]}"
+
+
 def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
     """What is worth saying about this build, one line each.
 
@@ -54,8 +73,6 @@ def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
     trt = load_for_build(build.targets)
     problems = Problems()
     capabilities = compute_capabilities(build.targets)
-    if build.world_size > 1:
-        problems.add(f"world_size {build.world_size}: TensorRT engines are built for one rank")
     if "SM75" in capabilities and build.dtype != "float16":
         problems.add(f"target SM75 (Turing) with dtype {build.dtype}: it multiplies in float16 only")
     if build.max_batch_size * build.max_input_len > _LARGEST_DIMENSION:

@@ -6,6 +6,7 @@ returns its output in any float type.  Settings that are not implemented are ref
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
@@ -15,16 +16,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from gpt.comm import Communicator
 from gpt.errors import EngineError
 
 
 @dataclass
 class Evaluation:
-    """One walk: tensors by name so far, unreadable constants, and what attention's first half leaves its second."""
+    """One walk: tensors by name so far, unreadable constants, the way to the other ranks, and what attention's first
+    half leaves its second."""
 
     trt: Any
     values: dict[str, torch.Tensor]
     side_table: Dict[str, torch.Tensor]
+    comm: Communicator
     attention_inputs: dict[str, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
 
 
@@ -64,6 +68,7 @@ def _elementwise(evaluation: Evaluation, layer: Any, a: torch.Tensor, b: torch.T
         "DIV": torch.div,
         "GREATER": torch.gt,
         "LESS": torch.lt,
+        "EQUAL": torch.eq,
         "MIN": torch.minimum,
         "MAX": torch.maximum,
     }
@@ -240,6 +245,21 @@ def _attention_output(evaluation: Evaluation, layer: Any, link: torch.Tensor) ->
     return torch.softmax(scores, -1) @ _wide(v).repeat_interleave(repeats, 1)
 
 
+def _dist_collective(evaluation: Evaluation, layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Which operation it is cannot be read from the layer and stands in its metadata; how many ranks there are can."""
+    facts = json.loads(layer.metadata)
+    comm = evaluation.comm
+    _demand(layer.num_ranks == comm.size, layer, f"{layer.num_ranks} ranks, {comm.size} are here")
+    _demand((facts["root"], facts["groups"]) == (-1, []), layer, "a root, or groups of ranks")
+    kind = facts["collective"], facts["reduction"]
+    if kind == ("ALL_REDUCE", "SUM"):
+        total = _wide(x).clone()
+        comm.all_reduce(total)
+        return total
+    _demand(kind == ("ALL_GATHER", "NONE"), layer, " ".join(kind))
+    return comm.all_gather(x, 0)
+
+
 # By the layer type's name: the class that shows its attributes, and what it computes.
 LAYERS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
     "CONSTANT": ("IConstantLayer", _constant),
@@ -261,4 +281,5 @@ LAYERS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
     "KV_CACHE_UPDATE": ("IKVCacheUpdateLayer", _kv_cache_update),
     "ATTENTION_INPUT": ("IAttentionInputLayer", _attention_input),
     "ATTENTION_OUTPUT": ("IAttentionOutputLayer", _attention_output),
+    "DIST_COLLECTIVE": ("IDistCollectiveLayer", _dist_collective),
 }

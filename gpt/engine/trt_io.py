@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from gpt.config import BuildConfig, ModelConfig
 from gpt.mapping import Mapping
 
-CONTEXT, GENERATION = 0, 1  # indices of the optimization profiles
-PROFILE_NAMES = ("context", "generation")
+CONTEXT = 0  # the first optimization profile; those after it are for generation
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,31 @@ def outputs(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> list[Po
     return [logits, *(Port(p.name.replace("past", "present"), p.dtype, p.shape, alias=p.name) for p in caches)]
 
 
+def num_profiles(build: BuildConfig) -> int:
+    """One for the context phase, and one for generation, or one for each size of `generation_batches`."""
+    return 1 + len(build.generation_batches)
+
+
+def profile_name(build: BuildConfig, profile: int) -> str:
+    if profile == CONTEXT:
+        return "context"
+    return f"generation of {build.generation_batches[profile - 1]}" if build.batch_buckets else "generation"
+
+
+def generation_profile(build: BuildConfig, batch_size: int) -> tuple[int, int]:
+    """The profile that generates for `batch_size` sequences, and the rows of its steps: with buckets, as many as the
+    smallest one that holds them."""
+    fitting = [(1 + i, size) for i, size in enumerate(build.generation_batches) if size >= batch_size]
+    profile, size = fitting[0]
+    return profile, size if build.batch_buckets else batch_size
+
+
 def profile_sizes(build: BuildConfig, profile: int) -> list[dict[str, int]]:
     """The letters' values in a profile: smallest, the one to optimise for, largest."""
+    if profile != CONTEXT and build.batch_buckets:
+        batch, rows = build.generation_batches[profile - 1], build.max_prompt_embedding_table_size
+        fixed = {"B": batch, "S": 1, "N": batch}
+        return [fixed | {"P": 1}, fixed | {"P": 1}, fixed | {"P": max(rows, 1)}]
     batch, tokens = build.max_batch_size, build.max_input_len if profile == CONTEXT else 1
     rows = build.max_prompt_embedding_table_size
     middle_batch, middle_tokens = (batch + 1) // 2, (tokens + 1) // 2

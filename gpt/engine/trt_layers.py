@@ -7,6 +7,8 @@ setting that can be refused is read back, and the library's own messages go into
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping as Dict
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,10 @@ import torch
 from gpt.dtypes import torch_dtype
 from gpt.errors import EngineError
 
+# Of a collective: all ranks in their order, and no rank that is special.
+_ALL_RANKS: tuple[int, ...] = ()
+_NO_ROOT = -1
+
 
 class Layers:
     """The layers used here, by what they do.  Tensors are the library's ITensor; constants come as torch tensors.
@@ -22,7 +28,11 @@ class Layers:
     side_table: the values of every constant by the name of its tensor.  It keeps the memory alive that the network
     refers to (TensorRT copies weights only while it builds), and answers for the types that cannot be read back from a
     network.
+
+    operation: the operation of gpt.network.ops that is being lowered; every layer carries it in its metadata.
     """
+
+    operation = ""
 
     def __init__(self, trt: Any, network: Any, recorder: Any):
         self.trt = trt
@@ -166,6 +176,28 @@ class Layers:
             raise self._error("the attention layer did not take its mask")
         return self._add(attention, "attention")
 
+    def all_reduce(self, x: Any, num_ranks: int) -> Any:
+        """The sum over the ranks, in the type of x."""
+        return self._collective(x, "ALL_REDUCE", "SUM", num_ranks)
+
+    def all_gather(self, x: Any, num_ranks: int) -> Any:
+        """The ranks' parts along the last axis; the library joins along the first one, so x is turned before and
+        after."""
+        last = len(x.shape) - 1
+        turned = self.shuffle(x, before=(last, *range(last)))
+        joined = self._collective(turned, "ALL_GATHER", "NONE", num_ranks)
+        return self.shuffle(joined, before=(*range(1, last + 1), 0))
+
+    def _collective(self, x: Any, operation: str, reduction: str, num_ranks: int) -> Any:
+        operations, reductions = self.trt.CollectiveOperation, self.trt.ReduceOperation
+        layer = self.network.add_dist_collective(
+            x, getattr(operations, operation), getattr(reductions, reduction), _NO_ROOT, _ALL_RANKS
+        )
+        self._check_taken(layer, operation)
+        layer.num_ranks = num_ranks  # it settles the shape
+        facts = {"collective": operation, "reduction": reduction, "root": _NO_ROOT, "groups": list(_ALL_RANKS)}
+        return self._add(layer, operation, facts=facts)
+
     def name(self, x: Any, name: str) -> Any:
         """Gives the tensor `name`; a name in use is refused in silence by the library, and here with an error."""
         previous = x.name
@@ -182,8 +214,10 @@ class Layers:
     def torch_type(self, x: Any) -> torch.dtype:
         return to_torch_dtype(self.trt, x.dtype)
 
-    def _add(self, layer: Any, what: str, name: str | None = None) -> Any:
+    def _add(self, layer: Any, what: str, name: str | None = None, facts: Dict[str, object] | None = None) -> Any:
+        """The layer's first output.  facts: what cannot be read back from the layer."""
         self._check_taken(layer, what)
+        layer.metadata = json.dumps({"operation": self.operation, **(facts or {})})
         if name is not None:
             layer.name = name
             if layer.name != name:
