@@ -19,6 +19,7 @@ from gpt.engine.trt_check import check_build, compute_capabilities, estimate_bui
 from gpt.engine.trt_layers import Layers
 from gpt.engine.trt_library import error_recorder, is_available, library_info, load_for_build, logger
 from gpt.engine.trt_ops import define_network
+from gpt.engine.trt_quantized import FLOAT, Quantization
 from gpt.errors import EngineError
 from gpt.files import whole_file
 from gpt.mapping import Mapping
@@ -41,7 +42,13 @@ class NetworkBuild:
     """
 
     def __init__(
-        self, trt: Any, model: ModelConfig, build: BuildConfig, mapping: Mapping, weights: Dict[str, torch.Tensor]
+        self,
+        trt: Any,
+        model: ModelConfig,
+        build: BuildConfig,
+        mapping: Mapping,
+        weights: Dict[str, torch.Tensor],
+        quant: Quantization = FLOAT,
     ):
         """weights: as `gpt.engine.weights.engine_tensors` makes them, on the CPU.
 
@@ -55,7 +62,7 @@ class NetworkBuild:
         self.network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         self.network.error_recorder = self.recorder
         layers = Layers(trt, self.network, self.recorder)
-        define_network(layers, model, build, mapping, weights)
+        define_network(layers, model, build, mapping, weights, quant)
         self.side_table = layers.side_table
         profiles = range(trt_io.num_profiles(build))
         self.profiles = [trt_io.profile_shapes(model, build, mapping, profile) for profile in profiles]

@@ -45,7 +45,10 @@ def _constant(evaluation: Evaluation, layer: Any) -> torch.Tensor:
     weights = layer.weights
     if isinstance(weights, np.ndarray):
         return torch.from_numpy(np.array(weights)).reshape(tuple(layer.shape))
-    values = evaluation.side_table[layer.get_output(0).name]  # bfloat16: NumPy has no such type
+    values = evaluation.side_table[layer.get_output(0).name]  # NumPy has no such type
+    if layer.get_output(0).dtype == evaluation.trt.int4:
+        both = values.view(torch.int8)  # two in a byte, the lower four bits first
+        values = torch.stack([(both << 4) >> 4, both >> 4], -1)
     _demand(values.numel() == weights.size, layer, "a constant of another size than the table beside the network has")
     return values.reshape(tuple(layer.shape))
 
@@ -56,8 +59,9 @@ def _gather(evaluation: Evaluation, layer: Any, x: torch.Tensor, indices: torch.
     if shared == 0:
         picked = x.index_select(axis, indices.flatten().long())
         return picked.unflatten(axis, indices.shape) if indices.dim() != 1 else picked
-    _demand(shared == 1 and axis == 1 and indices.dim() == 1, layer, "gather with elementwise dimensions")
-    return x[torch.arange(x.shape[0]), indices.long()]
+    _demand(shared == 1 and axis == 1 and indices.dim() in (1, 2), layer, "gather with elementwise dimensions")
+    rows = torch.arange(x.shape[0])
+    return x[rows if indices.dim() == 1 else rows[:, None], indices.long()]
 
 
 def _elementwise(evaluation: Evaluation, layer: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -153,13 +157,53 @@ def _normalization(
 
 
 def _reduce(evaluation: Evaluation, layer: Any, x: torch.Tensor) -> torch.Tensor:
-    _demand(layer.op == evaluation.trt.ReduceOperation.AVG, layer, str(layer.op))
-    return _wide(x).mean(_axis(layer), keepdim=layer.keep_dims)
+    kinds = evaluation.trt.ReduceOperation
+    _demand(layer.op in (kinds.AVG, kinds.MAX), layer, str(layer.op))
+    reduce = torch.mean if layer.op == kinds.AVG else torch.amax
+    return reduce(_wide(x), _axis(layer), keepdim=layer.keep_dims)
 
 
 def _unary(evaluation: Evaluation, layer: Any, x: torch.Tensor) -> torch.Tensor:
-    _demand(layer.op == evaluation.trt.UnaryOperation.SQRT, layer, str(layer.op))
-    return torch.sqrt(_wide(x))
+    kinds = evaluation.trt.UnaryOperation
+    _demand(layer.op in (kinds.SQRT, kinds.ABS), layer, str(layer.op))
+    return torch.sqrt(_wide(x)) if layer.op == kinds.SQRT else _wide(x).abs()
+
+
+def _quantize(evaluation: Evaluation, layer: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    trt = evaluation.trt
+    steps = _wide(x) / _scale_of(layer, x, scale)
+    if layer.to_type == trt.fp8:
+        return steps.clamp(-448.0, 448.0)  # more would be NaN
+    _demand(layer.to_type == trt.int8, layer, f"quantization to {layer.to_type}")
+    return steps.round().clamp(-128, 127)
+
+
+def _dequantize(evaluation: Evaluation, layer: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x.float() * _scale_of(layer, x, scale)
+
+
+def _scale_of(layer: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The scale of every value of x: from one of no dimensions, one along `axis`, or one per block, whose shape is the
+    layer's or follows from both shapes."""
+    scale = _wide(scale)
+    if scale.dim() == 0:
+        return scale
+    if scale.dim() == 1 and x.dim() > 1:
+        _demand(0 <= layer.axis < x.dim(), layer, "one scale per channel, of no axis")
+        return scale.reshape([-1 if axis == layer.axis else 1 for axis in range(x.dim())])
+    sizes = [whole // parts for whole, parts in zip(x.shape, scale.shape, strict=True)]
+    block = _block_shape(layer)
+    _demand(block is None or list(block) == sizes, layer, f"blocks of {block} in {tuple(x.shape)}")
+    for axis, size in enumerate(sizes):
+        scale = scale.repeat_interleave(size, axis)
+    return scale
+
+
+def _block_shape(layer: Any) -> tuple[int, ...] | None:
+    try:
+        return tuple(layer.block_shape) or None
+    except RuntimeError:  # it was never set
+        return None
 
 
 def _axis(layer: Any) -> int:
@@ -277,6 +321,8 @@ LAYERS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
     "NORMALIZATION": ("INormalizationLayer", _normalization),
     "REDUCE": ("IReduceLayer", _reduce),
     "UNARY": ("IUnaryLayer", _unary),
+    "QUANTIZE": ("IQuantizeLayer", _quantize),
+    "DEQUANTIZE": ("IDequantizeLayer", _dequantize),
     "ROTARY_EMBEDDING": ("IRotaryEmbeddingLayer", _rotary_embedding),
     "KV_CACHE_UPDATE": ("IKVCacheUpdateLayer", _kv_cache_update),
     "ATTENTION_INPUT": ("IAttentionInputLayer", _attention_input),

@@ -69,11 +69,13 @@ def prompt_inputs(model: ModelConfig, build: BuildConfig) -> list[Port]:
     ]
 
 
-def cache_inputs(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> list[Port]:
-    """past_key_<l> and past_value_<l> [B, G/R, T, D], in the order of the layers."""
+def cache_inputs(model: ModelConfig, build: BuildConfig, mapping: Mapping, cache_type: str | None = None) -> list[Port]:
+    """past_key_<l> and past_value_<l> [B, G/R, T, D], in the order of the layers, of `cache_type` or the engine's."""
     shape = ("B", mapping.local_kv_heads(model), build.max_seq_len, model.head_size)
     return [
-        Port(f"past_{kind}_{layer}", build.dtype, shape) for layer in range(model.n_layer) for kind in ("key", "value")
+        Port(f"past_{kind}_{layer}", cache_type or build.dtype, shape)
+        for layer in range(model.n_layer)
+        for kind in ("key", "value")
     ]
 
 

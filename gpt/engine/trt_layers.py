@@ -61,6 +61,15 @@ class Layers:
             self._constants[key] = result
         return self._constants[key]
 
+    def packed_int4(self, values: torch.Tensor) -> Any:
+        """An int4 constant [out, in] from uint8 [out, in / 2], whose low four bits are the even input."""
+        values = values.contiguous()
+        shape = (values.shape[0], 2 * values.shape[1])
+        weights = self.trt.Weights(self.trt.int4, values.data_ptr(), 2 * values.numel())
+        result = self._add(self.network.add_constant(shape, weights), "int4 constant")
+        self.side_table[result.name] = values
+        return result
+
     def scalar(self, value: float, dtype: torch.dtype, rank: int) -> Any:
         """A constant that broadcasts against tensors of `rank` dimensions."""
         return self.constant(torch.full((1,) * rank, value, dtype=dtype))
@@ -149,6 +158,41 @@ class Layers:
         scale = self.constant(weight.to(dtype), (1,) * (rank - 1) + tuple(weight.shape))
         return self.elementwise(self.elementwise(x, root, "DIV"), scale, "PROD")
 
+    def row_maximum(self, x: Any) -> Any:
+        """max |x| over the last axis, which stays with size 1."""
+        magnitudes = self._add(self.network.add_unary(x, self.trt.UnaryOperation.ABS), "magnitude")
+        axes = 1 << (len(x.shape) - 1)
+        return self._add(self.network.add_reduce(magnitudes, self.trt.ReduceOperation.MAX, axes, True), "maximum")
+
+    def quantize(self, x: Any, scale: Any, dtype: torch.dtype) -> Any:
+        """x / scale, rounded to the nearest (ties to even) and saturated: int8, or float8_e4m3fn.
+
+        scale: a tensor of no dimensions, or one value per row of x, [..., 1].
+        """
+        layer = self.network.add_quantize(x, scale, self.library_dtype(dtype))
+        self._check_taken(layer, "quantization")
+        self._set_block(layer, x, scale)
+        return self._add(layer, "quantization")
+
+    def dequantize(self, x: Any, scale: Any, dtype: torch.dtype, *, axis: int | None = None) -> Any:
+        """x * scale in `dtype`.
+
+        scale: a tensor of no dimensions, one value per index of `axis`, one per row of x, [..., 1], or, for int4
+        constants [out, in], one per group, [out, groups].
+        """
+        layer = self.network.add_dequantize(x, scale, self.library_dtype(dtype))
+        self._check_taken(layer, "dequantization")
+        if axis is not None:
+            layer.axis = axis
+        if x.dtype != self.trt.int4:  # whose groups follow from the shapes; setting them fails
+            self._set_block(layer, x, scale)
+        return self._add(layer, "dequantization")
+
+    def _set_block(self, layer: Any, x: Any, scale: Any) -> None:
+        rank = len(scale.shape)
+        if rank > 1:
+            layer.block_shape = (1,) * (rank - 1) + (x.shape[-1],)
+
     def rotary(self, x: Any, cos: Any, sin: Any, positions: Any, rotary_dim: int) -> Any:
         """Rotate-half on the first `rotary_dim` values.
 
@@ -209,7 +253,8 @@ class Layers:
         return x
 
     def library_dtype(self, dtype: torch.dtype) -> Any:
-        return getattr(self.trt, str(dtype).removeprefix("torch."))
+        name = str(dtype).removeprefix("torch.")
+        return self.trt.fp8 if dtype == torch.float8_e4m3fn else getattr(self.trt, name)
 
     def torch_type(self, x: Any) -> torch.dtype:
         return to_torch_dtype(self.trt, x.dtype)
@@ -245,5 +290,6 @@ class Layers:
 
 def to_torch_dtype(trt: Any, dtype: Any) -> torch.dtype:
     """The library's DataType as torch's."""
-    names = ("float32", "float16", "bfloat16", "int32", "int64", "bool")
-    return next(getattr(torch, name) for name in names if getattr(trt, name) == dtype)
+    names = ("float32", "float16", "bfloat16", "int32", "int64", "int8", "bool")
+    others = {trt.fp8: torch.float8_e4m3fn, trt.int4: torch.int8}  # torch has no int4
+    return others[dtype] if dtype in others else next(getattr(torch, n) for n in names if getattr(trt, n) == dtype)

@@ -17,6 +17,7 @@ from gpt.dtypes import torch_dtype
 from gpt.engine import trt_io
 from gpt.engine.torch_executor import rotary_tables
 from gpt.engine.trt_layers import Layers
+from gpt.engine.trt_quantized import FLOAT, Quantization, QuantizedCache, QuantizedProducts
 from gpt.mapping import Mapping, Split
 from gpt.network.gpt import forward
 
@@ -40,7 +41,12 @@ class Heads:
 
 
 def define_network(
-    layers: Layers, model: ModelConfig, build: BuildConfig, mapping: Mapping, weights: Dict[str, torch.Tensor]
+    layers: Layers,
+    model: ModelConfig,
+    build: BuildConfig,
+    mapping: Mapping,
+    weights: Dict[str, torch.Tensor],
+    quant: Quantization = FLOAT,
 ) -> None:
     """Adds the whole network, inputs and outputs as in gpt.engine.trt_io.
 
@@ -48,7 +54,7 @@ def define_network(
     Raises EngineError with the library's messages where it refuses a layer.
     """
     layers.operation = "inputs"
-    ops = TrtOps(layers, model, build, mapping, weights)
+    ops = TrtOps(layers, model, build, mapping, weights, quant)
     logits: Any = forward(_Marked(ops), model, mapping)
     layers.output(logits, "logits")
 
@@ -74,7 +80,13 @@ class TrtOps:
     """Ops over `layers`; the step is the network's own inputs, the cache its past_* inputs and present_* outputs."""
 
     def __init__(
-        self, layers: Layers, model: ModelConfig, build: BuildConfig, mapping: Mapping, weights: Dict[str, torch.Tensor]
+        self,
+        layers: Layers,
+        model: ModelConfig,
+        build: BuildConfig,
+        mapping: Mapping,
+        weights: Dict[str, torch.Tensor],
+        quant: Quantization = FLOAT,
     ):
         self.layers = layers
         self.model = model
@@ -87,7 +99,9 @@ class TrtOps:
         self.packed = build.remove_input_padding
         self.prompt_tuning = build.max_prompt_embedding_table_size > 0
         self.fused = build.fused_attention
-        ports = trt_io.step_inputs(model, build) + trt_io.cache_inputs(model, build, mapping)
+        self.products = QuantizedProducts(layers, weights, self.dtype, quant)
+        self.cache = QuantizedCache(layers, weights, self.dtype, self.num_slots) if quant.kv_cache else None
+        ports = trt_io.step_inputs(model, build) + trt_io.cache_inputs(model, build, mapping, quant.kv_cache)
         self.inputs = {port.name: layers.input(port.name, port.dtype, port.network_shape) for port in ports}
         self.positions = self._padded_positions()  # [B, S]
         self.mask = self._causal_mask()  # [B, 1, S, T]
@@ -193,8 +207,8 @@ class TrtOps:
         return self.layers.cast(self.layers.rms_norm(wide, self.weights[name + ".weight"], epsilon), self.dtype)
 
     def linear(self, x: Any, name: str, *, activation: str | None = None, bias: bool = True) -> Any:
-        weight = self.weights[name + ".weight"]
-        y = self._product(x, weight, name)
+        quantized = self.products.has(name)
+        y = self.products(x, name) if quantized else self._product(x, self.weights[name + ".weight"], name)
         if bias:
             y = self.add_bias(y, name)
         return y if activation is None else self._activation(y, activation)
@@ -275,8 +289,13 @@ class TrtOps:
 
     def _cached(self, kind: str, update: Any, layer: int) -> Any:
         past = self.inputs[f"past_{kind}_{layer}"]
-        present = self.layers.cache_update(past, update, self.inputs["cache_write_index"])
-        self.layers.output(present, f"present_{kind}_{layer}")
+        index, name = self.inputs["cache_write_index"], f"present_{kind}_{layer}"
+        if self.cache is not None:
+            steps, present = self.cache.update(past, update, index, layer, kind)
+            self.layers.output(steps, name)
+            return present
+        present = self.layers.cache_update(past, update, index)
+        self.layers.output(present, name)
         return present
 
     def all_reduce(self, x: Any) -> Any:
