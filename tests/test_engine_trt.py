@@ -50,7 +50,7 @@ def test_every_named_tensor_is_the_torch_executors(name: str, fused: bool, trt: 
 def test_builds_for_target(target: str, fused: bool, tmp_path: Path) -> None:
     model, build = MODELS["gpt2"], build_config("float16", fused=fused, packed=True, targets=(target,))
     check_build(model, build)
-    build_plan(model, build, RANK, random_weights(model, "float16"), tmp_path / "a.engine")
+    build_plan(model, build, RANK, random_weights(model, "float16").items(), tmp_path / "a.engine")
     assert (tmp_path / "a.engine").stat().st_size > sum(t.nbytes for t in random_weights(model, "float16").values())
     assert [path.name for path in tmp_path.iterdir()] == ["a.engine"]
 
@@ -124,7 +124,7 @@ class TestBuildFails:
     def test_library_messages_are_shown(self, tmp_path: Path) -> None:
         build = build_config("bfloat16", targets=("turing",))
         with pytest.raises(EngineError) as caught:
-            build_plan(self.model, build, RANK, random_weights(self.model, "bfloat16"), tmp_path / "a.engine")
+            build_plan(self.model, build, RANK, random_weights(self.model, "bfloat16").items(), tmp_path / "a.engine")
         assert "sm75" in str(caught.value)
         assert not list(tmp_path.iterdir())
 
@@ -166,7 +166,7 @@ class TestBuildFails:
         monkeypatch.setattr(trt_builder, "progress", lambda **options: ImpatientBar())
         before = signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            build_plan(self.model, build_config(), RANK, random_weights(self.model), tmp_path / "a.engine")
+            build_plan(self.model, build_config(), RANK, random_weights(self.model).items(), tmp_path / "a.engine")
         assert ImpatientBar.num_steps <= 2  # of several hundred
         assert not list(tmp_path.iterdir())
         assert signal.getsignal(signal.SIGINT) is before

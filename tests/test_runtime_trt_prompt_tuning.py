@@ -147,7 +147,7 @@ def test_plan_for_every_target(name: str, packed: bool, tmp_path: Path) -> None:
     build = prompt_build("float16", fused=True, packed=packed, targets=("ampere", "ada", "blackwell"))
     check_build(model, build)
     weights = random_weights(model, "float16")
-    build_plan(model, build, RANK, weights, tmp_path / "a.engine")
+    build_plan(model, build, RANK, weights.items(), tmp_path / "a.engine")
     size, estimated = (tmp_path / "a.engine").stat().st_size, estimate(model, build, RANK)
     assert estimated.weights == sum(tensor.nbytes for tensor in weights.values()) < size
     assert size <= estimated.engine_file <= size + 4 * 2**20

@@ -337,7 +337,7 @@ class TestPlan:
     @pytest.fixture
     def plan(self, tmp_path: Path) -> Path:
         path = tmp_path / "a.engine"
-        build_plan(self.model, build_config(), RANK, random_weights(self.model), path)
+        build_plan(self.model, build_config(), RANK, random_weights(self.model).items(), path)
         return path
 
     def test_needs_a_gpu(self, plan: Path) -> None:

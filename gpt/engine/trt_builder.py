@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from collections.abc import Mapping as Dict
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +15,14 @@ from typing import IO, Any
 import torch
 
 from gpt.config import BuildConfig, ModelConfig
-from gpt.console import progress
+from gpt.console import human_time, log, progress
 from gpt.engine import trt_io
 from gpt.engine.trt_check import check_build, compute_capabilities, estimate_build_bytes, estimate_plan_bytes
 from gpt.engine.trt_layers import Layers
 from gpt.engine.trt_library import error_recorder, is_available, library_info, load_for_build, logger
 from gpt.engine.trt_ops import define_network
 from gpt.engine.trt_quantized import FLOAT, Quantization
+from gpt.engine.trt_weights import weights_in_file
 from gpt.errors import EngineError
 from gpt.files import whole_file
 from gpt.mapping import Mapping
@@ -113,16 +116,24 @@ class NetworkBuild:
 
 
 def build_plan(
-    model: ModelConfig, build: BuildConfig, mapping: Mapping, weights: Dict[str, torch.Tensor], path: Path
+    model: ModelConfig,
+    build: BuildConfig,
+    mapping: Mapping,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    path: Path,
 ) -> None:
     """Builds the engine of one rank and writes its plan to `path`, which appears only when it is complete.
 
-    weights: as `gpt.engine.weights.engine_tensors` makes them.  Call `check_build` first: it explains what would
-    end here in the library's own words.  Raises what `NetworkBuild` and its `write_plan` raise.
+    weights: as `gpt.engine.weights.engine_tensors` makes them, one in memory at a time; a file beside `path` holds them
+    while the library builds.  Call `check_build` first: it explains what would end here in the library's own words.
+    Raises what `NetworkBuild` and its `write_plan` raise.
     """
-    network = NetworkBuild(load_for_build(build.targets), model, build, mapping, weights)
-    with whole_file(path) as file:
-        network.write_plan(file)
+    begin = time.perf_counter()
+    with weights_in_file(path.with_name(f".{path.name}.weights-{os.getpid()}"), weights) as mapped:
+        log.info("Weights loaded. Total time: %s", human_time(time.perf_counter() - begin))
+        network = NetworkBuild(load_for_build(build.targets), model, build, mapping, mapped.tensors)
+        with whole_file(path) as file, mapped.releasing_memory():
+            network.write_plan(file)
 
 
 def _stream_writer(trt: Any, file: IO[bytes]) -> Any:
