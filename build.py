@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsupported, run_main
-from gpt.config import BuildConfig, ModelConfig, check_against_positions
+from gpt.config import PROFILING_VERBOSITIES, BuildConfig, ModelConfig, check_against_positions
 from gpt.console import log, setup_logging
 from gpt.dtypes import FLOAT_DTYPES
 from gpt.errors import ConfigError
@@ -105,7 +105,27 @@ def build_parser() -> ArgumentParser:
         help="tensorrt: cards to build for, e.g. ampere ada blackwell",
     )
     build.add_argument("--builder_opt", type=int, help="tensorrt: optimisation level, 0 to 5")
-    build.add_argument("--timing_cache", metavar="FILE", help="accepted; no backend of this version uses one")
+    build.add_argument(
+        "--timing_cache", metavar="FILE", help="tensorrt library: kernel timings, read if it exists and written back"
+    )
+    build.add_argument(
+        "--batch_buckets",
+        type=positive_int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="tensorrt: batch sizes to compile generation for, beside --max_batch_size",
+    )
+    build.add_argument(
+        "--profiling_verbosity",
+        choices=PROFILING_VERBOSITIES,
+        default=PROFILING_VERBOSITIES[0],
+        help="tensorrt: what a plan tells profilers about its layers",
+    )
+    build.add_argument("--weight_streaming", action="store_true", help="tensorrt: weights may stay on the host")
+    build.add_argument("--refit", action="store_true", help="tensorrt: a plan whose weights can be replaced")
+    build.add_argument("--strip_plan", action="store_true", help="a plan without weights; refused, run.py needs them")
+    build.add_argument("--strongly_typed", action="store_true", help="tensorrt: types as written; always so")
     build.add_argument("--parallel_build", action="store_true", help="one process per rank, if there is room")
     build.add_argument("--gpus_per_node", type=positive_int, default=8, help="of the command that --dry_run prints")
     build.add_argument(
@@ -145,7 +165,7 @@ def _run(args: Namespace) -> None:
     check_divides(model, args.world_size)
     build = _build_config(args, model, checkpoint)
     _check_embedding(model, build)
-    _explain_idle_flags(args)
+    _explain_idle_flags(args, build.backend)
     if args.dry_run:
         from gpt.engine.plan import Plan
 
@@ -170,6 +190,10 @@ def _unsupported(args: Namespace) -> list[str]:
         (
             args.enable_context_fmha and args.enable_context_fmha_fp32_acc,
             "--enable_context_fmha and --enable_context_fmha_fp32_acc: give one of the two",
+        ),
+        (
+            args.strip_plan,
+            "--strip_plan: run.py cannot put the weights back; --weight_streaming is what saves memory on the GPU",
         ),
         (
             bool(args.target) and args.backend == "torch",
@@ -237,6 +261,11 @@ def _build_config(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | 
         context_fmha=1 if args.enable_context_fmha else 2 if args.enable_context_fmha_fp32_acc else 0,
         remove_input_padding=args.remove_input_padding,
         builder_opt=args.builder_opt,
+        batch_buckets=tuple(args.batch_buckets),
+        profiling_verbosity=args.profiling_verbosity,
+        weight_streaming=args.weight_streaming,
+        refit=args.refit,
+        timing_cache=args.timing_cache,
         seed=_seed(args) if checkpoint is None else None,
     )
     check_against_positions(model, build)
@@ -303,10 +332,19 @@ def _seed(args: Namespace) -> int:
     return seed
 
 
-def _explain_idle_flags(args: Namespace) -> None:
+def _explain_idle_flags(args: Namespace, backend: str) -> None:
+    torch_backend = backend == "torch"
     for given, text in (
         (args.tokens_per_block is not None, "--tokens_per_block belongs to the paged cache"),
-        (args.timing_cache is not None, "--timing_cache: PyTorch has none and TensorRT-RTX ignores it"),
+        (torch_backend and args.timing_cache is not None, "--timing_cache belongs to TensorRT"),
+        (torch_backend and bool(args.batch_buckets), "--batch_buckets: the torch backend compiles no batch sizes"),
+        (
+            torch_backend and args.profiling_verbosity != PROFILING_VERBOSITIES[0],
+            "--profiling_verbosity belongs to TensorRT",
+        ),
+        (torch_backend and args.weight_streaming, "--weight_streaming belongs to TensorRT"),
+        (torch_backend and args.refit, "--refit: a torch engine's file can be replaced as a whole"),
+        (torch_backend and args.strongly_typed, "--strongly_typed: types are as written on the torch backend too"),
         (args.parallel_build and args.world_size == 1, "--parallel_build: one rank is built in this process"),
         (args.use_parallel_embedding and args.world_size == 1, "--use_parallel_embedding: there is one rank"),
         (

@@ -132,7 +132,7 @@ def test_estimate_and_times_are_told(checkpoint: Path, tmp_path: Path, capfd: py
         (["--enable_context_fmha", "--enable-context-fmha-fp32-acc"], ["give one of the two"]),
         (["--max_beam_width", "4", "--paged_kv_cache"], ["--max_beam_width 4", "--paged_kv_cache"]),
         (["--world_size", "4"], ["n_head 2 is not divisible by 4", "tensor parallelism of 1, 2"]),
-        (["--world_size", "2", "--target", "ada"], ["one rank"]),
+        (["--target", "ada", "--strip_plan"], ["--strip_plan: run.py cannot put the weights back"]),
         (
             ["--world_size", "2", "--use_parallel_embedding", "--embedding_sharding_dim", "1"],
             ["cannot be cut by hidden size", "--embedding_sharding_dim 0"],
