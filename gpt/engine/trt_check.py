@@ -29,8 +29,8 @@ _CARDS = {
 }
 _LARGEST_DIMENSION = 2**31 - 1
 MOST_PROFILES = 8  # more were not tried
-# A line above the peaks measured with this builder in float16, of which some 320 MiB are there before it begins: 987 MiB
-# for 237 MiB of weights, 1431 MiB for 676 MiB, 4224 MiB for 2970 MiB.
+# A line above the peaks measured with this builder in float16, of which some 320 MiB are there before it begins: 987
+# MiB for 237 MiB of weights, 1431 MiB for 676 MiB, 4224 MiB for 2970 MiB.
 _BASE_BYTES = 700 * 2**20
 _BYTES_PER_WEIGHT_BYTE = 1.25
 # What plans of 1 to 24 layers held besides weights stays below these lines, for every target and number of targets.
