@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engines import relative_error
+from trt_matrix import record
 from trt_models import IDS, MODELS, RANK, build_config, define, evaluate, random_weights
 
 from gpt.engine import trt_builder, trt_library
@@ -51,6 +52,7 @@ def test_builds_for_target(target: str, fused: bool, tmp_path: Path) -> None:
     model, build = MODELS["gpt2"], build_config("float16", fused=fused, packed=True, targets=(target,))
     check_build(model, build)
     build_plan(model, build, RANK, random_weights(model, "float16").items(), tmp_path / "a.engine")
+    record("gpt2", build, built=target)
     assert (tmp_path / "a.engine").stat().st_size > sum(t.nbytes for t in random_weights(model, "float16").values())
     assert [path.name for path in tmp_path.iterdir()] == ["a.engine"]
 
@@ -63,6 +65,7 @@ def test_builds_every_model_and_dtype(name: str, dtype: str, trt: Any) -> None:
         plan = io.BytesIO()
         define(trt, MODELS[name], build).write_plan(plan)
         assert plan.tell() > 0
+        record(name, build, built=" ".join(build.targets))
 
 
 @pytest.mark.parametrize("activation", ["relu", "squared_relu", "quick_gelu", "silu", "tanh", "sigmoid", "geglu"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from trt_matrix import record
 from trt_models import MODELS, RANK, build_config, define, random_weights
 
 import build as build_script
@@ -55,6 +56,7 @@ def test_buckets_and_streaming_build(packed: bool) -> None:
     plan = io.BytesIO()
     define(trt_library.load(), MODEL, build).write_plan(plan)
     assert plan.tell() > 0
+    record("gpt2", build, built="default", options="weight streaming")
 
 
 def test_timing_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from engines import relative_error
+from trt_matrix import record
 from trt_models import MODELS, RANK, build_config, random_weights
 
 from gpt.config import BuildConfig, ModelConfig
@@ -154,7 +155,10 @@ def test_product(mode: str, dtype: str, packed: bool) -> None:
     found = tiny.evaluate(x=values if packed else values.view(2, 3, NUM_IN))["y"]
     assert found.dtype == torch_type
     expected = plainly(values, held, NAME, quant)
-    assert relative_error(found.reshape(expected.shape), expected) < BOUNDS[dtype]
+    error = relative_error(found.reshape(expected.shape), expected)
+    assert error < BOUNDS[dtype]
+    built = " ".join(target or "default" for target in (targets if dtype == "float16" and packed else targets[:1]))
+    record("one product", build_config(dtype, packed=packed), built=built, error=error, options=mode)
 
 
 def test_fp8_is_refused_on_ampere() -> None:
@@ -273,7 +277,9 @@ def test_whole_network(name: str, mode: str, packed: bool) -> None:
     for first, tokens in ((0, ids), (4, torch.tensor([[7], [8]])), (5, torch.tensor([[60], [61]]))):
         expected = session.context(tokens.tolist()) if first == 0 else session.generation(tokens[:, 0])
         values = evaluator(step_inputs(tokens, first, packed=packed) | caches)
-        assert relative_error(values["logits"][:, : model.vocab_size], expected) < 1e-4
+        error = relative_error(values["logits"][:, : model.vocab_size], expected)
+        assert error < 1e-4
+        record(name, build, built="default", error=error, options=mode.replace("cache", "int8 cache"))
         caches = {key: values[key.replace("past", "present")] for key in caches}
 
 

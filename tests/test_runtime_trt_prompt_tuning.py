@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engines import random_prompts, relative_error
+from trt_matrix import record
 from trt_models import MODELS, RANK, build_config, define, random_weights
 
 import build as build_script
@@ -71,11 +72,14 @@ def test_logits_of_both_phases(name: str, packed: bool, dtype: str) -> None:
     for session in sessions:
         session.start(len(prompts), 12 + NUM_STEPS)
     actual, expected = (session.context(prompts, virtual) for session in sessions)
+    errors = []
     for step in range(NUM_STEPS + 1):
-        assert relative_error(actual, expected) < BOUNDS[dtype], f"step {step}"
+        errors.append(relative_error(actual, expected))
+        assert errors[-1] < BOUNDS[dtype], f"step {step}"
         chosen = expected.argmax(-1)
         if step < NUM_STEPS:
             actual, expected = (session.generation(chosen) for session in sessions)
+    record(name, build, error=max(errors))
 
 
 @layouts
@@ -148,6 +152,7 @@ def test_plan_for_every_target(name: str, packed: bool, tmp_path: Path) -> None:
     check_build(model, build)
     weights = random_weights(model, "float16")
     build_plan(model, build, RANK, weights.items(), tmp_path / "a.engine")
+    record(name, build, built=" ".join(build.targets))
     size, estimated = (tmp_path / "a.engine").stat().st_size, estimate(model, build, RANK)
     assert estimated.weights == sum(tensor.nbytes for tensor in weights.values()) < size
     assert size <= estimated.engine_file <= size + 4 * 2**20

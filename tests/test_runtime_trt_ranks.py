@@ -13,10 +13,12 @@ import torch
 from engines import relative_error
 from ranks import PROGRAMS, mpirun
 from test_runtime_ranks import CASES, FP32_BOUND, LIMITS, SIZES, build_case
+from trt_matrix import record
 from trt_models import MODELS, build_config, context_inputs, define, layers_of
 
 import build
 from gpt.comm import NullCommunicator
+from gpt.config import BuildConfig
 from gpt.engine import trt_library
 from gpt.engine.folder import open_engine
 from gpt.engine.trt_evaluator import NetworkEvaluator
@@ -48,10 +50,25 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
 @pytest.mark.parametrize(("name", "world_size"), [(name, size) for size in LAYOUTS for name in CHOSEN[size]])
 def test_networks_together_are_the_model(name: str, world_size: int, results: dict[int, list[dict[str, Any]]]) -> None:
     whole, parts = results[1][list(CASES).index(name)], results[world_size][CHOSEN[world_size].index(name)]
-    for ours, expected in zip(parts["logits"], whole["logits"], strict=True):
-        assert relative_error(ours, expected) < CASES[name].bound
+    errors = [relative_error(ours, expected) for ours, expected in zip(parts["logits"], whole["logits"], strict=True)]
+    assert max(errors) < CASES[name].bound
+    record(name, rank_build(name, world_size), error=max(errors))
     if CASES[name].bound == FP32_BOUND:
         assert parts["tokens"] == whole["tokens"]
+
+
+def rank_build(name: str, world_size: int) -> BuildConfig:
+    """What the networks of a case were built with."""
+    flags, layout = CASES[name].flags, LAYOUTS[world_size]
+    return build_config(
+        "bfloat16" if "bfloat16" in flags else "float32",
+        fused="fused" in layout,
+        packed="packed" in layout,
+        world_size=world_size,
+        use_parallel_embedding="--use_parallel_embedding" in flags,
+        embedding_sharding_dim=int("--embedding_sharding_dim" in flags),
+        max_prompt_embedding_table_size=6 * ("--max_prompt_embedding_table_size" in flags),
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -69,6 +86,7 @@ def test_every_rank_builds(dtype: str, world_size: int) -> None:
         plan = io.BytesIO()
         define(trt_library.load(), MODELS["multi_query"], build, rank).write_plan(plan)
         assert plan.tell() > 0
+    record("multi_query", build, built=" ".join(build.targets))
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:
