@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from engines import relative_error
+from engines import random_prompts, relative_error
 from trt_matrix import record
 from trt_models import MODELS, RANK, build_config, random_weights
 
@@ -21,9 +21,12 @@ from gpt.engine.trt_builder import NetworkBuild
 from gpt.engine.trt_evaluator import NetworkEvaluator
 from gpt.engine.trt_layers import Layers
 from gpt.engine.trt_quantized import QuantizedCache, QuantizedProducts
+from gpt.engine.trt_stand_in import stand_in_engine
 from gpt.errors import EngineError
 from gpt.mapping import Mapping
+from gpt.runtime.generate import generate
 from gpt.runtime.torch_session import TorchSession
+from gpt.runtime.trt_session import TrtSession
 
 pytestmark = pytest.mark.tensorrt
 
@@ -281,6 +284,23 @@ def test_whole_network(name: str, mode: str, packed: bool) -> None:
         assert error < 1e-4
         record(name, build, built="default", error=error, options=mode.replace("cache", "int8 cache"))
         caches = {key: values[key.replace("past", "present")] for key in caches}
+
+
+@pytest.mark.parametrize("buckets", [(), (2,)], ids=["any size", "buckets"])
+@pytest.mark.parametrize("captured", [False, True], ids=["launched", "captured"])
+def test_session_with_an_int8_cache(captured: bool, buckets: tuple[int, ...]) -> None:
+    """Steps go to and fro between two caches; prompts of several lengths, batches of several sizes."""
+    quant = Quant("int8", kv_cache="int8")
+    model, build = MODELS["gpt2"], build_config(batch_buckets=buckets)
+    held = quantized_weights(model, quant)
+    engine = stand_in_engine(model, build, RANK, held, quant)
+    capture = (lambda phase: phase.context.captured()) if captured else None
+    session = TrtSession(engine, model, build, RANK, "cpu", engine.trt, capture=capture, cache_type="int8")
+    reference = PlainSession(model, build, held, quant)
+    for seed, lengths in enumerate([(3,), (5, 2, 7), (4, 9), (1, 1, 6)]):
+        prompts = random_prompts(lengths, model.vocab_size, seed)
+        both = [generate(each, prompts, max_new_tokens=7, end_id=None).tokens for each in (session, reference)]
+        assert both[0] == both[1]
 
 
 def step_inputs(tokens: torch.Tensor, first: int, *, packed: bool) -> dict[str, torch.Tensor]:

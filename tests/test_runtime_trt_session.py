@@ -178,14 +178,14 @@ class TestAddresses:
         assert len(generation) == 2
         assert generation[0] == generation[1]
         assert generation[0][0] is not context
-        written = session._memory["past_key_0"].abs().sum((1, 3)) > 0  # [B, T]
+        written = session._memory[0]["past_key_0"].abs().sum((1, 3)) > 0  # [B, T]
         assert written.sum(1).tolist() == [4 + 2, 4]  # the shorter row: its padding, and its two later tokens over it
 
     def test_cache_elsewhere_is_refused(self) -> None:
         session = open_trt(self.model, build_config())
         session.start(1, 4)
         session.context([[1, 2]])
-        elsewhere = torch.zeros_like(session._memory["past_key_0"])
+        elsewhere = torch.zeros_like(session._memory[0]["past_key_0"])
         session._context.context.set_tensor_address("present_key_0", elsewhere.data_ptr())
         with pytest.raises(EngineError, match="context phase: could not execute") as caught:
             session._context.run()

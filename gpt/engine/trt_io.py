@@ -79,11 +79,18 @@ def cache_inputs(model: ModelConfig, build: BuildConfig, mapping: Mapping, cache
     ]
 
 
-def outputs(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> list[Port]:
-    """logits [B, V padded] float32 and present_<kind>_<l>, each in the memory of its past_<kind>_<l>."""
+def outputs(model: ModelConfig, build: BuildConfig, mapping: Mapping, cache_type: str | None = None) -> list[Port]:
+    """logits [B, V padded] float32 and present_<kind>_<l>, each in the memory of its past_<kind>_<l>, unless the cache
+    has a type of its own: the library's update in place takes none."""
     logits = Port("logits", "float32", ("B", model.padded_vocab_size(mapping.world_size)))
-    caches = cache_inputs(model, build, mapping)
-    return [logits, *(Port(p.name.replace("past", "present"), p.dtype, p.shape, alias=p.name) for p in caches)]
+    caches = cache_inputs(model, build, mapping, cache_type)
+    in_place = cache_type is None
+    presents = [Port(present_name(p.name), p.dtype, p.shape, alias=p.name if in_place else None) for p in caches]
+    return [logits, *presents]
+
+
+def present_name(past_name: str) -> str:
+    return past_name.replace("past", "present")
 
 
 def num_profiles(build: BuildConfig) -> int:

@@ -33,6 +33,8 @@ class TrtSession:
     so far; smaller ones use their first rows, so that addresses, and CUDA graphs with them, outlive a batch.  With
     batch buckets a step generates for all rows of the bucket; what is in the rows behind the batch is never looked at.
 
+    A cache with a type of its own (int8) is not updated in place: there are two of it, and steps go to and fro.
+
     Each profile has an execution context of its own; they never run at once and share their working memory.
     """
 
@@ -46,9 +48,11 @@ class TrtSession:
         trt: Any,
         comm: Communicator | None = None,
         capture: Capture | None = None,
+        cache_type: str | None = None,
     ):
         """engine: an ICudaEngine, or a `gpt.engine.trt_stand_in.EvaluatorEngine` with `device` cpu; trt: its library.
-        comm: to the other ranks of `mapping`.  capture: instead of CUDA graphs, which need a GPU.
+        comm: to the other ranks of `mapping`.  capture: instead of CUDA graphs, which need a GPU.  cache_type: of a
+        quantised cache.
 
         Raises EngineError where the engine is not one that `gpt.engine.trt_builder` makes for this model and build.
         """
@@ -59,17 +63,20 @@ class TrtSession:
         self._engine = engine
         self._trt = trt
         self._inputs = trt_io.step_inputs(model, build)
-        self._caches = trt_io.cache_inputs(model, build, mapping)
-        self._outputs = trt_io.outputs(model, build, mapping)
+        self._caches = trt_io.cache_inputs(model, build, mapping, cache_type)
+        self._outputs = trt_io.outputs(model, build, mapping, cache_type)
+        self._in_place = cache_type is None
         _check_engine(engine, trt, self._inputs + self._caches, self._outputs)
         self._recorder = error_recorder(trt)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._capture = cuda_graphs(self._stream) if capture is None and self._stream is not None else capture
         self._scratch = working_memory(engine, self.device)
         self._context = self._phase(trt_io.CONTEXT, None)
-        self._generation: dict[int, Phase] = {}  # by rows of a step
+        self._generation: dict[tuple[int, int], Phase] = {}  # by rows of a step, and by the cache it reads
         self._capacity = 0  # rows of:
-        self._memory: dict[str, torch.Tensor] = {}  # caches and logits
+        self._logits = torch.empty(0)
+        self._memory: list[dict[str, torch.Tensor]] = []  # the caches, two of each where they are not updated in place
+        self._current = 0  # the one that has what was written last
         self._step_memory: dict[str, torch.Tensor] = {}  # the inputs of generation
         self._batch_size = 0
         self._lengths: list[int] = []
@@ -112,6 +119,7 @@ class TrtSession:
         self._generating = False
         tensors = packed_inputs(prompts) if self.build.remove_input_padding else padded_inputs(prompts)
         tensors |= self._prompt_inputs(virtual, self._lengths)
+        self._current = 0
         self._bind(self._context, {name: tensor.to(self.device) for name, tensor in tensors.items()}, len(prompts))
         return self._run(self._context)
 
@@ -125,8 +133,7 @@ class TrtSession:
         if not self._generating:
             self._begin_generation()
         self._step_memory["input_ids"].view(-1)[: self._batch_size].copy_(ids)
-        _, rows = trt_io.generation_profile(self.build, self._batch_size)
-        logits = self._run(self._generation[rows])
+        logits = self._run(self._generation_phase())
         for name in ("position_ids", "cache_write_index"):
             self._step_memory[name] += 1
         self._lengths = [length + 1 for length in self._lengths]
@@ -141,13 +148,16 @@ class TrtSession:
     def _allocate(self, rows: int) -> None:
         """The old memory goes first, and with it whatever points to it."""
         self._generation.clear()
-        self._memory, self._step_memory = {}, {}
-        for port in (self._outputs[0], *self._caches):
+        self._memory, self._step_memory, self._logits = [], {}, torch.empty(0)
+        self._logits = self._zeros(self._outputs[0], rows)
+        for _ in range(1 if self._in_place else 2):
             # Zeros, since a slot that is masked out still takes part in a product with weight zero.
-            shape = port.shape_for({"B": rows})
-            self._memory[port.name] = torch.zeros(shape, dtype=torch_dtype(port.dtype), device=self.device)
+            self._memory.append({port.name: self._zeros(port, rows) for port in self._caches})
         self._step_memory = generation_inputs(self._inputs, rows, self.device)
         self._capacity = rows
+
+    def _zeros(self, port: trt_io.Port, rows: int) -> torch.Tensor:
+        return torch.zeros(port.shape_for({"B": rows}), dtype=torch_dtype(port.dtype), device=self.device)
 
     def _begin_generation(self) -> None:
         """From here on every sequence gets one token per step, at the position after those it has."""
@@ -158,13 +168,18 @@ class TrtSession:
             memory[: len(lengths)] = lengths
         # Tokens that were chosen are words: the prompts' table is one row here, which nothing refers to.
         self._step_memory["input_ids"].zero_()
-        profile, rows = trt_io.generation_profile(self.build, self._batch_size)
-        if rows not in self._generation:
-            if not self.build.batch_buckets:
-                self._generation.clear()  # one size at a time, however many there will be
-            self._generation[rows] = self._phase(profile, self._capture)
-            self._bind(self._generation[rows], first_rows(self._step_memory, rows), rows)
         self._generating = True
+
+    def _generation_phase(self) -> Phase:
+        """The one for this number of rows that reads the current cache."""
+        profile, rows = trt_io.generation_profile(self.build, self._batch_size)
+        key = rows, self._current
+        if key not in self._generation:
+            if not self.build.batch_buckets:  # one size at a time, however many there will be
+                self._generation = {other: phase for other, phase in self._generation.items() if other[0] == rows}
+            self._generation[key] = self._phase(profile, self._capture)
+            self._bind(self._generation[key], first_rows(self._step_memory, rows), rows)
+        return self._generation[key]
 
     def _prompt_inputs(self, virtual: VirtualTokens | None, counts: Sequence[int]) -> dict[str, torch.Tensor]:
         """What an engine for prompt tuning takes besides, from the number of tokens of each sequence in this step."""
@@ -182,10 +197,13 @@ class TrtSession:
 
     def _bind(self, phase: Phase, inputs: dict[str, torch.Tensor], rows: int) -> None:
         """The first `rows` rows of the caches and of the logits, beside the step's inputs."""
-        memory = {name: tensor[:rows] for name, tensor in self._memory.items()}
-        caches = {port.name: memory[port.name] for port in self._caches}
-        outputs = {port.name: memory[port.alias or port.name] for port in self._outputs}
-        phase.bind(inputs | caches, outputs)
+        past = {name: tensor[:rows] for name, tensor in self._memory[self._current].items()}
+        other = self._memory[self._next_cache()]
+        present = {trt_io.present_name(name): tensor[:rows] for name, tensor in other.items()}
+        phase.bind(inputs | past, {"logits": self._logits[:rows], **present})
+
+    def _next_cache(self) -> int:
+        return self._current if self._in_place else 1 - self._current
 
     def _run(self, phase: Phase) -> torch.Tensor:
         """Logits [B, V] float32."""
@@ -198,7 +216,8 @@ class TrtSession:
             with torch.cuda.stream(self._stream):
                 phase.run()
             caller.wait_stream(self._stream)
-        return self._memory["logits"][: self._batch_size, : self.model.vocab_size]
+        self._current = self._next_cache()
+        return self._logits[: self._batch_size, : self.model.vocab_size]
 
 
 def _stream_weights(engine: Any) -> None:
