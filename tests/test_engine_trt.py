@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engines import relative_error
-from trt_matrix import record
+from trt_matrix import record, record_refusal
 from trt_models import IDS, MODELS, RANK, build_config, define, evaluate, random_weights
 
 from gpt.engine import trt_builder, trt_library
@@ -60,12 +60,14 @@ def test_builds_for_target(target: str, fused: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_builds_every_model_and_dtype(name: str, dtype: str, trt: Any) -> None:
-    for fused, packed in ((False, False), (True, True)):
-        build = build_config(dtype, fused=fused, packed=packed, targets=("ampere", "ada", "blackwell"), builder_opt=2)
+    every_card = ("ampere", "ada", "blackwell")
+    layouts = ((False, False, every_card), (True, True, every_card), (False, True, ()), (True, False, ()))
+    for fused, packed, targets in layouts:
+        build = build_config(dtype, fused=fused, packed=packed, targets=targets, builder_opt=2)
         plan = io.BytesIO()
         define(trt, MODELS[name], build).write_plan(plan)
         assert plan.tell() > 0
-        record(name, build, built=" ".join(build.targets))
+        record(name, build, built=" ".join(targets) or "default")
 
 
 @pytest.mark.parametrize("activation", ["relu", "squared_relu", "quick_gelu", "silu", "tanh", "sigmoid", "geglu"])
@@ -133,8 +135,9 @@ class TestBuildFails:
 
     def test_refused_head_size_really_fails(self, trt: Any) -> None:
         model = replace(self.model, n_embd=36)
-        with pytest.raises(ConfigError, match="head size 12"):
+        with pytest.raises(ConfigError, match="head size 12") as caught:
             check_build(model, build_config("float16", fused=True))
+        record_refusal(caught.value)
         with pytest.raises(EngineError):
             define(trt, model, build_config("float16", fused=True)).write_plan(io.BytesIO())
         define(trt, model, build_config("float16")).write_plan(io.BytesIO())
@@ -182,12 +185,14 @@ class TestCheckBuild:
         build = build_config("float32", targets=("ada", "turing"), builder_opt=9, max_batch_size=2**30)
         with pytest.raises(ConfigError) as caught:
             check_build(self.model, build)
+        record_refusal(caught.value)
         for part in ("SM75", "builder_opt 9", f"max_batch_size {2**30}"):
             assert part in str(caught.value)
 
     def test_unknown_target(self) -> None:
         with pytest.raises(ConfigError, match="hopper") as caught:
             check_build(self.model, build_config(targets=("ampere", "hopper")))
+        record_refusal(caught.value)
         assert "blackwell" in str(caught.value)
 
     def test_refused_targets_really_fail(self, trt: Any) -> None:

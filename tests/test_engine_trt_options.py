@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import io
 import logging
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from trt_matrix import record
+from trt_matrix import record, record_refusal
 from trt_models import MODELS, RANK, build_config, define, random_weights
 
 import build as build_script
 from gpt.engine import trt_check, trt_library
+from gpt.engine.estimate import check_room, estimate
 from gpt.engine.folder import open_engine
 from gpt.engine.trt_builder import NetworkBuild, build_plan, check_build, read_timing_cache, write_timing_cache
 from gpt.engine.trt_weights import weights_in_file
-from gpt.errors import ConfigError, EngineError
+from gpt.errors import ConfigError, EngineError, GptError
 
 pytestmark = pytest.mark.tensorrt
 
@@ -80,15 +83,17 @@ def test_timing_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypa
 
 class TestRefusals:
     def test_refit_without_a_gpu(self) -> None:
-        with pytest.raises(ConfigError, match="on a machine with a GPU only"):
+        with pytest.raises(ConfigError, match="on a machine with a GPU only") as refused:
             check_build(MODEL, build_config(refit=True))
+        record_refusal(refused.value)
         with pytest.raises(EngineError) as caught:  # and so it is
             define(trt_library.load(), MODEL, build_config(refit=True)).write_plan(io.BytesIO())
         assert "found" in str(caught.value)
 
     def test_too_many_profiles(self) -> None:
-        with pytest.raises(ConfigError, match=f"9 profiles, allowed: {trt_check.MOST_PROFILES}"):
+        with pytest.raises(ConfigError, match=f"9 profiles, allowed: {trt_check.MOST_PROFILES}") as refused:
             check_build(MODEL, build_config(max_batch_size=64, batch_buckets=(1, 2, 3, 4, 5, 6, 7)))
+        record_refusal(refused.value)
 
     def test_buckets_outside_the_limits(self) -> None:
         with pytest.raises(ConfigError, match="batch_buckets: found 2 9, allowed: 1 to max_batch_size 4"):
@@ -173,6 +178,16 @@ class TestWeightsInFile:
         with pytest.raises(OSError, match="No space left"):
             build_plan(MODEL, build_config(), RANK, broken(), tmp_path / "a.engine")
         assert not list(tmp_path.iterdir())
+
+    def test_the_disk_has_to_hold_it_too(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        needed = estimate(MODEL, build_config(), RANK)
+        assert needed.temporary_file == sum(tensor.nbytes for tensor in random_weights(MODEL).values())
+        free = needed.engine_file + needed.temporary_file
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        check_room(needed, tmp_path)
+        free -= 1
+        with pytest.raises(GptError, match="does not fit"):
+            check_room(needed, tmp_path)
 
     def test_no_weights(self, tmp_path: Path) -> None:
         with weights_in_file(tmp_path / "w", ()) as mapped, mapped.releasing_memory():

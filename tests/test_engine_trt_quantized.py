@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from engines import random_prompts, relative_error
-from trt_matrix import record
+from trt_matrix import record, record_refusal
 from trt_models import MODELS, RANK, build_config, random_weights
 
 from gpt.config import BuildConfig, ModelConfig
@@ -172,6 +172,9 @@ def test_fp8_is_refused_on_ampere() -> None:
     tiny.layers.output(QuantizedProducts(tiny.layers, held, torch.float16, quant)(x, NAME), "y")
     assert not tiny.builds("SM80", x=(-1, NUM_IN))
     assert tiny.recorder.messages
+    record_refusal(
+        EngineError("TensorRT could not build", found=["FP8 products for ampere: " + tiny.recorder.messages[0]])
+    )
 
 
 class TestCache:

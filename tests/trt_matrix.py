@@ -11,7 +11,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpt.errors import GptError
 
 _VARIABLE = "GPT_TRT_MATRIX"
 _KEYS = ("model", "type", "attention", "input", "options")
@@ -57,8 +60,20 @@ def record(model: str, build: Any, *, built: str = "", error: float | None = Non
         file.write(json.dumps(row) + "\n")
 
 
+def record_refusal(error: GptError) -> None:
+    """Adds the reasons of an error to the table of what cannot be built."""
+    path = os.environ.get(_VARIABLE)
+    if not path:
+        return
+    reasons = error.found if isinstance(error.found, list) else [f"{error.what}: {error.found}"]
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"refused": [str(reason) for reason in reasons]}) + "\n")
+
+
 def table(rows: list[dict[str, Any]], version: str) -> Iterator[str]:
     """Markdown: one line per combination, whatever number of tests it had."""
+    refused = sorted({reason for row in rows for reason in row.get("refused", ())})
+    rows = [row for row in rows if "refused" not in row]
     merged: dict[tuple[str, ...], tuple[list[str], list[float]]] = {}
     for row in rows:
         targets, errors = merged.setdefault(tuple(row[key] for key in _KEYS), ([], []))
@@ -74,6 +89,9 @@ def table(rows: list[dict[str, Any]], version: str) -> Iterator[str]:
         yield "| " + " | ".join([*key, ", ".join(targets) or "-", compared]) + " |"
     both = sum(bool(targets) and bool(errors) for targets, errors in merged.values())
     yield f"\n{len(merged)} combinations, {both} of them built and compared."
+    if refused:
+        yield "\n## Refused before building, or by the library, with the reason that is shown\n"
+        yield from (f"- {reason}" for reason in refused)
 
 
 def main() -> None:
