@@ -67,7 +67,7 @@ def test_timing_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypa
     monkeypatch.setattr(logging.getLogger("gpt"), "propagate", True)
     path = tmp_path / "model.cache"
     config, network = config_of()
-    with caplog.at_level("INFO"), pytest.warns(DeprecationWarning, match="no-ops in TensorRT-RTX"):
+    with caplog.at_level("INFO", logger="gpt"), pytest.warns(DeprecationWarning, match="no-ops in TensorRT-RTX"):
         read_timing_cache(config, path)
     assert "is new" in caplog.text
     with pytest.warns(DeprecationWarning, match="no-ops in TensorRT-RTX"):
@@ -138,6 +138,7 @@ class TestNotes:
         flags = ["--timing_cache", "x", "--batch_buckets", "1", "--profiling_verbosity", "none", "--weight_streaming"]
         flags += ["--refit", "--strongly_typed", "--random_seed", "1", "--output_dir", str(tmp_path)]
         monkeypatch.setattr(logging.getLogger("gpt"), "propagate", True)
+        caplog.set_level("INFO", logger="gpt")
         build_script.run_build([*SIZES, *LIMITS, *flags])
         said = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]
         for flag in (flag for flag in flags[: flags.index("--random_seed")] if flag.startswith("--")):

@@ -263,6 +263,19 @@ class TestBucketsAndGraphs:
         greedy(session, [[1, 2, 3]], 10)
         assert num_replays == 8  # the prompt and the first step are launched
 
+    def test_rows_behind_a_batch_begin_anew(self) -> None:
+        """Their positions grow with every step, and would leave the cache after some batches."""
+        build = build_config(batch_buckets=(2,))
+        session, reference = (
+            open_trt(self.model, build),
+            TorchSession(self.model, build, RANK, random_weights(self.model)),
+        )
+        prompts = random_prompts((3, 4, 2), self.model.vocab_size)
+        expected = greedy(reference, prompts, 12)
+        assert build.max_seq_len < 4 * 11
+        for _ in range(4):
+            assert greedy(session, prompts, 12) == expected
+
     def test_a_profile_per_bucket(self) -> None:
         build = build_config(batch_buckets=(2, 1))
         engine = stand_in_engine(self.model, build, RANK, random_weights(self.model))
