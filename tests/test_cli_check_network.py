@@ -134,7 +134,7 @@ class TestNetwork:
         lines = out.splitlines()
         assert lines[0].split() == ["#", "layer", "operation", "output", "bytes", "weights"]
         (product,) = [line for line in lines if "MATRIX_MULTIPLY  linear model.layers.1.mlp.dense_4h_to_h" in line]
-        assert "float[?, 32]" in product
+        assert "float32[?, 32]" in product
         assert "16.0 KiB" in product  # 128 x 32 weights
         assert any("KV_CACHE_UPDATE" in line and "attention 1" in line and "present_key_1" in line for line in lines)
         assert "constants" in lines[-1]

@@ -145,6 +145,12 @@ class TestNotes:
             assert sum(line.startswith(flag) for line in said) == 1, flag
 
 
+def test_dry_run_knows_that_a_plan_holds_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    for target, made_at_load in (([], True), (["--target", "ada"], False)):
+        build_script.run_build([*SIZES, *LIMITS, *target, "--random_seed", "1", "--dry_run"])
+        assert ("made when it is loaded" in capsys.readouterr().out) == made_at_load
+
+
 def test_options_travel_with_the_engine(tmp_path: Path) -> None:
     flags = ["--batch_buckets", "2", "1", "--profiling_verbosity", "detailed", "--weight_streaming", "--strongly_typed"]
     build_script.run_build([*SIZES, *LIMITS, *flags, "--target", "ada", "--output_dir", str(tmp_path)])

@@ -64,7 +64,11 @@ class Plan:
         yield f"{self.num_parameters / 1e9:.3g} billion parameters ({size}), {build.dtype}, {build.backend}, {ranks}"
         yield "each rank:"
         limits = f"{build.max_batch_size} sequences of {build.max_input_len} + {build.max_output_len} tokens"
-        made_at_load = " (random weights are made when it is loaded)" if build.seed is not None else ""
+        made_at_load = (
+            " (random weights are made when it is loaded)"
+            if build.seed is not None and build.backend == "torch"
+            else ""
+        )
         for what, value, note in (
             ("weights", needed.weights, ""),
             ("KV cache", needed.kv_cache, f" for {limits}"),

@@ -18,6 +18,9 @@ from gpt.engine.trt_library import load
 from gpt.engine.weights import engine_layout
 from gpt.mapping import Mapping
 
+# The library's names of types that others call differently.
+_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -89,7 +92,8 @@ def _describe(layer: Any) -> Layer:
 
 
 def _tensor(tensor: Any) -> Tensor:
-    return Tensor(tensor.name, tensor.dtype.name.lower(), tuple(tensor.shape), tensor.dtype.itemsize)
+    name = tensor.dtype.name
+    return Tensor(tensor.name, _TYPES.get(name, name.lower()), tuple(tensor.shape), tensor.dtype.itemsize)
 
 
 def network_inputs(network: Any) -> list[Tensor]:
