@@ -16,6 +16,7 @@ from trt_models import MODELS, RANK, build_config, random_weights
 
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine import trt_io, trt_library
+from gpt.engine.step import ContextStep
 from gpt.engine.torch_executor import ACTIVATION_FUNCTIONS
 from gpt.engine.trt_builder import NetworkBuild
 from gpt.engine.trt_evaluator import NetworkEvaluator
@@ -200,7 +201,9 @@ class TestCache:
         assert tiny.builds(target, **shapes), tiny.recorder.messages
 
     @pytest.mark.parametrize("dtype", BOUNDS)
-    @pytest.mark.parametrize(("num_tokens", "index"), [(4, (0, 0)), (1, (3, 9)), (10, (0, 0)), (3, (2, 7))])
+    @pytest.mark.parametrize(
+        ("num_tokens", "index"), [(4, (0, 0)), (1, (3, 9)), (10, (0, 0)), (3, (2, 7)), (1, (0, 4))]
+    )
     def test_update(self, num_tokens: int, index: tuple[int, int], dtype: str) -> None:
         generator = torch.Generator().manual_seed(num_tokens)
         past = torch.randint(-128, 128, (2, self.G, self.T, self.D), generator=generator, dtype=torch.int8)
@@ -211,7 +214,11 @@ class TestCache:
             expected[row, :, first : first + num_tokens] = rounded.to(torch.int8)
         found = self.network(dtype).evaluate(past=past, new=new, index=torch.tensor(index, dtype=torch.int32))
         assert torch.equal(found["steps"], expected)
-        assert torch.equal(found["present"], (expected.float() * 0.02).to(getattr(torch, dtype)))
+        attended = (expected.float() * 0.02).to(getattr(torch, dtype))
+        for row, first in enumerate(index):
+            if first == 0:  # a prompt
+                attended[row, :, :num_tokens] = new[row]
+        assert torch.equal(found["present"], attended)
 
 
 def quantized_weights(model: ModelConfig, quant: Quant) -> dict[str, torch.Tensor]:
@@ -240,6 +247,12 @@ class PlainSession(TorchSession):
             attention = self.ops.attention
 
             def rounded(qkv: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
+                if isinstance(self.ops.step, ContextStep):  # prompts see themselves as they are
+                    result = attention(qkv, layer, scale)
+                    assert self.cache is not None
+                    for part, step in zip(self.cache.blocks[layer], (0.02, 0.01), strict=True):
+                        part.copy_((part / step).round().clamp(-128, 127) * step)
+                    return result
                 width = self.model.n_head * self.model.head_size
                 q, k, v = qkv.split([width, *[self.model.n_kv_head * self.model.head_size] * 2], -1)
                 k, v = ((x / s).round().clamp(-128, 127) * s for x, s in ((k, 0.02), (v, 0.01)))

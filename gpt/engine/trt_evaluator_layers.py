@@ -73,6 +73,7 @@ def _elementwise(evaluation: Evaluation, layer: Any, a: torch.Tensor, b: torch.T
         "GREATER": torch.gt,
         "LESS": torch.lt,
         "EQUAL": torch.eq,
+        "AND": torch.logical_and,
         "MIN": torch.minimum,
         "MAX": torch.maximum,
     }

@@ -110,6 +110,7 @@ class QuantizedCache:
     """The caches of one network, int8 [B, G, T, D]: read whole, written whole.
 
     The library's own cache update takes no int8, and nothing else works in place: past and present are two tensors.
+    Prompts attend to themselves unquantised, as in the torch executor; generated tokens attend to what is in the cache.
     """
 
     def __init__(self, layers: Layers, weights: Dict[str, torch.Tensor], dtype: torch.dtype, num_slots: int):
@@ -117,25 +118,28 @@ class QuantizedCache:
         self.weights = weights
         self.dtype = dtype
         self.num_slots = num_slots
-        self._source: tuple[Any, Any] | None = None
+        self._source: tuple[Any, Any, Any] | None = None
 
     def update(self, past: Any, new: Any, write_index: Any, layer: int, kind: str) -> tuple[Any, Any]:
-        """The present cache, int8, and the same in the engine's dtype.
+        """The present cache, int8, and what to attend to, in the engine's dtype, both [B, G, T, D].
 
-        past: int8 [B, G, T, D].  new: [B, G, S, D], for the slots from write_index[b] on.  kind: "key" or "value".
+        past: int8 [B, G, T, D].  new: [B, G, S, D], for the slots from write_index[b] on; from 0 on it is a prompt.
+        kind: "key" or "value".
         """
         layers = self.layers
         values = self.weights[f"model.layers.{layer}.attention.kv_scale"].float()
         scale = layers.constant(values[0 if kind == "key" else 1].clone(), ())
-        steps = layers.quantize(layers.cast(new, torch.float32), scale, torch.int8)  # [B, G, S, D]
-        rows, is_new = self._sources(new, write_index)
+        rows, is_new, is_prompt = self._sources(new, write_index)
         # Gathering goes along one axis after those that both tensors share: slots come second.
-        by_slot = layers.gather(layers.shuffle(steps, before=(0, 2, 1, 3)), rows, 1, num_elementwise_dims=1)
-        present = layers.select(is_new, layers.shuffle(by_slot, before=(0, 2, 1, 3)), past)
-        return present, layers.dequantize(present, scale, self.dtype)
+        by_slot = layers.gather(layers.shuffle(new, before=(0, 2, 1, 3)), rows, 1, num_elementwise_dims=1)
+        by_slot = layers.shuffle(by_slot, before=(0, 2, 1, 3))  # [B, G, T, D]
+        steps = layers.quantize(layers.cast(by_slot, torch.float32), scale, torch.int8)
+        present = layers.select(is_new, steps, past)
+        return present, layers.select(is_prompt, by_slot, layers.dequantize(present, scale, self.dtype))
 
-    def _sources(self, new: Any, write_index: Any) -> tuple[Any, Any]:
-        """For every slot the token of this step that it shows, [B, T], and whether it is one, [B, 1, T, 1].
+    def _sources(self, new: Any, write_index: Any) -> tuple[Any, Any, Any]:
+        """For every slot the token of this step that it shows, [B, T], whether it is one, and whether it is one of a
+        prompt, [B, 1, T, 1].
 
         Prepared once, used by every layer.
         """
@@ -148,6 +152,8 @@ class QuantizedCache:
             last = layers.elementwise(num_tokens, layers.scalar(1, torch.int32, 1), "SUB")
             zero = layers.scalar(0, torch.int32, 2)
             inside = layers.elementwise(layers.elementwise(token, zero, "MAX"), layers.shuffle(last, (1, 1)), "MIN")
-            is_new = layers.shuffle(layers.elementwise(token, inside, "EQUAL"), (0, 1, self.num_slots, 1))
-            self._source = inside, is_new
+            is_new = layers.elementwise(token, inside, "EQUAL")
+            is_prompt = layers.elementwise(is_new, layers.elementwise(token, slots, "EQUAL"), "AND")
+            shape = (0, 1, self.num_slots, 1)
+            self._source = inside, layers.shuffle(is_new, shape), layers.shuffle(is_prompt, shape)
         return self._source
