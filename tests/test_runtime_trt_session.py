@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from collections.abc import Callable
@@ -262,6 +263,28 @@ class TestBucketsAndGraphs:
         session = TrtSession(engine, self.model, build_config(), RANK, "cpu", engine.trt, capture=capture)
         greedy(session, [[1, 2, 3]], 10)
         assert num_replays == 8  # the prompt and the first step are launched
+
+    @pytest.mark.parametrize("how", ["refused", "failed"])
+    def test_steps_that_cannot_be_captured_are_launched(
+        self, how: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = stand_in_engine(self.model, build_config(), RANK, random_weights(self.model))
+        num_tries = 0
+
+        def capture(phase: Phase) -> Callable[[], None]:
+            nonlocal num_tries
+            num_tries += 1
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        if how == "refused":  # not every library has the question
+            monkeypatch.setattr(EvaluatorContext, "is_stream_capturable", lambda *_: False, raising=False)
+        monkeypatch.setattr(logging.getLogger("gpt"), "propagate", True)
+        caplog.set_level("INFO", logger="gpt")
+        session = TrtSession(engine, self.model, build_config(), RANK, "cpu", engine.trt, capture=capture)
+        reference = TorchSession(self.model, build_config(), RANK, random_weights(self.model))
+        assert greedy(session, [[1, 2, 3]], 6) == greedy(reference, [[1, 2, 3]], 6)
+        assert num_tries == (how == "failed")
+        assert ("without a CUDA graph: operation not permitted" in caplog.text) == (how == "failed")
 
     def test_rows_behind_a_batch_begin_anew(self) -> None:
         """Their positions grow with every step, and would leave the cache after some batches."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gpt.comm import Communicator
-from gpt.console import verbose
+from gpt.console import log, verbose
 from gpt.engine.trt_runtime import create_context, set_communicator
 from gpt.errors import EngineError
 
@@ -83,7 +83,12 @@ class Phase:
         if self._capture is None or (capturable is not None and not capturable(self._handle)):
             verbose(f"TensorRT, {self.what}: steps cannot be captured in a CUDA graph")
             return None
-        return self._capture(self)
+        try:
+            return self._capture(self)
+        except (EngineError, RuntimeError) as error:
+            self._recorder.clear()
+            log.warning("TensorRT, %s: steps run without a CUDA graph: %s", self.what, str(error).splitlines()[0])
+            return None
 
     def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         try:
