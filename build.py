@@ -66,7 +66,7 @@ def _run(args: Namespace) -> None:
     check_divides(model, args.world_size)
     build = _build_config(args, model, checkpoint)
     check_embedding(model, build)
-    explain_idle_flags(args)
+    explain_idle_flags(args, build.backend)
     if args.dry_run:
         from gpt.engine.plan import Plan
 
@@ -131,6 +131,11 @@ def _build_config(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | 
         use_inflight_batching=args.use_inflight_batching,
         max_num_tokens=args.max_num_tokens or max(MAX_NUM_TOKENS, args.max_batch_size),
         builder_opt=args.builder_opt,
+        batch_buckets=tuple(args.batch_buckets),
+        profiling_verbosity=args.profiling_verbosity,
+        weight_streaming=args.weight_streaming,
+        refit=args.refit,
+        timing_cache=args.timing_cache,
         seed=seed_of(args) if checkpoint is None else None,
         quant=_quantization(args, model, checkpoint),
     )

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Checks checkpoints, engine folders, Hugging Face models, .nemo archives and prompt tables without running them, and,
-started by mpirun or srun with --ranks, whether the ranks of a job can work together."""
+"""Checks checkpoints, engine folders, Hugging Face models, .nemo archives and prompt tables without running them; shows
+an engine's network; finds the first tensor in which two engines differ; and, started by mpirun or srun with --ranks,
+tells whether the ranks of a job can work together."""
 
 from __future__ import annotations
 
@@ -12,22 +13,38 @@ from pathlib import Path
 
 from gpt.cli import ArgumentParser, add_log_level, reject_unsupported, run_main
 from gpt.comm import active
-from gpt.console import setup_logging
+from gpt.console import log, setup_logging
+from gpt.engine.folder import open_engine
 from gpt.engine.inspection import inspect
 from gpt.errors import CheckpointError, ConfigError, GptError
+from gpt.files import write_text
 from gpt.runtime import rank_check
 from gpt.runtime.rank_check import check_ranks
 from gpt.text.inspection import add_tokenizer, as_json, as_text
 
+_DIFFERENT = 1  # the exit code of --diff where something does
+
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description=__doc__, epilog="Exit code: 0 if everything is fine, 3 if there are problems, 1 with --ranks."
+        description=__doc__,
+        epilog="Exit code: 0 if everything is fine, 3 if there are problems, 1 with --ranks and if engines differ.",
     )
     parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="folder or file to check")
     parser.add_argument("--no_checksums", action="store_true", help="do not compare the bytes with their checksums")
     parser.add_argument("--no_values", action="store_true", help="do not look for NaN and infinity among the values")
     parser.add_argument("--json", action="store_true", help="print a list of objects: path, kind, facts, problems")
+    network = parser.add_argument_group("the network of an engine, as TensorRT gets it from its configuration")
+    network.add_argument("--layers", action="store_true", help="print its layers: kind, operation, shape, type, bytes")
+    network.add_argument("--graph", type=Path, metavar="FILE.svg", help="draw its operations")
+    network.add_argument("--rank", type=int, default=0, help="whose network, of an engine of several ranks")
+    difference = parser.add_argument_group("two engines of one model")
+    difference.add_argument(
+        "--diff", action="store_true", help="run both on a CPU (of a TensorRT engine its network) and compare tensors"
+    )
+    difference.add_argument(
+        "--bound", type=float, help="--diff: relative L2 that is no difference (default: by the engines' types)"
+    )
     group = parser.add_argument_group("ranks of a job (mpirun -np N python3 check.py --ranks)")
     group.add_argument("--ranks", action="store_true", help="check machines, devices, links, sums and their speed")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -47,6 +64,10 @@ def _run(args: Namespace) -> int:
         return _run_ranks(args)
     if not args.paths:
         raise ConfigError("nothing to check", allowed="one PATH or more, or --ranks")
+    if args.diff:
+        return _diff(args)
+    if args.layers or args.graph is not None:
+        return _show_network(args)
     results = []
     for path in args.paths:
         result = inspect(path, checksums=not args.no_checksums, values=not args.no_values)
@@ -70,6 +91,36 @@ def _run_ranks(args: Namespace) -> int:
     if active().rank == 0:
         print(json.dumps(result.as_json(), indent=2) if args.json else rank_check.as_text(result), flush=True)
     return GptError.exit_code if result.problems else 0
+
+
+def _show_network(args: Namespace) -> int:
+    if len(args.paths) != 1:
+        raise ConfigError("--layers and --graph show one engine", found=f"{len(args.paths)} paths")
+    info = open_engine(args.paths[0])
+    if not 0 <= args.rank < info.build.world_size:
+        raise ConfigError(f"no rank {args.rank}", allowed=f"0 to {info.build.world_size - 1}")
+    from gpt.engine import trt_graph
+
+    network = trt_graph.config_network(info.model, info.build, args.rank)
+    layers = trt_graph.network_layers(network.network)
+    if args.layers:
+        for line in trt_graph.table(layers, trt_graph.network_inputs(network.network)):
+            print(line)
+    if args.graph is not None:
+        write_text(args.graph, trt_graph.picture(trt_graph.operations(layers)))
+        log.info("Picture of %d layers: %s", len(layers), args.graph)
+    return 0
+
+
+def _diff(args: Namespace) -> int:
+    if len(args.paths) != 2:
+        raise ConfigError("--diff compares two engines", found=f"{len(args.paths)} paths", allowed="two")
+    from gpt.runtime.trace import compare_engines
+
+    comparison = compare_engines(*(open_engine(path) for path in args.paths), bound=args.bound)
+    for line in comparison.lines():
+        print(line)
+    return 0 if comparison.first is None else _DIFFERENT
 
 
 if __name__ == "__main__":

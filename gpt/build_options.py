@@ -6,7 +6,7 @@ from argparse import Namespace, _ArgumentGroup
 from typing import Any
 
 from gpt.cli import ArgumentParser, add_log_level, positive_int
-from gpt.config import BuildConfig, ModelConfig
+from gpt.config import PROFILING_VERBOSITIES, BuildConfig, ModelConfig
 from gpt.console import log
 from gpt.dtypes import FLOAT_DTYPES
 from gpt.errors import ConfigError
@@ -122,7 +122,27 @@ def _add_building(group: _ArgumentGroup) -> None:
         help="tensorrt: cards to build for, e.g. ampere ada blackwell",
     )
     group.add_argument("--builder_opt", type=int, help="tensorrt: optimisation level, 0 to 5")
-    group.add_argument("--timing_cache", metavar="FILE", help="accepted; no backend of this version uses one")
+    group.add_argument(
+        "--timing_cache", metavar="FILE", help="tensorrt library: kernel timings, read if it exists and written back"
+    )
+    group.add_argument(
+        "--batch_buckets",
+        type=positive_int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="tensorrt: batch sizes to compile generation for, beside --max_batch_size",
+    )
+    group.add_argument(
+        "--profiling_verbosity",
+        choices=PROFILING_VERBOSITIES,
+        default=PROFILING_VERBOSITIES[0],
+        help="tensorrt: what a plan tells profilers about its layers",
+    )
+    group.add_argument("--weight_streaming", action="store_true", help="tensorrt: weights may stay on the host")
+    group.add_argument("--refit", action="store_true", help="tensorrt: a plan whose weights can be replaced")
+    group.add_argument("--strip_plan", action="store_true", help="a plan without weights; refused, run.py needs them")
+    group.add_argument("--strongly_typed", action="store_true", help="tensorrt: types as written; always so")
     group.add_argument("--parallel_build", action="store_true", help="one process per rank, if there is room")
     group.add_argument("--gpus_per_node", type=positive_int, default=8, help="of the command that --dry_run prints")
     group.add_argument(
@@ -136,10 +156,6 @@ def unsupported(args: Namespace) -> list[str]:
     """Every flag that this version cannot honour, with the reason."""
     checks = (
         (
-            args.world_size > 1 and (args.backend == "tensorrt" or bool(args.target)),
-            f"--world_size {args.world_size} with --backend tensorrt: TensorRT engines are built for one rank",
-        ),
-        (
             args.paged_kv_cache and (args.backend == "tensorrt" or bool(args.target)),
             "--paged_kv_cache with --backend tensorrt: its network attends to one contiguous cache per sequence",
         ),
@@ -151,6 +167,10 @@ def unsupported(args: Namespace) -> list[str]:
         (
             args.enable_context_fmha and args.enable_context_fmha_fp32_acc,
             "--enable_context_fmha and --enable_context_fmha_fp32_acc: give one of the two",
+        ),
+        (
+            args.strip_plan,
+            "--strip_plan: run.py cannot put the weights back; --weight_streaming is what saves memory on the GPU",
         ),
         (
             bool(args.target) and args.backend == "torch",
@@ -230,13 +250,22 @@ def seed_of(args: Namespace) -> int:
     return seed
 
 
-def explain_idle_flags(args: Namespace) -> None:
+def explain_idle_flags(args: Namespace, backend: str) -> None:
+    torch_backend = backend == "torch"
     for given, text in (
         (
             (args.tokens_per_block or args.max_num_tokens) is not None and not args.paged_kv_cache,
             "--tokens_per_block and --max_num_tokens belong to --paged_kv_cache",
         ),
-        (args.timing_cache is not None, "--timing_cache: PyTorch has none and TensorRT-RTX ignores it"),
+        (torch_backend and args.timing_cache is not None, "--timing_cache belongs to TensorRT"),
+        (torch_backend and bool(args.batch_buckets), "--batch_buckets: the torch backend compiles no batch sizes"),
+        (
+            torch_backend and args.profiling_verbosity != PROFILING_VERBOSITIES[0],
+            "--profiling_verbosity belongs to TensorRT",
+        ),
+        (torch_backend and args.weight_streaming, "--weight_streaming belongs to TensorRT"),
+        (torch_backend and args.refit, "--refit: a torch engine's file can be replaced as a whole"),
+        (torch_backend and args.strongly_typed, "--strongly_typed: types are as written on the torch backend too"),
         (args.parallel_build and args.world_size == 1, "--parallel_build: one rank is built in this process"),
         (args.use_parallel_embedding and args.world_size == 1, "--use_parallel_embedding: there is one rank"),
         (

@@ -187,6 +187,25 @@ class NcclCommunicator:
         atexit.register(dist.destroy_process_group)
         self.group = dist.group.WORLD
 
+    def nccl_address(self) -> int:
+        """Where the NCCL communicator lies in memory, for a library that calls NCCL itself.  All ranks call this.
+
+        Raises GptError where this PyTorch does not tell.
+        """
+        import torch
+
+        # NCCL makes its communicator when it is first needed.
+        self._dist.barrier(group=self.group, device_ids=[torch.cuda.current_device()])
+        backend = self.group._get_backend(torch.device("cuda"))
+        if not hasattr(backend, "_comm_ptr"):
+            raise GptError(
+                "this PyTorch does not give its NCCL communicator to others",
+                found=torch.__version__,
+                allowed="2.6 or newer",
+                hint="pip install -r requirements.txt",
+            )
+        return int(backend._comm_ptr())
+
     @property
     def stage(self) -> str:
         return self._control.stage

@@ -274,6 +274,8 @@ def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
+PROFILING_VERBOSITIES = ("layer_names_only", "detailed", "none")
+
 # builder_config of the original; what is not said by ModelConfig and BuildConfig is fixed here.
 _PLUGINS_ABSENT = (
     "bert_attention_plugin",
@@ -296,7 +298,8 @@ class BuildConfig:
     A plugin field holds a dtype name, or None where the plugin is off.  `context_fmha` is 0 off, 1 half-precision
     accumulation, 2 fp32 accumulation.  `tokens_per_block` and `max_num_tokens`, of a step, belong to `paged_kv_cache`.
     `embedding_sharding_dim` is 0 by vocabulary, 1 by hidden size.  `seed` is set for random weights only.  `quant` says
-    what is quantised.
+    what is quantised.  For TensorRT: `batch_buckets` are the batch sizes that generation is compiled for one by one,
+    beside the largest; none: one profile for all sizes.
     """
 
     dtype: str = "float16"
@@ -322,6 +325,11 @@ class BuildConfig:
     use_inflight_batching: bool = False
     max_num_tokens: int = 2048
     builder_opt: int | None = None
+    batch_buckets: tuple[int, ...] = ()
+    profiling_verbosity: str = "layer_names_only"
+    weight_streaming: bool = False
+    refit: bool = False
+    timing_cache: str | None = None
     seed: int | None = None
     quant: QuantConfig = FLOAT
 
@@ -342,12 +350,24 @@ class BuildConfig:
             problems.add("use_inflight_batching: needs paged_kv_cache")
         if self.paged_kv_cache and self.backend == "tensorrt":
             problems.add("paged_kv_cache: a TensorRT network here attends to one contiguous cache per sequence")
+        if any(not 1 <= size <= self.max_batch_size for size in self.batch_buckets):
+            buckets = " ".join(map(str, self.batch_buckets))
+            problems.add(f"batch_buckets: found {buckets}, allowed: 1 to max_batch_size {self.max_batch_size}")
+        if self.profiling_verbosity not in PROFILING_VERBOSITIES:
+            allowed = ", ".join(PROFILING_VERBOSITIES)
+            problems.add(f"profiling_verbosity: found {self.profiling_verbosity!r}, allowed: {allowed}")
         problems.raise_if_any(ConfigError, "the build configuration is not valid")
 
     @property
     def max_seq_len(self) -> int:
         """Slots of the cache per sequence: prompt and new tokens together."""
         return self.max_input_len + self.max_output_len
+
+    @property
+    def generation_batches(self) -> tuple[int, ...]:
+        """The largest batch of each of TensorRT's generation profiles, ascending."""
+        largest = self.max_batch_size * self.max_beam_width
+        return (*(size for size in sorted(set(self.batch_buckets)) if size < largest), largest)
 
     @property
     def fused_attention(self) -> bool:
@@ -418,7 +438,8 @@ class BuildConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BuildConfig:
         known = _known_fields(cls, values)
-        known["targets"] = tuple(known.get("targets", ()))
+        for name in ("targets", "batch_buckets"):
+            known[name] = tuple(known.get(name, ()))
         known["quant"] = QuantConfig(**_known_fields(QuantConfig, known.get("quant", {})))
         return cls(**known)
 

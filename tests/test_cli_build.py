@@ -134,7 +134,7 @@ def test_estimate_and_times_are_told(checkpoint: Path, tmp_path: Path, capfd: py
         (["--paged_kv_cache", "--target", "ada"], ["--paged_kv_cache with --backend tensorrt", "contiguous"]),
         (["--paged_kv_cache", "--tokens_per_block", "9999999999"], ["tokens_per_block: found 9999999999"]),
         (["--world_size", "4"], ["n_head 2 is not divisible by 4", "tensor parallelism of 1, 2"]),
-        (["--world_size", "2", "--target", "ada"], ["one rank"]),
+        (["--target", "ada", "--strip_plan"], ["--strip_plan: run.py cannot put the weights back"]),
         (
             ["--world_size", "2", "--use_parallel_embedding", "--embedding_sharding_dim", "1"],
             ["cannot be cut by hidden size", "--embedding_sharding_dim 0"],

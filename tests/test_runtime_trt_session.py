@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from engines import build_engine, convert, random_prompts, relative_error
 from transformers import GPT2LMHeadModel
+from trt_matrix import record
 from trt_models import LENGTHS, MODELS, RANK, build_config, random_weights
 
 import build as build_script
 from gpt.config import BuildConfig, ModelConfig
-from gpt.engine import trt_library, trt_runtime
+from gpt.engine import trt_library
 from gpt.engine.folder import open_engine
 from gpt.engine.trt_builder import build_plan
+from gpt.engine.trt_runtime import create_context
 from gpt.engine.trt_stand_in import EvaluatorContext, EvaluatorEngine, stand_in_engine
 from gpt.errors import ConfigError, EngineError
 from gpt.runtime.generate import generate
 from gpt.runtime.load import load_session, load_torch_weights
 from gpt.runtime.torch_session import TorchSession
+from gpt.runtime.trt_phase import Phase
 from gpt.runtime.trt_session import TrtSession
 
 pytestmark = pytest.mark.tensorrt
@@ -58,11 +65,14 @@ def test_logits_of_both_phases(name: str, fused: bool, packed: bool, dtype: str)
     for session in sessions:
         session.start(len(prompts), max(LENGTHS) + NUM_STEPS)
     actual, expected = (session.context(prompts) for session in sessions)
+    errors = []
     for step in range(NUM_STEPS + 1):
-        assert relative_error(actual, expected) < BOUNDS[dtype], f"step {step}"
+        errors.append(relative_error(actual, expected))
+        assert errors[-1] < BOUNDS[dtype], f"step {step}"
         chosen = expected.argmax(-1)
         if step < NUM_STEPS:
             actual, expected = (session.generation(chosen) for session in sessions)
+    record(name, build, error=max(errors))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -140,48 +150,223 @@ class TestLimits:
             assert part in str(caught.value)
 
 
+class Executions:
+    """Every execution of a stand-in context in a test: which one, with which addresses."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.seen: list[tuple[EvaluatorContext, dict[str, int]]] = []
+        execute = EvaluatorContext._execute
+
+        def record(context: EvaluatorContext, shapes: Any, addresses: dict[str, int]) -> bool:
+            self.seen.append((context, dict(addresses)))
+            return execute(context, shapes, addresses)
+
+        monkeypatch.setattr(EvaluatorContext, "_execute", record)
+
+
 class TestAddresses:
     model = MODELS["gpt2"]
 
-    def test_cache_is_updated_in_place(self) -> None:
-        build = build_config(fused=True)
-        session = open_trt(self.model, build)
-        seen: list[dict[str, int]] = []
-        execute = session._context.execute_async_v3
-
-        def record(stream: int) -> bool:
-            seen.append(dict(session._context._addresses))
-            return execute(stream)
-
-        session._context.execute_async_v3 = record
+    def test_cache_is_updated_in_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        session = open_trt(self.model, build_config(fused=True))
+        executions = Executions(monkeypatch)
         greedy(session, random_prompts((4, 2), self.model.vocab_size), 3)
-        for addresses in seen:
+        for _, addresses in executions.seen:
             for layer in range(self.model.n_layer):
                 for kind in ("key", "value"):
                     assert addresses[f"past_{kind}_{layer}"] == addresses[f"present_{kind}_{layer}"]
-        # Generation keeps every address: a captured graph of the step would stay valid.
-        assert len(seen) == 3
-        assert seen[1] == seen[2]
-        written = session._memory["past_key_0"].abs().sum((1, 3)) > 0  # [B, T]
+        (context, _), *generation = executions.seen
+        assert len(generation) == 2
+        assert generation[0] == generation[1]
+        assert generation[0][0] is not context
+        written = session._memory[0]["past_key_0"].abs().sum((1, 3)) > 0  # [B, T]
         assert written.sum(1).tolist() == [4 + 2, 4]  # the shorter row: its padding, and its two later tokens over it
 
     def test_cache_elsewhere_is_refused(self) -> None:
         session = open_trt(self.model, build_config())
         session.start(1, 4)
         session.context([[1, 2]])
-        elsewhere = torch.zeros_like(session._memory["past_key_0"])
-        session._context.set_tensor_address("present_key_0", elsewhere.data_ptr())
-        with pytest.raises(EngineError, match="not at the address of past_key_0"):
-            session._run()
+        elsewhere = torch.zeros_like(session._memory[0]["past_key_0"])
+        session._context.context.set_tensor_address("present_key_0", elsewhere.data_ptr())
+        with pytest.raises(EngineError, match="context phase: could not execute") as caught:
+            session._context.run()
+        assert "present_key_0 is not at the address of past_key_0" in str(caught.value)
 
-    def test_missing_address_and_shape(self) -> None:
+    def test_missing_address_shape_and_memory(self) -> None:
         engine = stand_in_engine(self.model, build_config(), RANK, random_weights(self.model))
-        context = EvaluatorContext(engine)
-        context.error_recorder = trt_library.error_recorder(engine.trt)
+        context = create_context(engine, engine.trt, trt_library.error_recorder(engine.trt))
         assert not context.execute_async_v3(0)
         assert "input_ids" in context.error_recorder.messages[0]
         assert not context.set_optimization_profile_async(2, 0)
         assert not context.set_tensor_address("nobody", 1)
+        session = over_engine(engine, self.model, build_config())
+        session._context.context._memory = None
+        session.start(1, 4)
+        with pytest.raises(EngineError, match="working memory"):
+            session.context([[1, 2]])
+
+    def test_phases_share_their_working_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The stand-in overwrites it at every execution."""
+        session = open_trt(self.model, build_config(batch_buckets=(2,)))
+        executions = Executions(monkeypatch)
+        for lengths in ((3,), (5, 2, 2)):
+            greedy(session, random_prompts(lengths, self.model.vocab_size), 3)
+        contexts = {id(context): context for context, _ in executions.seen}
+        assert len(contexts) == 3
+        assert {context._memory for context in contexts.values()} == {(session._scratch.data_ptr(), 256)}
+        assert set(session._scratch.tolist()) == {0xFF}
+
+
+class TestBucketsAndGraphs:
+    model = MODELS["rotary_swiglu_grouped"]
+
+    @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+    @pytest.mark.parametrize("buckets", [(), (1, 2)], ids=["any size", "buckets"])
+    def test_greedy_ids(self, buckets: tuple[int, ...], packed: bool) -> None:
+        """Batches that fill a bucket, that do not, smaller ones after larger ones: with and without graphs."""
+        build = build_config(fused=True, packed=packed, batch_buckets=buckets)
+        weights = random_weights(self.model)
+        engine = stand_in_engine(self.model, build, RANK, weights)
+        captures: list[Phase] = []
+
+        def capture(phase: Phase) -> Callable[[], None]:
+            captures.append(phase)
+            return phase.context.captured()
+
+        plain = over_engine(engine, self.model, build)
+        captured = TrtSession(engine, self.model, build, RANK, "cpu", engine.trt, capture=capture)
+        reference = TorchSession(self.model, build, RANK, weights)
+        for seed, lengths in enumerate([(3,), (12,), (7, 2), (1, 5, 2), (2, 2, 9, 4), (6, 3), (2, 11, 1)]):
+            prompts = random_prompts(lengths, self.model.vocab_size, seed)
+            expected = greedy(reference, prompts, 6)
+            assert greedy(plain, prompts, 6) == expected
+            assert greedy(captured, prompts, 6) == expected
+        if buckets:  # memory grew twice; after that, two and three sequences find the graphs of their buckets
+            assert [phase.what for phase in captures] == [f"generation of {size}" for size in (1, 2, 4, 2)]
+        else:
+            assert len(captures) == 6  # sizes 1 2 3 4 2 3
+
+    def test_a_graph_replaces_launches(self) -> None:
+        engine = stand_in_engine(self.model, build_config(), RANK, random_weights(self.model))
+        num_replays = 0
+
+        def capture(phase: Phase) -> Callable[[], None]:
+            replay = phase.context.captured()
+
+            def counted() -> None:
+                nonlocal num_replays
+                num_replays += 1
+                replay()
+
+            return counted
+
+        session = TrtSession(engine, self.model, build_config(), RANK, "cpu", engine.trt, capture=capture)
+        greedy(session, [[1, 2, 3]], 10)
+        assert num_replays == 8  # the prompt and the first step are launched
+
+    @pytest.mark.parametrize("how", ["refused", "failed"])
+    def test_steps_that_cannot_be_captured_are_launched(
+        self, how: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = stand_in_engine(self.model, build_config(), RANK, random_weights(self.model))
+        num_tries = 0
+
+        def capture(phase: Phase) -> Callable[[], None]:
+            nonlocal num_tries
+            num_tries += 1
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        if how == "refused":  # not every library has the question
+            monkeypatch.setattr(EvaluatorContext, "is_stream_capturable", lambda *_: False, raising=False)
+        monkeypatch.setattr(logging.getLogger("gpt"), "propagate", True)
+        caplog.set_level("INFO", logger="gpt")
+        session = TrtSession(engine, self.model, build_config(), RANK, "cpu", engine.trt, capture=capture)
+        reference = TorchSession(self.model, build_config(), RANK, random_weights(self.model))
+        assert greedy(session, [[1, 2, 3]], 6) == greedy(reference, [[1, 2, 3]], 6)
+        assert num_tries == (how == "failed")
+        assert ("without a CUDA graph: operation not permitted" in caplog.text) == (how == "failed")
+
+    def test_rows_behind_a_batch_begin_anew(self) -> None:
+        """Their positions grow with every step, and would leave the cache after some batches."""
+        build = build_config(batch_buckets=(2,))
+        session, reference = (
+            open_trt(self.model, build),
+            TorchSession(self.model, build, RANK, random_weights(self.model)),
+        )
+        prompts = random_prompts((3, 4, 2), self.model.vocab_size)
+        expected = greedy(reference, prompts, 12)
+        assert build.max_seq_len < 4 * 11
+        for _ in range(4):
+            assert greedy(session, prompts, 12) == expected
+
+    def test_a_profile_per_bucket(self) -> None:
+        build = build_config(batch_buckets=(2, 1))
+        engine = stand_in_engine(self.model, build, RANK, random_weights(self.model))
+        shapes = [engine.get_tensor_profile_shape("input_ids", profile) for profile in range(4)]
+        assert shapes == [[(1, 1), (2, 6), (4, 12)], [(1, 1)] * 3, [(2, 1)] * 3, [(4, 1)] * 3]
+
+    def test_sessions_share_an_engine(self) -> None:
+        """Steps of two sessions in turn; each has its own cache."""
+        build = build_config(fused=True)
+        engine = stand_in_engine(self.model, build, RANK, random_weights(self.model))
+        prompts = [random_prompts((5, 3), self.model.vocab_size, seed) for seed in (0, 1)]
+        expected = [greedy(over_engine(engine, self.model, build), each, 5) for each in prompts]
+        sessions = [over_engine(engine, self.model, build) for _ in prompts]
+        for session, each in zip(sessions, prompts, strict=True):
+            session.start(2, 10)
+            session.context(each)
+        found = []
+        for session, rows in zip(sessions, expected, strict=True):
+            for step in range(4):
+                found.append(session.generation(torch.tensor([row[step] for row in rows])).argmax(-1).tolist())
+                other = sessions[0] if session is sessions[1] else sessions[1]
+                assert other._lengths == ([5, 3] if other is sessions[1] else [9, 7])
+        assert found == [[row[step + 1] for row in rows] for rows in expected for step in range(4)]
+
+
+class TestLibraryErrors:
+    model = MODELS["gpt2"]
+
+    def test_an_exception_of_the_library_is_ours(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(self: EvaluatorContext, profile: int, stream: int) -> bool:
+            self.error_recorder.report_error(self.engine.trt.ErrorCodeTRT.INVALID_ARGUMENT, "no such thing")
+            raise RuntimeError("Error in set optimization profile async.")
+
+        monkeypatch.setattr(EvaluatorContext, "set_optimization_profile_async", fail)
+        with pytest.raises(EngineError, match="context phase: refused its profile") as caught:
+            open_trt(self.model, build_config())
+        for part in ("no such thing", "Error in set optimization profile async"):
+            assert part in str(caught.value)
+
+    def test_messages_belong_to_one_error(self) -> None:
+        session = open_trt(self.model, build_config())
+        session.start(1, 4)
+        session.context([[1, 2]])
+        session._begin_generation()
+        session._step_memory["cache_write_index"].fill_(99)
+        with pytest.raises(EngineError, match="outside the cache") as first:
+            session.generation(torch.tensor([1]))
+        session._scratch = session._scratch[:1]
+        session._context.context.set_device_memory(session._scratch.data_ptr(), 1)
+        with pytest.raises(EngineError, match="working memory") as second:
+            session.context([[1, 2]])
+        assert "outside the cache" in str(first.value)
+        assert "outside the cache" not in str(second.value)
+
+    def test_no_context(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(EvaluatorEngine, "create_execution_context", lambda *_: None)
+        with pytest.raises(EngineError, match="cannot execute this engine"):
+            open_trt(self.model, build_config())
+
+
+RTX = {"name": "tensorrt_rtx", "version": trt_library.load().__version__}
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A card")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
 
 
 class TestPlan:
@@ -192,32 +377,82 @@ class TestPlan:
     @pytest.fixture
     def plan(self, tmp_path: Path) -> Path:
         path = tmp_path / "a.engine"
-        build_plan(self.model, build_config(), RANK, random_weights(self.model), path)
+        build_plan(self.model, build_config(), RANK, random_weights(self.model).items(), path)
         return path
 
     def test_needs_a_gpu(self, plan: Path) -> None:
         with pytest.raises(EngineError, match="needs an NVIDIA GPU") as caught:
-            TrtSession.from_plan(plan, self.model, build_config(), RANK, "cpu")
+            TrtSession.from_plan(plan, self.model, build_config(), RANK, "cpu", library=RTX)
         assert "--backend torch" in str(caught.value)
 
     def test_unknown_library(self, plan: Path) -> None:
         with pytest.raises(EngineError, match="unknown library"):
-            TrtSession.from_plan(plan, self.model, build_config(), RANK, "cuda", library="another")
+            TrtSession.from_plan(plan, self.model, build_config(), RANK, "cuda", library={"name": "another"})
 
-    def test_hopper_is_named(self, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "H100")
-        with pytest.raises(EngineError, match="do not load on this GPU") as caught:
-            TrtSession.from_plan(plan, self.model, build_config(), RANK, "cuda")
-        assert "compute capability 9.0" in str(caught.value)
+    @pytest.mark.parametrize(
+        ("capability", "targets", "expected"),
+        [
+            ((9, 0), (), "SM89: GeForce RTX 40"),
+            ((10, 0), ("default",), "SM120: GeForce RTX 50"),
+            ((8, 9), ("ampere",), "SM86: GeForce RTX 30"),
+        ],
+        ids=["hopper", "blackwell of data centres", "built for others"],
+    )
+    def test_other_cards_are_named(
+        self,
+        capability: tuple[int, int],
+        targets: tuple[str, ...],
+        expected: str,
+        plan: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        pretend_gpu(monkeypatch, capability)
+        build = build_config(targets=targets)
+        with pytest.raises(EngineError, match="does not load on this GPU") as caught:
+            TrtSession.from_plan(plan, self.model, build, RANK, "cuda", library=RTX)
+        for part in (f"A card, compute capability {capability[0]}.{capability[1]}", expected, "--backend torch"):
+            assert part in str(caught.value)
+        assert ("SM89" in str(caught.value)) == (targets != ("ampere",))
+
+    def test_another_version(self, plan: Path) -> None:
+        with pytest.raises(EngineError, match="another version of tensorrt_rtx") as caught:
+            TrtSession.from_plan(plan, self.model, build_config(), RANK, "cuda", library={**RTX, "version": "1.0.0"})
+        assert f"built by 1.0.0, installed is {RTX['version']}" in str(caught.value)
+
+    def test_missing_library(self, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
+        with pytest.raises(ConfigError, match="TensorRT is not installed") as caught:
+            TrtSession.from_plan(
+                plan, self.model, build_config(), RANK, "cuda", library={"name": "tensorrt", "version": "11.4.0.106"}
+            )
+        assert "pip install -r requirements-tensorrt.txt" in str(caught.value)
+
+    def test_built_on_another_gpu(self, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """TensorRT itself builds for the GPU it builds on."""
+        library = {"name": "tensorrt", "version": RTX["version"], "compute_capability": "8.0"}
+        monkeypatch.setitem(
+            sys.modules, "tensorrt", types.SimpleNamespace(__name__="tensorrt", __version__=RTX["version"])
+        )
+        pretend_gpu(monkeypatch, (9, 0))
+        with pytest.raises(EngineError, match="does not load on this GPU") as caught:
+            TrtSession.from_plan(plan, self.model, build_config(), RANK, "cuda", library=library)
+        assert "compute capability 8.0, where it was built" in str(caught.value)
+
+    @pytest.mark.parametrize("num_bytes", [0, 40, 100_000])
+    def test_cut_short(self, num_bytes: int, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with open(plan, "r+b") as file:
+            file.truncate(num_bytes)
+        pretend_gpu(monkeypatch, (8, 9))
+        with pytest.raises(EngineError, match="cannot load") as caught:
+            TrtSession.from_plan(plan, self.model, build_config(), RANK, "cuda", library=RTX)
+        assert "a whole plan" in str(caught.value)
+        assert "check.py" in str(caught.value)
 
     def test_library_says_why_it_cannot_load(self, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(trt_runtime, "_check_device", lambda trt, device: None)
-        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        pretend_gpu(monkeypatch, (8, 9))
         with pytest.raises(EngineError, match="cannot load") as caught:
-            TrtSession.from_plan(plan, self.model, build_config(), RANK, "cuda")
-        assert "a plan built by the same version" in str(caught.value)
+            TrtSession.from_plan(plan, self.model, build_config(), RANK, "cuda", library=RTX)
+        assert "built by the same version" in str(caught.value)
 
     def test_from_command_line_to_session(self, tmp_path: Path) -> None:
         flags = ["--vocab_size", "67", "--n_positions", "64", "--n_embd", "32", "--n_head", "2", "--n_layer", "1"]

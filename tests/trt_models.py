@@ -44,11 +44,13 @@ MODELS = {
 }
 
 
-def random_weights(model: ModelConfig, dtype: str = "float32", seed: int = 0) -> dict[str, torch.Tensor]:
+def random_weights(
+    model: ModelConfig, dtype: str = "float32", seed: int = 0, mapping: Mapping = RANK
+) -> dict[str, torch.Tensor]:
     """As `engine_tensors` makes them; wide enough for every operation to matter, the padding of the vocabulary zero."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for target in engine_layout(model, RANK):
+    for target in engine_layout(model, mapping):
         values = torch.randn(target.shape, generator=generator) * 0.2 + (target.source.kind == "scale")
         if target.source.name in ("model.wte", "model.lm_head.weight"):
             values[model.vocab_size :] = 0
@@ -67,8 +69,9 @@ def build_config(dtype: str = "float32", *, fused: bool = False, packed: bool = 
     )
 
 
-def define(trt: Any, model: ModelConfig, build: BuildConfig) -> NetworkBuild:
-    return NetworkBuild(trt, model, build, RANK, random_weights(model, build.dtype))
+def define(trt: Any, model: ModelConfig, build: BuildConfig, rank: int = 0) -> NetworkBuild:
+    mapping = Mapping.of_build(build, rank)
+    return NetworkBuild(trt, model, build, mapping, random_weights(model, build.dtype, mapping=mapping))
 
 
 def layers_of(network: NetworkBuild, kind: str, class_name: str) -> list[Any]:
@@ -79,10 +82,10 @@ def layers_of(network: NetworkBuild, kind: str, class_name: str) -> list[Any]:
     return chosen
 
 
-def context_inputs(model: ModelConfig, build: BuildConfig) -> dict[str, torch.Tensor]:
+def context_inputs(model: ModelConfig, build: BuildConfig, mapping: Mapping = RANK) -> dict[str, torch.Tensor]:
     """IDS as the whole prompts of a padded context step."""
     batch, width = IDS.shape
-    caches = trt_io.cache_inputs(model, build, RANK)
+    caches = trt_io.cache_inputs(model, build, mapping)
     return {
         "input_ids": IDS,
         "position_ids": torch.arange(width, dtype=torch.int32).repeat(batch, 1),

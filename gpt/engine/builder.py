@@ -160,10 +160,7 @@ def _build_rank(
 def _build_plan(model: ModelConfig, build: BuildConfig, mapping: Mapping, source: WeightSource, path: Path) -> str:
     from gpt.engine.trt_builder import build_plan
 
-    begin = time.perf_counter()
-    weights = dict(engine_tensors(model, build, mapping, source))
-    log.info("Weights loaded. Total time: %s", human_time(time.perf_counter() - begin))
-    build_plan(model, build, mapping, weights, path)
+    build_plan(model, build, mapping, engine_tensors(model, build, mapping, source), path)
     return file_checksum(path)
 
 

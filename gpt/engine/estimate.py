@@ -18,13 +18,15 @@ from gpt.mapping import Mapping
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one rank.  kv_cache is at the engine's limits; run.py allocates what a batch really needs."""
+    """Bytes of one rank.  kv_cache is at the engine's limits; run.py allocates what a batch really needs.
+    temporary_file lies beside the engine's while it is built."""
 
     weights: int
     engine_file: int
     kv_cache: int
     activations: int
     build_peak: int
+    temporary_file: int = 0
 
     def describe(self) -> str:
         return (
@@ -47,13 +49,15 @@ def estimate(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> Estima
         from gpt.engine.trt_builder import estimate_build_bytes, estimate_plan_bytes
 
         peak, engine_file = estimate_build_bytes(weights), estimate_plan_bytes(model, build, weights)
+        temporary_file = weights
     else:
         # One tensor at a time: as it is read, and as the engine wants it.
         largest = max(math.prod(tensor.shape) for tensor in engine_layout(model, mapping))
         peak = 0 if build.seed is not None else largest * (4 + ITEMSIZE[build.dtype])
         engine_file = 0 if build.seed is not None else weights
+        temporary_file = 0
     kv_cache = build.kv_cache_bytes(model, num_rows, build.max_seq_len)
-    return Estimate(weights, engine_file, kv_cache, activations, peak)
+    return Estimate(weights, engine_file, kv_cache, activations, peak, temporary_file)
 
 
 def check_room(needed: Estimate, output_dir: Path) -> None:
@@ -62,11 +66,12 @@ def check_room(needed: Estimate, output_dir: Path) -> None:
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
-    if needed.engine_file > free:
+    needed_bytes = needed.engine_file + needed.temporary_file
+    if needed_bytes > free:
         raise GptError(
             f"the engine does not fit into {output_dir}",
             found=f"{human_bytes(free)} free",
-            allowed=f"at least {human_bytes(needed.engine_file)}",
+            allowed=f"at least {human_bytes(needed_bytes)}",
             hint="choose another --output_dir",
         )
     available = available_memory_bytes()

@@ -66,7 +66,11 @@ class Plan:
         limits = f"{build.max_batch_size} sequences of {build.max_input_len} + {build.max_output_len} tokens"
         if build.max_beam_width > 1:
             limits += f" with {build.max_beam_width} beams each"
-        made_at_load = " (random weights are made when it is loaded)" if build.seed is not None else ""
+        made_at_load = (
+            " (random weights are made when it is loaded)"
+            if build.seed is not None and build.backend == "torch"
+            else ""
+        )
         for what, value, note in (
             ("weights", needed.weights, ""),
             ("KV cache", needed.kv_cache, f" for {limits}"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from collections.abc import Mapping as Dict
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +15,22 @@ from typing import IO, Any
 import torch
 
 from gpt.config import BuildConfig, ModelConfig
-from gpt.console import progress
+from gpt.console import human_time, log, progress
 from gpt.engine import trt_io
 from gpt.engine.trt_check import check_build, compute_capabilities, estimate_build_bytes, estimate_plan_bytes
 from gpt.engine.trt_layers import Layers
-from gpt.engine.trt_library import error_recorder, is_available, library_info, load_for_build, logger
+from gpt.engine.trt_library import (
+    TENSORRT_RTX,
+    error_recorder,
+    is_available,
+    library_info,
+    library_name,
+    load_for_build,
+    logger,
+)
 from gpt.engine.trt_ops import define_network
+from gpt.engine.trt_quantized import FLOAT, Quantization
+from gpt.engine.trt_weights import weights_in_file
 from gpt.errors import EngineError
 from gpt.files import whole_file
 from gpt.mapping import Mapping
@@ -41,7 +53,13 @@ class NetworkBuild:
     """
 
     def __init__(
-        self, trt: Any, model: ModelConfig, build: BuildConfig, mapping: Mapping, weights: Dict[str, torch.Tensor]
+        self,
+        trt: Any,
+        model: ModelConfig,
+        build: BuildConfig,
+        mapping: Mapping,
+        weights: Dict[str, torch.Tensor],
+        quant: Quantization = FLOAT,
     ):
         """weights: as `gpt.engine.weights.engine_tensors` makes them, on the CPU.
 
@@ -53,11 +71,13 @@ class NetworkBuild:
         self.builder = trt.Builder(logger(trt))
         self.builder.error_recorder = self.recorder
         self.network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        if self.network is None:
+            raise EngineError("TensorRT could not begin a network", found=list(self.recorder.messages) or "no message")
         self.network.error_recorder = self.recorder
         layers = Layers(trt, self.network, self.recorder)
-        define_network(layers, model, build, mapping, weights)
+        define_network(layers, model, build, mapping, weights, quant)
         self.side_table = layers.side_table
-        profiles = (trt_io.CONTEXT, trt_io.GENERATION)
+        profiles = range(trt_io.num_profiles(build))
         self.profiles = [trt_io.profile_shapes(model, build, mapping, profile) for profile in profiles]
 
     def write_plan(self, file: IO[bytes]) -> None:
@@ -66,6 +86,9 @@ class NetworkBuild:
         Raises EngineError with the library's messages, KeyboardInterrupt after Ctrl-C, OSError where writing fails.
         """
         config = self._config()
+        timings = self._timing_cache_path()
+        if timings is not None:
+            read_timing_cache(config, timings)
         writer = _stream_writer(self.trt, file)
         with progress(what="TensorRT", unit="step") as bar, _interrupts() as interrupted:
             # The library keeps plain pointers to both: the names keep them alive.
@@ -82,11 +105,23 @@ class NetworkBuild:
                 found=list(self.recorder.messages) or "no message",
                 hint="--log_level verbose shows all its messages; --backend torch does without it",
             )
+        if timings is not None:
+            write_timing_cache(config, timings)
+
+    def _timing_cache_path(self) -> Path | None:
+        """TensorRT-RTX has no such cache."""
+        if self.build.timing_cache is None or library_name(self.trt) == TENSORRT_RTX:
+            return None
+        return Path(self.build.timing_cache)
 
     def _config(self) -> Any:
         config = self.builder.create_builder_config()
         if self.build.builder_opt is not None:
             config.builder_optimization_level = self.build.builder_opt
+        config.profiling_verbosity = getattr(self.trt.ProfilingVerbosity, self.build.profiling_verbosity.upper())
+        for wanted, flag in ((self.build.weight_streaming, "WEIGHT_STREAMING"), (self.build.refit, "REFIT")):
+            if wanted:
+                config.set_flag(getattr(self.trt.BuilderFlag, flag))
         self._set_targets(config)
         for shapes in self.profiles:
             profile = self.builder.create_optimization_profile()
@@ -106,16 +141,40 @@ class NetworkBuild:
 
 
 def build_plan(
-    model: ModelConfig, build: BuildConfig, mapping: Mapping, weights: Dict[str, torch.Tensor], path: Path
+    model: ModelConfig,
+    build: BuildConfig,
+    mapping: Mapping,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    path: Path,
 ) -> None:
     """Builds the engine of one rank and writes its plan to `path`, which appears only when it is complete.
 
-    weights: as `gpt.engine.weights.engine_tensors` makes them.  Call `check_build` first: it explains what would
-    end here in the library's own words.  Raises what `NetworkBuild` and its `write_plan` raise.
+    weights: as `gpt.engine.weights.engine_tensors` makes them, one in memory at a time; a file beside `path` holds them
+    while the library builds.  Call `check_build` first: it explains what would end here in the library's own words.
+    Raises what `NetworkBuild` and its `write_plan` raise.
     """
-    network = NetworkBuild(load_for_build(build.targets), model, build, mapping, weights)
+    begin = time.perf_counter()
+    with weights_in_file(path.with_name(f".{path.name}.weights-{os.getpid()}"), weights) as mapped:
+        log.info("Weights loaded. Total time: %s", human_time(time.perf_counter() - begin))
+        network = NetworkBuild(load_for_build(build.targets), model, build, mapping, mapped.tensors)
+        with whole_file(path) as file, mapped.releasing_memory():
+            network.write_plan(file)
+
+
+def read_timing_cache(config: Any, path: Path) -> None:
+    """Starts from the timings in `path`, or from none where it is absent or another library's."""
+    content = path.read_bytes() if path.is_file() else b""
+    if not content:
+        log.info("Timing cache: %s is new", path)
+    cache = config.create_timing_cache(content)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        log.warning("Timing cache: %s is of another library or GPU; a new one takes its place", path)
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+
+
+def write_timing_cache(config: Any, path: Path) -> None:
     with whole_file(path) as file:
-        network.write_plan(file)
+        file.write(memoryview(config.get_timing_cache().serialize()))
 
 
 def _stream_writer(trt: Any, file: IO[bytes]) -> Any:

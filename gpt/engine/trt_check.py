@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpt.config import BuildConfig, ModelConfig
+from gpt.engine import trt_io
 from gpt.engine.trt_library import TENSORRT_RTX, library_name, load_for_build
 from gpt.errors import ConfigError, Problems
 
@@ -17,11 +18,21 @@ TARGETS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")},
 }
 DEFAULT_TARGET = "default"
+# Every compute capability that TensorRT-RTX has, with some of its cards.
+_CARDS = {
+    "SM75": "GeForce RTX 20, Quadro RTX, T4",
+    "SM80": "A100, A30",
+    "SM86": "GeForce RTX 30, RTX A2000 to A6000, A10",
+    "SM89": "GeForce RTX 40, RTX Ada, L4, L40S",
+    "SM120": "GeForce RTX 50, RTX PRO Blackwell",
+    "SM121": "GB10 (DGX Spark)",
+}
 _LARGEST_DIMENSION = 2**31 - 1
-# Through the peaks measured with this builder in float16: 1236 MiB for 237 MiB of weights, 2114 MiB for 677 MiB; 1476
-# MiB of weights, in a process without PyTorch, took 3796 MiB.
+MOST_PROFILES = 8  # more were not tried
+# A line above the peaks measured with this builder in float16, of which some 320 MiB are there before it begins: 987
+# MiB for 237 MiB of weights, 1431 MiB for 676 MiB, 4224 MiB for 2970 MiB.
 _BASE_BYTES = 700 * 2**20
-_BYTES_PER_WEIGHT_BYTE = 2.4
+_BYTES_PER_WEIGHT_BYTE = 1.25
 # What plans of 1 to 24 layers held besides weights stays below these lines, for every target and number of targets.
 _PLAN_BASE_BYTES = 3 * 2**20
 _PLAN_BYTES_PER_FUSED_LAYER = int(1.5 * 2**20)
@@ -46,6 +57,16 @@ def compute_capabilities(targets: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(name for target in targets for name in spelled[target.lower()]))
 
 
+def loadable_cards(capabilities: list[str]) -> dict[str, str]:
+    """Compute capability -> cards that can load an engine of these targets; none named: the library's own choice,
+    which may be any of those it knows."""
+    return {name: cards for name, cards in _CARDS.items() if not capabilities or name in capabilities}
+
+
+def describe_capability(capability: tuple[int, int]) -> str:
+    return f"compute capability {capability[0]}.{capability[1]}"
+
+
 def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
     """What is worth saying about this build, one line each.
 
@@ -54,8 +75,6 @@ def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
     trt = load_for_build(build.targets)
     problems = Problems()
     capabilities = compute_capabilities(build.targets)
-    if build.world_size > 1:
-        problems.add(f"world_size {build.world_size}: TensorRT engines are built for one rank")
     if "SM75" in capabilities and build.dtype != "float16":
         problems.add(f"target SM75 (Turing) with dtype {build.dtype}: it multiplies in float16 only")
     if build.max_batch_size * build.max_input_len > _LARGEST_DIMENSION:
@@ -68,6 +87,13 @@ def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
         problems.add(
             f"head size {model.head_size} with fused attention in {build.dtype}: above 8 it must be a multiple of 8; "
             "without --use_gpt_attention_plugin and --enable_context_fmha any head size works, as does --dtype float32"
+        )
+    if build.refit and library_name(trt) == TENSORRT_RTX and not _has_gpu():
+        problems.add("refit: TensorRT-RTX makes plans with replaceable weights on a machine with a GPU only")
+    if trt_io.num_profiles(build) > MOST_PROFILES:
+        problems.add(
+            f"batch_buckets {' '.join(map(str, build.batch_buckets))}: {trt_io.num_profiles(build)} profiles, allowed: "
+            f"{MOST_PROFILES}"
         )
     problems.raise_if_any(
         ConfigError, "TensorRT cannot build this engine", hint="change the above, or use --backend torch"
@@ -103,6 +129,11 @@ def _notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]:
             notes.append(f"{name} plugin: TensorRT's own layer, in {build.dtype}; it is used without the flag too")
     if build.remove_input_padding:
         notes.append("Remove Padding Enabled: packed everywhere but inside attention")
+    if build.timing_cache is not None and library_name(trt) == TENSORRT_RTX:
+        notes.append("Timing cache: TensorRT-RTX has none, it chooses kernels on the machine that runs the engine")
+    if build.batch_buckets:
+        sizes = ", ".join(map(str, build.generation_batches))
+        notes.append(f"Generation is compiled for batches of {sizes}; others are filled up to the next of them")
     if library_name(trt) == TENSORRT_RTX and _has_hopper():
         notes.append("This machine's GPU (compute capability 9.0) cannot load TensorRT-RTX engines; other cards can")
     return notes
@@ -115,6 +146,12 @@ def _attention_note(model: ModelConfig, build: BuildConfig) -> str:
         what = "float32" if build.dtype == "float32" else f"head size {model.head_size}"
         return f"Attention: IAttention, cache in place; TensorRT has no fused kernel for {what} and writes it out"
     return "Attention: fused IAttention, cache in place"
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _has_hopper() -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gpt.comm import Communicator, NullCommunicator
 from gpt.engine.trt_evaluator_layers import LAYERS, Evaluation
 from gpt.engine.trt_layers import to_torch_dtype
 from gpt.errors import EngineError
@@ -23,10 +24,13 @@ class NetworkEvaluator:
 
     Within a layer everything is float32, products of half-precision tensors included; its result is then rounded to the
     type that the network declares for it.
+
+    comm: what the network's collectives go through.
     """
 
     def __init__(self, trt: Any, network: Any, side_table: Dict[str, torch.Tensor]):
         """side_table: constants by tensor name; used for those types alone that cannot be read from the network."""
+        self.comm: Communicator = NullCommunicator()
         self.trt = trt
         self.network = network
         self.side_table = side_table
@@ -39,7 +43,7 @@ class NetworkEvaluator:
         """
         self._check_inputs(inputs)
         values = dict(inputs)
-        evaluation = Evaluation(self.trt, values, self.side_table)
+        evaluation = Evaluation(self.trt, values, self.side_table, self.comm)
         for index in range(self.network.num_layers):
             layer = self.network.get_layer(index)
             for tensor, result in zip(_outputs(layer), evaluate_layer(evaluation, layer), strict=True):

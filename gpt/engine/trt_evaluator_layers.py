@@ -6,6 +6,7 @@ returns its output in any float type.  Settings that are not implemented are ref
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
@@ -15,16 +16,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from gpt.comm import Communicator
 from gpt.errors import EngineError
 
 
 @dataclass
 class Evaluation:
-    """One walk: tensors by name so far, unreadable constants, and what attention's first half leaves its second."""
+    """One walk: tensors by name so far, unreadable constants, the way to the other ranks, and what attention's first
+    half leaves its second."""
 
     trt: Any
     values: dict[str, torch.Tensor]
     side_table: Dict[str, torch.Tensor]
+    comm: Communicator
     attention_inputs: dict[str, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
 
 
@@ -41,7 +45,10 @@ def _constant(evaluation: Evaluation, layer: Any) -> torch.Tensor:
     weights = layer.weights
     if isinstance(weights, np.ndarray):
         return torch.from_numpy(np.array(weights)).reshape(tuple(layer.shape))
-    values = evaluation.side_table[layer.get_output(0).name]  # bfloat16: NumPy has no such type
+    values = evaluation.side_table[layer.get_output(0).name]  # NumPy has no such type
+    if layer.get_output(0).dtype == evaluation.trt.int4:
+        both = values.view(torch.int8)  # two in a byte, the lower four bits first
+        values = torch.stack([(both << 4) >> 4, both >> 4], -1)
     _demand(values.numel() == weights.size, layer, "a constant of another size than the table beside the network has")
     return values.reshape(tuple(layer.shape))
 
@@ -52,8 +59,9 @@ def _gather(evaluation: Evaluation, layer: Any, x: torch.Tensor, indices: torch.
     if shared == 0:
         picked = x.index_select(axis, indices.flatten().long())
         return picked.unflatten(axis, indices.shape) if indices.dim() != 1 else picked
-    _demand(shared == 1 and axis == 1 and indices.dim() == 1, layer, "gather with elementwise dimensions")
-    return x[torch.arange(x.shape[0]), indices.long()]
+    _demand(shared == 1 and axis == 1 and indices.dim() in (1, 2), layer, "gather with elementwise dimensions")
+    rows = torch.arange(x.shape[0])
+    return x[rows if indices.dim() == 1 else rows[:, None], indices.long()]
 
 
 def _elementwise(evaluation: Evaluation, layer: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -64,6 +72,8 @@ def _elementwise(evaluation: Evaluation, layer: Any, a: torch.Tensor, b: torch.T
         "DIV": torch.div,
         "GREATER": torch.gt,
         "LESS": torch.lt,
+        "EQUAL": torch.eq,
+        "AND": torch.logical_and,
         "MIN": torch.minimum,
         "MAX": torch.maximum,
     }
@@ -148,13 +158,53 @@ def _normalization(
 
 
 def _reduce(evaluation: Evaluation, layer: Any, x: torch.Tensor) -> torch.Tensor:
-    _demand(layer.op == evaluation.trt.ReduceOperation.AVG, layer, str(layer.op))
-    return _wide(x).mean(_axis(layer), keepdim=layer.keep_dims)
+    kinds = evaluation.trt.ReduceOperation
+    _demand(layer.op in (kinds.AVG, kinds.MAX), layer, str(layer.op))
+    reduce = torch.mean if layer.op == kinds.AVG else torch.amax
+    return reduce(_wide(x), _axis(layer), keepdim=layer.keep_dims)
 
 
 def _unary(evaluation: Evaluation, layer: Any, x: torch.Tensor) -> torch.Tensor:
-    _demand(layer.op == evaluation.trt.UnaryOperation.SQRT, layer, str(layer.op))
-    return torch.sqrt(_wide(x))
+    kinds = evaluation.trt.UnaryOperation
+    _demand(layer.op in (kinds.SQRT, kinds.ABS), layer, str(layer.op))
+    return torch.sqrt(_wide(x)) if layer.op == kinds.SQRT else _wide(x).abs()
+
+
+def _quantize(evaluation: Evaluation, layer: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    trt = evaluation.trt
+    steps = _wide(x) / _scale_of(layer, x, scale)
+    if layer.to_type == trt.fp8:
+        return steps.clamp(-448.0, 448.0)  # more would be NaN
+    _demand(layer.to_type == trt.int8, layer, f"quantization to {layer.to_type}")
+    return steps.round().clamp(-128, 127)
+
+
+def _dequantize(evaluation: Evaluation, layer: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x.float() * _scale_of(layer, x, scale)
+
+
+def _scale_of(layer: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The scale of every value of x: from one of no dimensions, one along `axis`, or one per block, whose shape is the
+    layer's or follows from both shapes."""
+    scale = _wide(scale)
+    if scale.dim() == 0:
+        return scale
+    if scale.dim() == 1 and x.dim() > 1:
+        _demand(0 <= layer.axis < x.dim(), layer, "one scale per channel, of no axis")
+        return scale.reshape([-1 if axis == layer.axis else 1 for axis in range(x.dim())])
+    sizes = [whole // parts for whole, parts in zip(x.shape, scale.shape, strict=True)]
+    block = _block_shape(layer)
+    _demand(block is None or list(block) == sizes, layer, f"blocks of {block} in {tuple(x.shape)}")
+    for axis, size in enumerate(sizes):
+        scale = scale.repeat_interleave(size, axis)
+    return scale
+
+
+def _block_shape(layer: Any) -> tuple[int, ...] | None:
+    try:
+        return tuple(layer.block_shape) or None
+    except RuntimeError:  # it was never set
+        return None
 
 
 def _axis(layer: Any) -> int:
@@ -240,6 +290,21 @@ def _attention_output(evaluation: Evaluation, layer: Any, link: torch.Tensor) ->
     return torch.softmax(scores, -1) @ _wide(v).repeat_interleave(repeats, 1)
 
 
+def _dist_collective(evaluation: Evaluation, layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Which operation it is cannot be read from the layer and stands in its metadata; how many ranks there are can."""
+    facts = json.loads(layer.metadata)
+    comm = evaluation.comm
+    _demand(layer.num_ranks == comm.size, layer, f"{layer.num_ranks} ranks, {comm.size} are here")
+    _demand((facts["root"], facts["groups"]) == (-1, []), layer, "a root, or groups of ranks")
+    kind = facts["collective"], facts["reduction"]
+    if kind == ("ALL_REDUCE", "SUM"):
+        total = _wide(x).clone()
+        comm.all_reduce(total)
+        return total
+    _demand(kind == ("ALL_GATHER", "NONE"), layer, " ".join(kind))
+    return comm.all_gather(x, 0)
+
+
 # By the layer type's name: the class that shows its attributes, and what it computes.
 LAYERS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
     "CONSTANT": ("IConstantLayer", _constant),
@@ -257,8 +322,11 @@ LAYERS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
     "NORMALIZATION": ("INormalizationLayer", _normalization),
     "REDUCE": ("IReduceLayer", _reduce),
     "UNARY": ("IUnaryLayer", _unary),
+    "QUANTIZE": ("IQuantizeLayer", _quantize),
+    "DEQUANTIZE": ("IDequantizeLayer", _dequantize),
     "ROTARY_EMBEDDING": ("IRotaryEmbeddingLayer", _rotary_embedding),
     "KV_CACHE_UPDATE": ("IKVCacheUpdateLayer", _kv_cache_update),
     "ATTENTION_INPUT": ("IAttentionInputLayer", _attention_input),
     "ATTENTION_OUTPUT": ("IAttentionOutputLayer", _attention_output),
+    "DIST_COLLECTIVE": ("IDistCollectiveLayer", _dist_collective),
 }

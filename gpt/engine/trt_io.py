@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from gpt.config import BuildConfig, ModelConfig
 from gpt.mapping import Mapping
 
-CONTEXT, GENERATION = 0, 1  # indices of the optimization profiles
-PROFILE_NAMES = ("context", "generation")
+CONTEXT = 0  # the first optimization profile; those after it are for generation
 
 
 @dataclass(frozen=True)
@@ -70,26 +69,58 @@ def prompt_inputs(model: ModelConfig, build: BuildConfig) -> list[Port]:
     ]
 
 
-def cache_inputs(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> list[Port]:
-    """past_key_<l> and past_value_<l> [B, G/R, T, D], in the order of the layers."""
+def cache_inputs(model: ModelConfig, build: BuildConfig, mapping: Mapping, cache_type: str | None = None) -> list[Port]:
+    """past_key_<l> and past_value_<l> [B, G/R, T, D], in the order of the layers, of `cache_type` or the engine's."""
     shape = ("B", mapping.local_kv_heads(model), build.max_seq_len, model.head_size)
     return [
-        Port(f"past_{kind}_{layer}", build.dtype, shape) for layer in range(model.n_layer) for kind in ("key", "value")
+        Port(f"past_{kind}_{layer}", cache_type or build.dtype, shape)
+        for layer in range(model.n_layer)
+        for kind in ("key", "value")
     ]
 
 
-def outputs(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> list[Port]:
-    """logits [B, V padded] float32 and present_<kind>_<l>, each in the memory of its past_<kind>_<l>."""
+def outputs(model: ModelConfig, build: BuildConfig, mapping: Mapping, cache_type: str | None = None) -> list[Port]:
+    """logits [B, V padded] float32 and present_<kind>_<l>, each in the memory of its past_<kind>_<l>, unless the cache
+    has a type of its own: the library's update in place takes none."""
     logits = Port("logits", "float32", ("B", model.padded_vocab_size(mapping.world_size)))
-    caches = cache_inputs(model, build, mapping)
-    return [logits, *(Port(p.name.replace("past", "present"), p.dtype, p.shape, alias=p.name) for p in caches)]
+    caches = cache_inputs(model, build, mapping, cache_type)
+    in_place = cache_type is None
+    presents = [Port(present_name(p.name), p.dtype, p.shape, alias=p.name if in_place else None) for p in caches]
+    return [logits, *presents]
+
+
+def present_name(past_name: str) -> str:
+    return past_name.replace("past", "present")
+
+
+def num_profiles(build: BuildConfig) -> int:
+    """One for the context phase, and one for generation, or one for each size of `generation_batches`."""
+    return 1 + len(build.generation_batches)
+
+
+def profile_name(build: BuildConfig, profile: int) -> str:
+    if profile == CONTEXT:
+        return "context"
+    return f"generation of {build.generation_batches[profile - 1]}" if build.batch_buckets else "generation"
+
+
+def generation_profile(build: BuildConfig, batch_size: int) -> tuple[int, int]:
+    """The profile that generates for `batch_size` sequences, and the rows of its steps: with buckets, as many as the
+    smallest one that holds them."""
+    fitting = [(1 + i, size) for i, size in enumerate(build.generation_batches) if size >= batch_size]
+    profile, size = fitting[0]
+    return profile, size if build.batch_buckets else batch_size
 
 
 def profile_sizes(build: BuildConfig, profile: int) -> list[dict[str, int]]:
     """The letters' values in a profile: smallest, the one to optimise for, largest."""
+    if profile != CONTEXT and build.batch_buckets:
+        batch, rows = build.generation_batches[profile - 1], build.max_prompt_embedding_table_size
+        fixed = {"B": batch, "S": 1, "N": batch}
+        return [fixed | {"P": 1}, fixed | {"P": 1}, fixed | {"P": max(rows, 1)}]
     batch, tokens = build.max_batch_size, build.max_input_len
     if profile != CONTEXT:
-        batch, tokens = build.max_batch_size * build.max_beam_width, 1  # a prompt is computed once for all its beams
+        batch, tokens = build.generation_batches[-1], 1  # a prompt is computed once for all its beams
     rows = build.max_prompt_embedding_table_size
     middle_batch, middle_tokens = (batch + 1) // 2, (tokens + 1) // 2
     return [

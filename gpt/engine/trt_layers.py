@@ -7,6 +7,8 @@ setting that can be refused is read back, and the library's own messages go into
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping as Dict
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,10 @@ import torch
 from gpt.dtypes import torch_dtype
 from gpt.errors import EngineError
 
+# Of a collective: all ranks in their order, and no rank that is special.
+_ALL_RANKS: tuple[int, ...] = ()
+_NO_ROOT = -1
+
 
 class Layers:
     """The layers used here, by what they do.  Tensors are the library's ITensor; constants come as torch tensors.
@@ -22,7 +28,11 @@ class Layers:
     side_table: the values of every constant by the name of its tensor.  It keeps the memory alive that the network
     refers to (TensorRT copies weights only while it builds), and answers for the types that cannot be read back from a
     network.
+
+    operation: the operation of gpt.network.ops that is being lowered; every layer carries it in its metadata.
     """
+
+    operation = ""
 
     def __init__(self, trt: Any, network: Any, recorder: Any):
         self.trt = trt
@@ -50,6 +60,15 @@ class Layers:
             self.side_table[result.name] = values
             self._constants[key] = result
         return self._constants[key]
+
+    def packed_int4(self, values: torch.Tensor) -> Any:
+        """An int4 constant [out, in] from uint8 [out, in / 2], whose low four bits are the even input."""
+        values = values.contiguous()
+        shape = (values.shape[0], 2 * values.shape[1])
+        weights = self.trt.Weights(self.trt.int4, values.data_ptr(), 2 * values.numel())
+        result = self._add(self.network.add_constant(shape, weights), "int4 constant")
+        self.side_table[result.name] = values
+        return result
 
     def scalar(self, value: float, dtype: torch.dtype, rank: int) -> Any:
         """A constant that broadcasts against tensors of `rank` dimensions."""
@@ -139,6 +158,41 @@ class Layers:
         scale = self.constant(weight.to(dtype), (1,) * (rank - 1) + tuple(weight.shape))
         return self.elementwise(self.elementwise(x, root, "DIV"), scale, "PROD")
 
+    def row_maximum(self, x: Any) -> Any:
+        """max |x| over the last axis, which stays with size 1."""
+        magnitudes = self._add(self.network.add_unary(x, self.trt.UnaryOperation.ABS), "magnitude")
+        axes = 1 << (len(x.shape) - 1)
+        return self._add(self.network.add_reduce(magnitudes, self.trt.ReduceOperation.MAX, axes, True), "maximum")
+
+    def quantize(self, x: Any, scale: Any, dtype: torch.dtype) -> Any:
+        """x / scale, rounded to the nearest (ties to even) and saturated: int8, or float8_e4m3fn.
+
+        scale: a tensor of no dimensions, or one value per row of x, [..., 1].
+        """
+        layer = self.network.add_quantize(x, scale, self.library_dtype(dtype))
+        self._check_taken(layer, "quantization")
+        self._set_block(layer, x, scale)
+        return self._add(layer, "quantization")
+
+    def dequantize(self, x: Any, scale: Any, dtype: torch.dtype, *, axis: int | None = None) -> Any:
+        """x * scale in `dtype`.
+
+        scale: a tensor of no dimensions, one value per index of `axis`, one per row of x, [..., 1], or, for int4
+        constants [out, in], one per group, [out, groups].
+        """
+        layer = self.network.add_dequantize(x, scale, self.library_dtype(dtype))
+        self._check_taken(layer, "dequantization")
+        if axis is not None:
+            layer.axis = axis
+        if x.dtype != self.trt.int4:  # whose groups follow from the shapes; setting them fails
+            self._set_block(layer, x, scale)
+        return self._add(layer, "dequantization")
+
+    def _set_block(self, layer: Any, x: Any, scale: Any) -> None:
+        rank = len(scale.shape)
+        if rank > 1:
+            layer.block_shape = (1,) * (rank - 1) + (x.shape[-1],)
+
     def rotary(self, x: Any, cos: Any, sin: Any, positions: Any, rotary_dim: int) -> Any:
         """Rotate-half on the first `rotary_dim` values.
 
@@ -166,6 +220,28 @@ class Layers:
             raise self._error("the attention layer did not take its mask")
         return self._add(attention, "attention")
 
+    def all_reduce(self, x: Any, num_ranks: int) -> Any:
+        """The sum over the ranks, in the type of x."""
+        return self._collective(x, "ALL_REDUCE", "SUM", num_ranks)
+
+    def all_gather(self, x: Any, num_ranks: int) -> Any:
+        """The ranks' parts along the last axis; the library joins along the first one, so x is turned before and
+        after."""
+        last = len(x.shape) - 1
+        turned = self.shuffle(x, before=(last, *range(last)))
+        joined = self._collective(turned, "ALL_GATHER", "NONE", num_ranks)
+        return self.shuffle(joined, before=(*range(1, last + 1), 0))
+
+    def _collective(self, x: Any, operation: str, reduction: str, num_ranks: int) -> Any:
+        operations, reductions = self.trt.CollectiveOperation, self.trt.ReduceOperation
+        layer = self.network.add_dist_collective(
+            x, getattr(operations, operation), getattr(reductions, reduction), _NO_ROOT, _ALL_RANKS
+        )
+        self._check_taken(layer, operation)
+        layer.num_ranks = num_ranks  # it settles the shape
+        facts = {"collective": operation, "reduction": reduction, "root": _NO_ROOT, "groups": list(_ALL_RANKS)}
+        return self._add(layer, operation, facts=facts)
+
     def name(self, x: Any, name: str) -> Any:
         """Gives the tensor `name`; a name in use is refused in silence by the library, and here with an error."""
         previous = x.name
@@ -177,13 +253,16 @@ class Layers:
         return x
 
     def library_dtype(self, dtype: torch.dtype) -> Any:
-        return getattr(self.trt, str(dtype).removeprefix("torch."))
+        name = str(dtype).removeprefix("torch.")
+        return self.trt.fp8 if dtype == torch.float8_e4m3fn else getattr(self.trt, name)
 
     def torch_type(self, x: Any) -> torch.dtype:
         return to_torch_dtype(self.trt, x.dtype)
 
-    def _add(self, layer: Any, what: str, name: str | None = None) -> Any:
+    def _add(self, layer: Any, what: str, name: str | None = None, facts: Dict[str, object] | None = None) -> Any:
+        """The layer's first output.  facts: what cannot be read back from the layer."""
         self._check_taken(layer, what)
+        layer.metadata = json.dumps({"operation": self.operation, **(facts or {})})
         if name is not None:
             layer.name = name
             if layer.name != name:
@@ -211,5 +290,6 @@ class Layers:
 
 def to_torch_dtype(trt: Any, dtype: Any) -> torch.dtype:
     """The library's DataType as torch's."""
-    names = ("float32", "float16", "bfloat16", "int32", "int64", "bool")
-    return next(getattr(torch, name) for name in names if getattr(trt, name) == dtype)
+    names = ("float32", "float16", "bfloat16", "int32", "int64", "int8", "bool")
+    others = {trt.fp8: torch.float8_e4m3fn, trt.int4: torch.int8}  # torch has no int4
+    return others[dtype] if dtype in others else next(getattr(torch, n) for n in names if getattr(trt, n) == dtype)

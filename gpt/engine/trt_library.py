@@ -80,7 +80,12 @@ def library_name(trt: Any) -> str:
 def library_info(targets: Sequence[str] = ()) -> dict[str, str]:
     """Name and version of the library that builds for `targets`; raises ConfigError where there is none."""
     trt = load_for_build(targets)
-    return {"name": library_name(trt), "version": trt.__version__}
+    info = {"name": library_name(trt), "version": trt.__version__}
+    if info["name"] == TENSORRT:  # its plans run on the kind of GPU that built them
+        import torch
+
+        info["compute_capability"] = "{}.{}".format(*torch.cuda.get_device_capability())
+    return info
 
 
 @lru_cache(maxsize=2)

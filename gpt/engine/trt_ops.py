@@ -17,8 +17,8 @@ from gpt.dtypes import torch_dtype
 from gpt.engine import trt_io
 from gpt.engine.torch_executor import rotary_tables
 from gpt.engine.trt_layers import Layers
-from gpt.errors import EngineError
-from gpt.mapping import Mapping
+from gpt.engine.trt_quantized import FLOAT, Quantization, QuantizedCache, QuantizedProducts
+from gpt.mapping import Mapping, Split
 from gpt.network.gpt import forward
 
 _ACTIVATION_LAYERS = {
@@ -41,26 +41,56 @@ class Heads:
 
 
 def define_network(
-    layers: Layers, model: ModelConfig, build: BuildConfig, mapping: Mapping, weights: Dict[str, torch.Tensor]
+    layers: Layers,
+    model: ModelConfig,
+    build: BuildConfig,
+    mapping: Mapping,
+    weights: Dict[str, torch.Tensor],
+    quant: Quantization = FLOAT,
 ) -> None:
     """Adds the whole network, inputs and outputs as in gpt.engine.trt_io.
 
     weights: as `gpt.engine.weights.engine_tensors` makes them.
     Raises EngineError with the library's messages where it refuses a layer.
     """
-    ops = TrtOps(layers, model, build, mapping, weights)
-    logits: Any = forward(ops, model, mapping)
+    layers.operation = "inputs"
+    ops = TrtOps(layers, model, build, mapping, weights, quant)
+    logits: Any = forward(_Marked(ops), model, mapping)
     layers.output(logits, "logits")
+
+
+class _Marked:
+    """`ops`, telling `Layers` which operation, with which tensor or layer, the layers to come belong to."""
+
+    def __init__(self, ops: TrtOps):
+        self._ops = ops
+
+    def __getattr__(self, operation: str) -> Any:
+        function = getattr(self._ops, operation)
+
+        def marked(*args: Any, **options: Any) -> Any:
+            subjects = [str(arg) for arg in args if isinstance(arg, (str, int))]
+            self._ops.layers.operation = " ".join([operation, *subjects])
+            return function(*args, **options)
+
+        return marked
 
 
 class TrtOps:
     """Ops over `layers`; the step is the network's own inputs, the cache its past_* inputs and present_* outputs."""
 
     def __init__(
-        self, layers: Layers, model: ModelConfig, build: BuildConfig, mapping: Mapping, weights: Dict[str, torch.Tensor]
+        self,
+        layers: Layers,
+        model: ModelConfig,
+        build: BuildConfig,
+        mapping: Mapping,
+        weights: Dict[str, torch.Tensor],
+        quant: Quantization = FLOAT,
     ):
         self.layers = layers
         self.model = model
+        self.mapping = mapping
         self.weights = weights
         self.dtype = torch_dtype(build.dtype)
         self.num_heads = mapping.local_heads(model)
@@ -69,7 +99,9 @@ class TrtOps:
         self.packed = build.remove_input_padding
         self.prompt_tuning = build.max_prompt_embedding_table_size > 0
         self.fused = build.fused_attention
-        ports = trt_io.step_inputs(model, build) + trt_io.cache_inputs(model, build, mapping)
+        self.products = QuantizedProducts(layers, weights, self.dtype, quant)
+        self.cache = QuantizedCache(layers, weights, self.dtype, self.num_slots) if quant.kv_cache else None
+        ports = trt_io.step_inputs(model, build) + trt_io.cache_inputs(model, build, mapping, quant.kv_cache)
         self.inputs = {port.name: layers.input(port.name, port.dtype, port.network_shape) for port in ports}
         self.positions = self._padded_positions()  # [B, S]
         self.mask = self._causal_mask()  # [B, 1, S, T]
@@ -110,7 +142,33 @@ class TrtOps:
     def embedding(self, table: str) -> Any:
         words = self.layers.constant(self.weights[table])
         ids = self.inputs["input_ids"]
-        return self._words_or_prompts(words, ids) if self.prompt_tuning else self.layers.gather(words, ids, 0)
+        return self._words_or_prompts(words, ids) if self.prompt_tuning else self._words(words, ids)
+
+    def _words(self, words: Any, ids: Any) -> Any:
+        """words[ids]; of a table that is cut by vocabulary zeros for the tokens of other ranks."""
+        layers, rank = self.layers, len(ids.shape)
+        if self.mapping.embedding is not Split.ROW:
+            return layers.gather(words, ids, 0)
+        num_rows = words.shape[0]
+        first, zero, last = (
+            layers.scalar(n, torch.int32, rank) for n in (self.mapping.rank * num_rows, 0, num_rows - 1)
+        )
+        own = layers.elementwise(ids, first, "SUB")
+        inside = layers.elementwise(layers.elementwise(own, zero, "MAX"), last, "MIN")
+        is_own = layers.shuffle(layers.elementwise(own, inside, "EQUAL"), (0,) * rank + (1,))
+        nothing = layers.scalar(0, self.dtype, rank + 1)
+        return layers.select(is_own, layers.gather(words, inside, 0), nothing)
+
+    def _own_part(self, rows: Any, ids: Any) -> Any:
+        """What this rank contributes of prompt embeddings [..., E], which every rank has whole."""
+        layers, mapping = self.layers, self.mapping
+        if mapping.embedding is Split.ROW and mapping.rank > 0:
+            return layers.scalar(0, self.dtype, len(rows.shape))
+        if mapping.embedding is Split.COLUMN:
+            width = self.model.n_embd // mapping.world_size
+            size = layers.concatenate([layers.shape_of(ids), layers.constant(torch.tensor([width]))], 0)
+            return layers.slice(rows, (0,) * len(ids.shape) + (mapping.rank * width,), size)
+        return rows
 
     def _words_or_prompts(self, words: Any, ids: Any) -> Any:
         """id < V ? words[id] : prompt_embedding_table[id - V + task * prompt_vocab_size].
@@ -120,14 +178,14 @@ class TrtOps:
         """
         layers, rank = self.layers, len(ids.shape)
         zero, one, last_word = (layers.scalar(n, torch.int32, rank) for n in (0, 1, self.model.vocab_size - 1))
-        word = layers.gather(words, layers.elementwise(ids, last_word, "MIN"), 0)
+        word = self._words(words, layers.elementwise(ids, last_word, "MIN"))
         beyond = layers.elementwise(ids, last_word, "SUB")  # of a virtual token, 1 to prompt_vocab_size
         per_task = layers.shuffle(self.inputs["prompt_vocab_size"], (1,) * rank)
         offset = layers.elementwise(layers.elementwise(beyond, one, "MAX"), per_task, "MIN")
         first = layers.elementwise(self.multiply(self.inputs["tasks"], per_task), one, "SUB")
         prompt = layers.gather(self.inputs["prompt_embedding_table"], self.add(first, offset), 0)
         is_virtual = layers.shuffle(layers.elementwise(beyond, zero, "GREATER"), (0,) * rank + (1,))
-        return layers.select(is_virtual, prompt, word)
+        return layers.select(is_virtual, self._own_part(prompt, ids), word)
 
     def position_embedding(self, table: str) -> Any:
         return self.layers.gather(self.layers.constant(self.weights[table]), self.inputs["position_ids"], 0)
@@ -149,8 +207,8 @@ class TrtOps:
         return self.layers.cast(self.layers.rms_norm(wide, self.weights[name + ".weight"], epsilon), self.dtype)
 
     def linear(self, x: Any, name: str, *, activation: str | None = None, bias: bool = True) -> Any:
-        weight = self.weights[name + ".weight"]
-        y = self._product(x, weight, name)
+        quantized = self.products.has(name)
+        y = self.products(x, name) if quantized else self._product(x, self.weights[name + ".weight"], name)
         if bias:
             y = self.add_bias(y, name)
         return y if activation is None else self._activation(y, activation)
@@ -231,24 +289,30 @@ class TrtOps:
 
     def _cached(self, kind: str, update: Any, layer: int) -> Any:
         past = self.inputs[f"past_{kind}_{layer}"]
-        present = self.layers.cache_update(past, update, self.inputs["cache_write_index"])
-        self.layers.output(present, f"present_{kind}_{layer}")
+        index, name = self.inputs["cache_write_index"], f"present_{kind}_{layer}"
+        if self.cache is not None:
+            steps, present = self.cache.update(past, update, index, layer, kind)
+            self.layers.output(steps, name)
+            return present
+        present = self.layers.cache_update(past, update, index)
+        self.layers.output(present, name)
         return present
 
     def all_reduce(self, x: Any) -> Any:
-        raise EngineError(
-            "TensorRT engines are built for one rank", hint="build with --world_size 1, or with --backend torch"
-        )
+        return self.layers.all_reduce(x, self.mapping.world_size)
 
     def all_gather(self, x: Any) -> Any:
-        return self.all_reduce(x)
+        return self.layers.all_gather(x, self.mapping.world_size)
 
     def gather_last(self, x: Any) -> Any:
         last = self.inputs["last_token_ids"]
         return self.layers.gather(x, last, 0) if self.packed else self.layers.gather(x, last, 1, num_elementwise_dims=1)
 
     def logits(self, x: Any, name: str) -> Any:
-        return self.layers.cast(self._product(x, self.weights[name], name), torch.float32)
+        head, num_rows = self.weights[name], self.mapping.local_vocab_size(self.model)
+        if head.shape[0] > num_rows:  # a tied head whose table is whole for the embedding's sake
+            head = head.narrow(0, self.mapping.rank * num_rows, num_rows)
+        return self.layers.cast(self._product(x, head, name), torch.float32)
 
     def name(self, x: Any, name: str) -> Any:
         return self.layers.name(x, name)

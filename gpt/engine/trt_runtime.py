@@ -1,26 +1,36 @@
-"""A TensorRT plan, loaded."""
+"""A TensorRT plan, loaded, and execution contexts over it."""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+from collections.abc import Mapping as Dict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gpt.comm import Communicator
+from gpt.engine.trt_check import compute_capabilities, describe_capability, loadable_cards
 from gpt.engine.trt_library import LIBRARIES, TENSORRT_RTX, error_recorder, library_name, load, logger
 from gpt.errors import EngineError
 
 
-def load_engine(path: Path, device: torch.device, library: str) -> tuple[Any, Any]:
+def load_engine(
+    path: Path, device: torch.device, library: Dict[str, str], targets: tuple[str, ...] = ()
+) -> tuple[Any, Any]:
     """The ICudaEngine in the file `path`, on `device`, and the module of the library that built it.
 
-    Raises ConfigError where `library` is not installed, EngineError where it cannot load the plan on this machine.
+    library: name and version as `gpt.engine.trt_library.library_info` gave them when the plan was built, targets: what
+    it was built for.  Raises ConfigError where that library is not installed, EngineError where it is another version,
+    where the card is none of those that were built for, and where the library cannot load the plan.
     """
-    if library not in LIBRARIES:
-        raise EngineError("unknown library in config.json", found=repr(library), allowed=", ".join(LIBRARIES))
-    trt = load([library])
-    _check_device(trt, device)
+    name = library.get("name", "")
+    if name not in LIBRARIES:
+        raise EngineError("unknown library in config.json", found=repr(name), allowed=", ".join(LIBRARIES))
+    trt = load([name])
+    _check_version(trt, library, path)
+    _check_device(trt, device, library, targets)
     recorder = error_recorder(trt)
     with torch.cuda.device(device):
         runtime = trt.Runtime(logger(trt))
@@ -30,14 +40,17 @@ def load_engine(path: Path, device: torch.device, library: str) -> tuple[Any, An
         raise EngineError(
             f"{library_name(trt)} {trt.__version__} cannot load {path}",
             found=list(recorder.messages) or None,
-            allowed="a plan built by the same version for this machine's kind of GPU",
-            hint="build the engine again here, or with another --target, or with --backend torch",
+            allowed="a whole plan, built by the same version for this machine's kind of GPU",
+            hint="python check.py compares its bytes with their checksum; build the engine again here, or with another "
+            "--target, or with --backend torch",
         )
     return engine, trt
 
 
 def deserialize(runtime: Any, path: Path) -> Any:
     """The engine, or None; the plan is read through the memory map, without a copy of it in this process."""
+    if path.stat().st_size == 0:  # nothing to map
+        return None
     with (
         open(path, "rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan,
@@ -46,15 +59,73 @@ def deserialize(runtime: Any, path: Path) -> Any:
         return runtime.deserialize_cuda_engine(view)
 
 
-def _check_device(trt: Any, device: torch.device) -> None:
+def create_context(engine: Any, trt: Any, recorder: Any) -> Any:
+    """An IExecutionContext that takes its working memory from its owner (`set_device_memory`), so that contexts that
+    never run at once can share it.  Raises EngineError where there is none to be had."""
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    if hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
+        # TensorRT-RTX would else compile kernels for a shape beside the steps, and a captured graph keep the old ones.
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = eager
+    context = engine.create_execution_context(config)
+    if context is None:
+        raise EngineError(
+            "TensorRT cannot execute this engine",
+            found=list(recorder.messages) or None,
+            hint="is there enough free GPU memory?",
+        )
+    context.error_recorder = recorder
+    return context
+
+
+def set_communicator(context: Any, comm: Communicator, device: torch.device) -> bool:
+    """Gives the collectives of a context their way to the other ranks, which all call this; False where it is refused.
+
+    On a GPU that is the address of an NCCL communicator in a capsule; the stand-in takes ours.
+    """
+    if device.type != "cuda":
+        return bool(context.set_communicator(comm))
+    make_capsule = ctypes.pythonapi.PyCapsule_New
+    make_capsule.restype = ctypes.py_object
+    make_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    address = comm.nccl_address()  # type: ignore[attr-defined]  # ranks on GPUs have an NcclCommunicator
+    return bool(context.set_communicator(make_capsule(address, None, None)))
+
+
+def _check_version(trt: Any, library: Dict[str, str], path: Path) -> None:
+    built_with = library.get("version")
+    if built_with not in (None, trt.__version__):
+        raise EngineError(
+            f"{path} was built by another version of {library['name']}",
+            found=f"built by {built_with}, installed is {trt.__version__}",
+            allowed="the same version",
+            hint="install that version, or build the engine again with build.py",
+        )
+
+
+def _check_device(trt: Any, device: torch.device, library: Dict[str, str], targets: tuple[str, ...]) -> None:
     hint = "run on a machine with one, or build the engine with --backend torch, which needs none"
     if device.type != "cuda" or not torch.cuda.is_available():
         raise EngineError("a TensorRT engine needs an NVIDIA GPU", found=f"device {device}, no usable GPU", hint=hint)
     capability = torch.cuda.get_device_capability(device)
-    if library_name(trt) == TENSORRT_RTX and capability == (9, 0):
+    found = f"{torch.cuda.get_device_name(device)}, {describe_capability(capability)}"
+    if library_name(trt) == TENSORRT_RTX:
+        allowed = loadable_cards(compute_capabilities(targets or ("default",)))
+        if f"SM{capability[0]}{capability[1]}" not in allowed:
+            raise EngineError(
+                "this TensorRT-RTX engine does not load on this GPU",
+                found=found,
+                allowed=[f"{name}: {cards}" for name, cards in allowed.items()],
+                hint="build with another --target, with --backend torch, or with TensorRT itself (pip install -r "
+                "requirements-tensorrt.txt)",
+            )
+        return
+    built_on = library.get("compute_capability")
+    if built_on not in (None, f"{capability[0]}.{capability[1]}"):
         raise EngineError(
-            "TensorRT-RTX engines do not load on this GPU",
-            found=f"{torch.cuda.get_device_name(device)}, compute capability 9.0",
-            allowed="Turing, Ampere, Ada and Blackwell cards",
-            hint="build with --backend torch, or with TensorRT itself (pip install -r requirements-tensorrt.txt)",
+            "this TensorRT engine does not load on this GPU",
+            found=found,
+            allowed=f"compute capability {built_on}, where it was built",
+            hint="build the engine again on this machine",
         )

@@ -2,36 +2,52 @@
 
 They have those members of ICudaEngine and IExecutionContext that the session uses, take plain memory addresses as the
 library does, check profile ranges, and return False with a message in the error recorder where the library would.
+Collectives go through one of our communicators, where the library takes NCCL's.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from collections.abc import Mapping as Dict
 from typing import Any
 
 import torch
 
+from gpt.comm import Communicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.trt_builder import NetworkBuild
 from gpt.engine.trt_evaluator import NetworkEvaluator
 from gpt.engine.trt_layers import to_torch_dtype
 from gpt.engine.trt_library import load
+from gpt.engine.trt_quantized import FLOAT, Quantization
 from gpt.errors import EngineError
 from gpt.mapping import Mapping
 
+_UNNAMED = "(Unnamed"  # how the library's own names for tensors begin
+
 
 def stand_in_engine(
-    model: ModelConfig, build: BuildConfig, mapping: Mapping, weights: Dict[str, torch.Tensor]
+    model: ModelConfig,
+    build: BuildConfig,
+    mapping: Mapping,
+    weights: Dict[str, torch.Tensor],
+    quant: Quantization = FLOAT,
 ) -> EvaluatorEngine:
     """The network that `gpt.engine.trt_builder.build_plan` would compile, ready for a TrtSession on the CPU."""
-    return EvaluatorEngine(NetworkBuild(load(), model, build, mapping, weights))
+    return EvaluatorEngine(NetworkBuild(load(), model, build, mapping, weights, quant))
 
 
 class EvaluatorEngine:
-    """As ICudaEngine."""
+    """As ICudaEngine.
+
+    trace: where the named intermediate results of the last step are kept, when given.
+    """
+
+    device_memory_size_v2 = 256
 
     def __init__(self, build: NetworkBuild):
+        self.trace: dict[str, torch.Tensor] | None = None
         self.trt = build.trt
         self.profiles = build.profiles
         self.evaluator = NetworkEvaluator(build.trt, build.network, build.side_table)
@@ -69,17 +85,33 @@ class EvaluatorEngine:
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return self._aliases.get(name)
 
-    def create_execution_context(self) -> EvaluatorContext:
-        return EvaluatorContext(self)
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
+
+    def create_execution_context(self, config: RuntimeConfig) -> EvaluatorContext:
+        return EvaluatorContext(self, config.strategy)
+
+
+class RuntimeConfig:
+    """As IRuntimeConfig."""
+
+    strategy: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
 
 
 class EvaluatorContext:
     """As IExecutionContext."""
 
-    def __init__(self, engine: EvaluatorEngine):
+    def __init__(self, engine: EvaluatorEngine, strategy: Any):
         self.engine = engine
         self.error_recorder: Any = None
         self.active_optimization_profile = 0
+        self.num_executions = 0
+        self._comm: Communicator | None = None
+        user_managed = engine.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._memory: tuple[int, int] | None = (0, 0) if strategy != user_managed else None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
 
@@ -112,29 +144,59 @@ class EvaluatorContext:
             name for name, tensor in self.engine.tensors.items() if tensor.is_network_input and name not in self._shapes
         ]
 
+    def set_device_memory(self, address: int, size: int) -> None:
+        self._memory = address, size
+
+    def set_communicator(self, comm: Communicator) -> bool:
+        self._comm = comm
+        return True
+
     def execute_async_v3(self, stream_handle: int) -> bool:
-        names = [name for name in self.engine.tensors if not self._addresses.get(name)]
+        return self._execute(self._shapes, self._addresses)
+
+    def captured(self) -> Callable[[], bool]:
+        """Does what `execute_async_v3` would do now, with today's shapes and addresses whatever is set later: as a
+        CUDA graph does."""
+        shapes, addresses = dict(self._shapes), dict(self._addresses)
+        return lambda: self._execute(shapes, addresses)
+
+    def _execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> bool:
+        self.num_executions += 1
+        names = [name for name in self.engine.tensors if not addresses.get(name)]
         if names or self.infer_shapes():
             return self._fail(f"without address: {names}; without shape: {self.infer_shapes()}")
+        if self._memory is None or 0 < self._memory[1] < self.engine.device_memory_size_v2:
+            return self._fail(f"without working memory: {self._memory}")
         for output in self.engine.tensors:
             source = self.engine.get_aliased_input_tensor(output)
-            if source and self._addresses[source] != self._addresses[output]:
+            if source and addresses[source] != addresses[output]:
                 return self._fail(f"{output} is not at the address of {source}")
-        inputs = {name: self._tensor(name, shape) for name, shape in self._shapes.items()}
+        inputs = {name: self._tensor(name, shape, addresses[name]) for name, shape in shapes.items()}
         try:
-            results = self.engine.evaluator.outputs(self.engine.evaluator(inputs))
+            results = self._evaluate(inputs)
         except EngineError as error:
             return self._fail(str(error))
         for name, result in results.items():
             if not self.engine.get_aliased_input_tensor(name):
-                self._tensor(name, tuple(result.shape)).copy_(result)
+                self._tensor(name, tuple(result.shape), addresses[name]).copy_(result)
+        ctypes.memset(self._memory[0], 0xFF, self._memory[1])  # nobody else may keep anything there
         return True
 
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def _evaluate(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        evaluator = self.engine.evaluator
+        if self._comm is not None:
+            evaluator.comm = self._comm
+        values = evaluator(inputs)
+        if self.engine.trace is not None:
+            named = {name for name in values if not name.startswith(_UNNAMED)} - inputs.keys()
+            self.engine.trace.update({name: values[name] for name in named})
+        return evaluator.outputs(values)
+
+    def _tensor(self, name: str, shape: tuple[int, ...], address: int) -> torch.Tensor:
         """The memory at the tensor's address."""
         dtype = to_torch_dtype(self.engine.trt, self.engine.get_tensor_dtype(name))
         num_values = torch.Size(shape).numel()
-        memory = (ctypes.c_char * (num_values * dtype.itemsize)).from_address(self._addresses[name])
+        memory = (ctypes.c_char * (num_values * dtype.itemsize)).from_address(address)
         return torch.frombuffer(memory, dtype=dtype, count=num_values).view(shape)
 
     def _fail(self, message: str) -> bool:

@@ -32,18 +32,16 @@ def load_session(info: EngineInfo, device: str = "auto", *, cuda_graphs: bool = 
     mapping = Mapping.of_build(info.build, ranks.rank)
     begin = time.perf_counter()
     session: Session
+    target = pick_device(device)
+    if ranks.size > 1:
+        target = device_of_rank(target, ranks)
+        ranks = place_on_gpu(ranks, target if target.type == "cuda" else None)
     if info.backend == "tensorrt":
         from gpt.runtime.trt_session import TrtSession
 
-        library = info.library.get("name", "")
-        session = TrtSession.from_plan(
-            info.engine_path(0), info.model, info.build, mapping, pick_device(device), library=library
-        )
+        path = info.engine_path(mapping.rank)
+        session = TrtSession.from_plan(path, info.model, info.build, mapping, target, library=info.library, comm=ranks)
     else:
-        target = pick_device(device)
-        if ranks.size > 1:
-            target = device_of_rank(target, ranks)
-            ranks = place_on_gpu(ranks, target if target.type == "cuda" else None)
         weights = load_torch_weights(info, mapping, target)
         session = _torch_session(info, mapping, weights, target, ranks, cuda_graphs)
     log.info("Engine loaded: %s on %s, %.2f s", info.describe(), session.device, time.perf_counter() - begin)

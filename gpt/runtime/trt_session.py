@@ -1,10 +1,9 @@
-"""A session executed by TensorRT: shapes, addresses and the cache of both phases over one execution context."""
+"""A session executed by TensorRT: shapes, addresses and the cache around the phases of an engine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping as Dict
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,31 @@ import torch
 
 from gpt.comm import Communicator, NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
+from gpt.console import log
 from gpt.dtypes import torch_dtype
 from gpt.engine import trt_io
 from gpt.engine.trt_layers import to_torch_dtype
-from gpt.engine.trt_library import TENSORRT_RTX, error_recorder
+from gpt.engine.trt_library import error_recorder
 from gpt.engine.trt_runtime import load_engine
 from gpt.errors import ConfigError, EngineError, Problems
 from gpt.mapping import Mapping
 from gpt.runtime.limits import check_start
+from gpt.runtime.trt_inputs import first_rows, generation_inputs, int32, packed_inputs, padded_inputs
+from gpt.runtime.trt_phase import Capture, Phase, cuda_graphs, working_memory
 from gpt.runtime.virtual_tokens import VirtualTokens, check_virtual_tokens
 
 
 class TrtSession:
-    """See gpt.runtime.session.Session.
+    """See gpt.runtime.session.Session.  Several of them may share an engine.
 
-    The caches are allocated once per batch size, [B, G/R, T, D] with all of the engine's T slots, and are updated in
-    place: each past_* input and its present_* output share an address.  In the generation phase every input has a fixed
-    address too, so a step copies B token ids and starts the engine.
+    The caches [B, G/R, T, D], with all of the engine's T slots, are updated in place: each past_* input and its
+    present_* output share an address.  Caches, logits and the inputs of generation are allocated for the largest batch
+    so far; smaller ones use their first rows, so that addresses, and CUDA graphs with them, outlive a batch.  With
+    batch buckets a step generates for all rows of the bucket; what is in the rows behind the batch is never looked at.
+
+    A cache with a type of its own (int8) is not updated in place: there are two of it, and steps go to and fro.
+
+    Each profile has an execution context of its own; they never run at once and share their working memory.
     """
 
     def __init__(
@@ -39,32 +46,41 @@ class TrtSession:
         mapping: Mapping,
         device: torch.device | str,
         trt: Any,
+        comm: Communicator | None = None,
+        capture: Capture | None = None,
+        cache_type: str | None = None,
     ):
         """engine: an ICudaEngine, or a `gpt.engine.trt_stand_in.EvaluatorEngine` with `device` cpu; trt: its library.
+        comm: to the other ranks of `mapping`.  capture: instead of CUDA graphs, which need a GPU.  cache_type: of a
+        quantised cache.
 
         Raises EngineError where the engine is not one that `gpt.engine.trt_builder` makes for this model and build.
         """
         self.model = model
         self.build = build
         self.device = torch.device(device)
-        self.comm: Communicator = NullCommunicator()
+        self.comm = comm or NullCommunicator()
         self._engine = engine
+        self._trt = trt
         self._inputs = trt_io.step_inputs(model, build)
-        self._caches = trt_io.cache_inputs(model, build, mapping)
-        self._outputs = trt_io.outputs(model, build, mapping)
+        self._caches = trt_io.cache_inputs(model, build, mapping, cache_type)
+        self._outputs = trt_io.outputs(model, build, mapping, cache_type)
+        self._in_place = cache_type is None
         _check_engine(engine, trt, self._inputs + self._caches, self._outputs)
         self._recorder = error_recorder(trt)
-        self._context = engine.create_execution_context()
-        if self._context is None:
-            raise EngineError("TensorRT cannot execute this engine", hint="is there enough free GPU memory?")
-        self._context.error_recorder = self._recorder
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._max_rows = 0
-        self._num_rows = 0
-        self._memory: dict[str, torch.Tensor] = {}  # caches and logits of the batch
-        self._bound: dict[str, torch.Tensor] = {}  # what the engine's step inputs point to
-        self._phase = -1
+        self._capture = cuda_graphs(self._stream) if capture is None and self._stream is not None else capture
+        self._scratch = working_memory(engine, self.device)
+        self._context = self._phase(trt_io.CONTEXT, None)
+        self._generation: dict[tuple[int, int], Phase] = {}  # by rows of a step, and by the cache it reads
+        self._capacity = 0  # rows of:
+        self._logits = torch.empty(0)
+        self._memory: list[dict[str, torch.Tensor]] = []  # the caches, two of each where they are not updated in place
+        self._current = 0  # the one that has what was written last
+        self._step_memory: dict[str, torch.Tensor] = {}  # the inputs of generation
+        self._batch_size = 0
         self._lengths: list[int] = []
+        self._generating = False
 
     @classmethod
     def from_plan(
@@ -75,43 +91,38 @@ class TrtSession:
         mapping: Mapping,
         device: torch.device | str = "cuda",
         *,
-        library: str = TENSORRT_RTX,
+        library: Dict[str, str],
+        comm: Communicator | None = None,
     ) -> TrtSession:
-        """Loads the plan at `path` on a GPU; `library` built it, a name as in `gpt.engine.trt_library.library_info`.
+        """Loads this rank's plan at `path` on a GPU; `library` built it, as `gpt.engine.trt_library.library_info` says.
 
         Raises ConfigError where that library is missing, EngineError where it cannot load the plan here, with the
         reason.
         """
-        engine, trt = load_engine(path, torch.device(device), library)
-        return cls(engine, model, build, mapping, device, trt)
+        engine, trt = load_engine(path, torch.device(device), library, build.targets)
+        if build.weight_streaming:
+            _stream_weights(engine)
+        return cls(engine, model, build, mapping, device, trt, comm)
 
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)
-        self._max_rows = batch_size
         self._lengths = []
-
-    def _make_room(self, num_rows: int) -> None:
-        """Allocates caches and logits where the batch has another size than the last."""
-        if num_rows == self._num_rows:
-            return
-        self._num_rows = num_rows
-        self._memory = {}
-        for port in (self._outputs[0], *self._caches):
-            # Zeros, since a slot that is masked out still takes part in a product with weight zero.
-            shape = port.shape_for({"B": num_rows})
-            self._memory[port.name] = torch.zeros(shape, dtype=torch_dtype(port.dtype), device=self.device)
-
-    def limit_logits(self, num_best: int | None) -> None:
-        """Nothing to save: a plan computes all logits."""
+        self._batch_size = batch_size
+        _, rows = trt_io.generation_profile(self.build, batch_size)
+        if rows > self._capacity:
+            self._allocate(rows)
 
     def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
         if virtual is not None:
             check_virtual_tokens(self.model, self.build, virtual, len(prompts))
         self._lengths = [len(prompt) for prompt in prompts]
-        self._make_room(len(prompts))
-        tensors = _packed_inputs(prompts) if self.build.remove_input_padding else _padded_inputs(prompts)
-        self._bind(trt_io.CONTEXT, tensors | self._prompt_inputs(virtual, self._lengths))
-        return self._run()
+        self._batch_size = len(prompts)
+        self._generating = False
+        tensors = packed_inputs(prompts) if self.build.remove_input_padding else padded_inputs(prompts)
+        tensors |= self._prompt_inputs(virtual, self._lengths)
+        self._current = 0
+        self._bind(self._context, {name: tensor.to(self.device) for name, tensor in tensors.items()}, len(prompts))
+        return self._run(self._context)
 
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
         if max(self._lengths) >= self.build.max_seq_len:  # the library drops such writes to the cache in silence
@@ -120,16 +131,17 @@ class TrtSession:
                 found=f"a sequence of {max(self._lengths)} tokens",
                 allowed=f"at most {self.build.max_seq_len}",
             )
-        if self._phase != trt_io.GENERATION:
-            tensors = _generation_inputs(self._lengths, packed=self.build.remove_input_padding)
-            # Tokens that were chosen are words: the table of the prompts is not needed any more.
-            self._bind(trt_io.GENERATION, tensors | self._prompt_inputs(None, [1] * len(self._lengths)))
-        self._bound["input_ids"].view(-1).copy_(ids)
-        logits = self._run()
-        self._bound["position_ids"] += 1
-        self._bound["cache_write_index"] += 1
+        if not self._generating:
+            self._begin_generation()
+        self._step_memory["input_ids"].view(-1)[: self._batch_size].copy_(ids)
+        logits = self._run(self._generation_phase())
+        for name in ("position_ids", "cache_write_index"):
+            self._step_memory[name] += 1
         self._lengths = [length + 1 for length in self._lengths]
         return logits
+
+    def limit_logits(self, num_best: int | None) -> None:
+        """Nothing to save: a plan computes all logits."""
 
     def prompt_logits(
         self, prompt: Sequence[int], places: Sequence[int], virtual: VirtualTokens | None = None
@@ -141,17 +153,56 @@ class TrtSession:
 
     def reorder(self, sources: Sequence[int]) -> None:
         """The caches' rows are gathered whole: the library writes them, and what they share is not known here."""
-        if len(sources) > self._max_rows:
+        if len(sources) > self._capacity:
             raise RuntimeError("start makes room for the rows of reorder")
         index = torch.tensor(sources, device=self.device)
-        lengths = [self._lengths[source] for source in sources]
-        old = self._memory
-        if len(sources) != self._num_rows or lengths != self._lengths:
-            self._phase = -1  # other shapes or positions: the next step binds again
-        self._make_room(len(sources))
-        for port in self._caches:
-            self._memory[port.name].copy_(old[port.name].index_select(0, index))
-        self._lengths = lengths
+        for tensor in self._memory[self._current].values():
+            tensor[: len(sources)] = tensor.index_select(0, index)
+        self._lengths = [self._lengths[source] for source in sources]
+        self._batch_size = len(sources)
+        self._generating = False  # the next step sets the positions again
+
+    def _phase(self, profile: int, capture: Capture | None) -> Phase:
+        name = trt_io.profile_name(self.build, profile)
+        return Phase(
+            self._engine, self._trt, self._recorder, profile, name, self._scratch, self._stream, self.comm, capture
+        )
+
+    def _allocate(self, rows: int) -> None:
+        """The old memory goes first, and with it whatever points to it."""
+        self._generation.clear()
+        self._memory, self._step_memory, self._logits = [], {}, torch.empty(0)
+        self._logits = self._zeros(self._outputs[0], rows)
+        for _ in range(1 if self._in_place else 2):
+            # Zeros, since a slot that is masked out still takes part in a product with weight zero.
+            self._memory.append({port.name: self._zeros(port, rows) for port in self._caches})
+        self._step_memory = generation_inputs(self._inputs, rows, self.device)
+        self._capacity = rows
+
+    def _zeros(self, port: trt_io.Port, rows: int) -> torch.Tensor:
+        return torch.zeros(port.shape_for({"B": rows}), dtype=torch_dtype(port.dtype), device=self.device)
+
+    def _begin_generation(self) -> None:
+        """From here on every sequence gets one token per step, at the position after those it has."""
+        lengths = torch.tensor(self._lengths, dtype=torch.int32, device=self.device)
+        for name in ("position_ids", "cache_write_index"):
+            memory = self._step_memory[name].view(-1)
+            memory.zero_()
+            memory[: len(lengths)] = lengths
+        # Tokens that were chosen are words: the prompts' table is one row here, which nothing refers to.
+        self._step_memory["input_ids"].zero_()
+        self._generating = True
+
+    def _generation_phase(self) -> Phase:
+        """The one for this number of rows that reads the current cache."""
+        profile, rows = trt_io.generation_profile(self.build, self._batch_size)
+        key = rows, self._current
+        if key not in self._generation:
+            if not self.build.batch_buckets:  # one size at a time, however many there will be
+                self._generation = {other: phase for other, phase in self._generation.items() if other[0] == rows}
+            self._generation[key] = self._phase(profile, self._capture)
+            self._bind(self._generation[key], first_rows(self._step_memory, rows), rows)
+        return self._generation[key]
 
     def _prompt_inputs(self, virtual: VirtualTokens | None, counts: Sequence[int]) -> dict[str, torch.Tensor]:
         """What an engine for prompt tuning takes besides, from the number of tokens of each sequence in this step."""
@@ -164,107 +215,39 @@ class TrtSession:
         return {
             "prompt_embedding_table": virtual.table.to(torch_dtype(self.build.dtype)).flatten(0, 1).contiguous(),
             "tasks": per_token if self.build.remove_input_padding else tasks[:, None],
-            **_int32(prompt_vocab_size=[virtual.num_tokens]),
+            **int32(prompt_vocab_size=[virtual.num_tokens]),
         }
 
-    def _bind(self, phase: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Selects the phase's profile and tells the context every shape and address."""
-        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        handle = self._stream.cuda_stream if self._stream is not None else 0
-        if not self._context.set_optimization_profile_async(phase, handle):
-            raise self._error(f"TensorRT refused the {trt_io.PROFILE_NAMES[phase]} profile")
-        self._phase = phase
-        self._bound = tensors
-        memory = tensors | self._memory
-        for port in self._inputs + self._caches:
-            self._set_shape(port.name, tuple(memory[port.name].shape))
-            self._set_address(port.name, memory[port.name])
-        for port in self._outputs:
-            self._set_address(port.name, memory[port.alias or port.name])
-        unknown = self._context.infer_shapes()
-        if unknown:
-            raise self._error(f"TensorRT knows no shape of {', '.join(unknown)}")
+    def _bind(self, phase: Phase, inputs: dict[str, torch.Tensor], rows: int) -> None:
+        """The first `rows` rows of the caches and of the logits, beside the step's inputs."""
+        past = {name: tensor[:rows] for name, tensor in self._memory[self._current].items()}
+        other = self._memory[self._next_cache()]
+        present = {trt_io.present_name(name): tensor[:rows] for name, tensor in other.items()}
+        phase.bind(inputs | past, {"logits": self._logits[:rows], **present})
 
-    def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        if self._context.set_input_shape(name, shape):
-            return
-        smallest, _, largest = (tuple(limit) for limit in self._engine.get_tensor_profile_shape(name, self._phase))
-        raise EngineError(
-            f"the {trt_io.PROFILE_NAMES[self._phase]} phase of this engine does not take this shape of {name}",
-            found=str(shape),
-            allowed=f"{smallest} to {largest}",
-            hint="build the engine with larger limits, or shorten the request",
-        )
+    def _next_cache(self) -> int:
+        return self._current if self._in_place else 1 - self._current
 
-    def _set_address(self, name: str, tensor: torch.Tensor) -> None:
-        if not self._context.set_tensor_address(name, tensor.data_ptr()):
-            raise self._error(f"TensorRT refused the address of {name}")
-
-    def _run(self) -> torch.Tensor:
+    def _run(self, phase: Phase) -> torch.Tensor:
         """Logits [B, V] float32."""
         if self._stream is None:
-            done = self._context.execute_async_v3(0)
+            phase.run()
         else:
             # The engine waits for the copies of the inputs; whoever reads the logits waits for the engine.
             caller = torch.cuda.current_stream(self.device)
             self._stream.wait_stream(caller)
-            done = self._context.execute_async_v3(self._stream.cuda_stream)
+            with torch.cuda.stream(self._stream):
+                phase.run()
             caller.wait_stream(self._stream)
-        if not done:
-            raise self._error("TensorRT could not execute the step")
-        return self._memory["logits"][:, : self.model.vocab_size]
-
-    def _error(self, what: str) -> EngineError:
-        return EngineError(what, found=list(self._recorder.messages) or None)
+        self._current = self._next_cache()
+        return self._logits[: self._batch_size, : self.model.vocab_size]
 
 
-def _padded_inputs(prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    width = max(len(prompt) for prompt in prompts)
-    rows = [
-        list(prompt) + [0] * (width - len(prompt)) for prompt in prompts
-    ]  # any valid id: padding is never looked at
-    return _int32(
-        input_ids=rows,
-        position_ids=[list(range(width))] * len(prompts),
-        last_token_ids=[len(prompt) - 1 for prompt in prompts],
-        cache_write_index=[0] * len(prompts),
-    )
-
-
-def _packed_inputs(prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    lengths = [len(prompt) for prompt in prompts]
-    width = max(lengths)
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    starts = [end - length for end, length in zip(ends, lengths, strict=True)]
-    slots = [(row, slot) for row, length in enumerate(lengths) for slot in range(length)]
-    return _int32(
-        input_ids=list(chain.from_iterable(prompts)),
-        position_ids=[slot for _, slot in slots],
-        last_token_ids=[end - 1 for end in ends],
-        cache_write_index=[0] * len(prompts),
-        padded_from_packed=[
-            [min(start + slot, end - 1) for slot in range(width)] for start, end in zip(starts, ends, strict=True)
-        ],
-        packed_from_padded=[row * width + slot for row, slot in slots],
-    )
-
-
-def _generation_inputs(lengths: Sequence[int], *, packed: bool) -> dict[str, torch.Tensor]:
-    """One token per sequence, at the position after those it has; the ids are filled in by each step."""
-    rows = list(range(len(lengths)))
-    tensors = _int32(
-        input_ids=rows,
-        position_ids=lengths,
-        last_token_ids=rows if packed else [0] * len(rows),
-        cache_write_index=lengths,
-    )
-    if packed:
-        return tensors | _int32(padded_from_packed=[[row] for row in rows], packed_from_padded=rows)
-    return tensors | {name: tensors[name][:, None] for name in ("input_ids", "position_ids")}
-
-
-def _int32(**values: Sequence[Any]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(value, dtype=torch.int32) for name, value in values.items()}
+def _stream_weights(engine: Any) -> None:
+    """Leaves on the host what does not fit beside the rest, as the library judges; before there are contexts."""
+    budget = engine.get_weight_streaming_automatic_budget()
+    engine.weight_streaming_budget_v2 = budget
+    log.info("Weight streaming: %d of %d MiB stay on the GPU", budget >> 20, engine.streamable_weights_size >> 20)
 
 
 def _check_engine(engine: Any, trt: Any, inputs: Sequence[trt_io.Port], outputs: Sequence[trt_io.Port]) -> None:

@@ -1,4 +1,7 @@
-"""Context, generation steps and greedy tokens of engines, written by rank 0:  logits.py DEVICE OUT.pt ENGINE_DIR..."""
+"""Context, generation steps and greedy tokens of engines, written by rank 0:  logits.py DEVICE OUT.pt ENGINE_DIR...
+
+DEVICE may be "tensorrt padded plain" or "tensorrt packed fused": the TensorRT networks of these engines, evaluated.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,18 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.folder import open_engine
 from gpt.runtime.generate import generate
 from gpt.runtime.load import load_session
+from gpt.runtime.session import Session
 from gpt.runtime.virtual_tokens import VirtualTokens
 
 LENGTHS, NEW = (5, 17, 1, 9), 12
+
+
+def open_session(folder: Path, device: str) -> Session:
+    if not device.startswith("tensorrt"):
+        return load_session(open_engine(folder), device)
+    from trt_ranks import stand_in_session
+
+    return stand_in_session(open_engine(folder), device)
 
 
 def virtual_tokens(model: ModelConfig, build: BuildConfig) -> VirtualTokens | None:
@@ -29,7 +41,7 @@ def main() -> None:
     results = []
     device, out, *folders = sys.argv[1:]
     for folder in folders:
-        session = load_session(open_engine(Path(folder)), device)
+        session = open_session(Path(folder), device)
         model = session.model
         virtual = virtual_tokens(model, session.build)
         prompts = random_prompts(LENGTHS, model.vocab_size)

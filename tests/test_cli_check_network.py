@@ -1,0 +1,170 @@
+"""check.py --layers, --graph and --diff: what an engine's network is, and where two engines part."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from engines import build_engine, convert
+from tiny_models import tiny_gpt2
+from trt_models import MODELS, build_config, define
+
+import check
+from gpt.checkpoint.store import Checkpoint
+from gpt.engine import trt_graph, trt_library
+from gpt.engine.diff import compare
+from gpt.engine.folder import EngineInfo
+
+pytestmark = pytest.mark.tensorrt
+
+LIMITS = ["--max_batch_size", "2", "--max_input_len", "12", "--max_output_len", "8"]
+Main = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def main(capsys: pytest.CaptureFixture[str]) -> Main:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = check.main([*map(str, arguments), "--log_level", "error"])
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("model")
+    return convert(tiny_gpt2(base / "hf", tokenizer=False), base / "ft")
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, EngineInfo]:
+    base = tmp_path_factory.mktemp("engines")
+    flags = {
+        "torch": [],
+        "float16": ["--dtype", "float16"],
+        "plan": ["--target", "ada"],
+        "packed plan": ["--target", "ada", "--remove_input_padding", "--use_gpt_attention_plugin"],
+    }
+    return {name: build_engine(checkpoint, base / name, *LIMITS, *more) for name, more in flags.items()}
+
+
+class TestDiff:
+    @pytest.mark.parametrize(
+        ("a", "b"), [("torch", "plan"), ("torch", "packed plan"), ("plan", "packed plan"), ("torch", "float16")]
+    )
+    def test_equal(self, a: str, b: str, engines: dict[str, EngineInfo], main: Main) -> None:
+        code, out, err = main("--diff", engines[a].folder, engines[b].folder)
+        assert (code, err) == (0, "")
+        *lines, verdict = out.splitlines()
+        # Three steps of a model of two layers: embedding, three per layer, the last normalisation, logits.
+        assert verdict.startswith("no tensor of 27 differs")
+        assert [line.split("  ")[0] for line in lines[:2]] == ["context, embedding", "context, layers.0.attention"]
+        assert all(float(line.split()[-1]) < (5e-3 if b == "float16" else 1e-5) for line in lines)
+
+    def test_the_first_is_named(
+        self, checkpoint: Path, engines: dict[str, EngineInfo], tmp_path: Path, main: Main
+    ) -> None:
+        """One weight of the second layer's MLP is another."""
+        changed = tmp_path / "1-gpu"
+        changed.mkdir()
+        for path in checkpoint.iterdir():
+            (changed / path.name).write_bytes(path.read_bytes())
+        weights = changed / "model.layers.1.mlp.dense_4h_to_h.weight.0.bin"
+        values = bytearray(weights.read_bytes())
+        values[:4] = torch.tensor([9.0]).numpy().tobytes()
+        weights.write_bytes(values)
+        (changed / "manifest.json").unlink()
+        assert Checkpoint.open(changed).model == engines["torch"].model
+        other = build_engine(changed, tmp_path / "other", *LIMITS)
+        code, out, _ = main("--diff", engines["plan"].folder, other.folder)
+        assert code == 1
+        assert "first difference: context, layers.1.mlp" in out.splitlines()[-1]
+        assert re.search(r"context, layers\.1\.attention +\d\.\d\de-\d\d$", out, re.MULTILINE)
+        assert main("--diff", "--bound", "10", engines["plan"].folder, other.folder)[0] == 0
+
+    def test_weights_are_gone(self, checkpoint: Path, tmp_path: Path, main: Main) -> None:
+        moved = tmp_path / "1-gpu"
+        moved.mkdir()
+        for path in checkpoint.iterdir():
+            (moved / path.name).write_bytes(path.read_bytes())
+        plan = build_engine(moved, tmp_path / "plan", *LIMITS, "--target", "ada")
+        moved.rename(tmp_path / "elsewhere")
+        code, _, err = main("--diff", plan.folder, plan.folder)
+        assert code == 2
+        assert "what it was built from is not there" in err
+
+    def test_of_different_models(self, engines: dict[str, EngineInfo], tmp_path: Path, main: Main) -> None:
+        sizes = ["--n_layer", "1", "--n_embd", "32", "--n_head", "4", "--vocab_size", "301", "--n_positions", "64"]
+        other = build_engine(None, tmp_path / "other", *sizes, *LIMITS, "--random_seed", "1")
+        code, _, err = main("--diff", engines["torch"].folder, other.folder)
+        assert code == 2
+        assert "n_layer: 2 and 1" in err
+
+    def test_of_several_ranks_and_of_one_engine(
+        self, engines: dict[str, EngineInfo], tmp_path: Path, main: Main
+    ) -> None:
+        sizes = ["--n_layer", "1", "--n_embd", "32", "--n_head", "4", "--vocab_size", "301", "--n_positions", "64"]
+        other = build_engine(None, tmp_path / "other", *sizes, *LIMITS, "--random_seed", "1", "--world_size", "2")
+        assert main("--diff", other.folder, other.folder)[0] == 2
+        code, _, err = main("--diff", other.folder)
+        assert (code, "compares two engines" in err) == (2, True)
+
+    def test_values_that_are_no_numbers_and_shapes(self) -> None:
+        nan = torch.tensor([1.0, torch.nan])
+        found = compare(
+            {"a": torch.ones(2), "b": torch.ones(2), "c": nan, "d": nan}, {"b": nan, "a": torch.ones(3)}, 1.0
+        )
+        assert [difference.note for difference in found.differences] == [
+            "shapes (2,) and (3,)",
+            "not all of its values are finite",
+        ]
+        assert found.first == found.differences[0]
+        assert found.only_one == ("c", "d")
+
+
+class TestNetwork:
+    def test_table(self, engines: dict[str, EngineInfo], main: Main) -> None:
+        code, out, err = main("--layers", engines["plan"].folder)
+        assert (code, err) == (0, "")
+        lines = out.splitlines()
+        assert lines[0].split() == ["#", "layer", "operation", "output", "bytes", "weights"]
+        (product,) = [line for line in lines if "MATRIX_MULTIPLY  linear model.layers.1.mlp.dense_4h_to_h" in line]
+        assert "float32[?, 32]" in product
+        assert "16.0 KiB" in product  # 128 x 32 weights
+        assert any("KV_CACHE_UPDATE" in line and "attention 1" in line and "present_key_1" in line for line in lines)
+        assert "constants" in lines[-1]
+
+    def test_every_layer_has_an_operation(self) -> None:
+        network = define(trt_library.load(), MODELS["rotary_swiglu_grouped"], build_config(packed=True))
+        layers = trt_graph.network_layers(network.network)
+        assert {layer.operation.split()[0] for layer in layers} == {
+            *("inputs", "embedding", "layer_norm", "linear", "rotary", "attention", "gather_last", "add", "multiply"),
+            "logits",
+        }
+        total = sum(layer.outputs[0].num_bytes for layer in layers if layer.is_constant)
+        assert total == sum(tensor.nbytes for tensor in network.side_table.values())
+
+    def test_graph(self, engines: dict[str, EngineInfo], tmp_path: Path, main: Main) -> None:
+        path = tmp_path / "net.svg"
+        assert main("--graph", path, engines["packed plan"].folder)[0] == 0
+        root = ElementTree.parse(path).getroot()
+        space = "{http://www.w3.org/2000/svg}"
+        titles = [title.text or "" for title in root.iter(f"{space}title")]
+        assert sum(title.startswith("attention ") for title in titles) == 2
+        assert any(
+            "linear model.layers.0.mlp.dense_h_to_4h: " in title and "weights 16.5 KiB" in title for title in titles
+        )
+        boxes = [(rect.get("x"), rect.get("y")) for rect in root.iter(f"{space}rect")]
+        assert len(set(boxes)) == len(boxes)
+        assert len(list(root.iter(f"{space}line"))) >= len(titles) - 1
+
+    def test_needs_one_engine(self, engines: dict[str, EngineInfo], main: Main) -> None:
+        assert main("--layers", engines["plan"].folder, engines["torch"].folder)[0] == 2
+        code, _, err = main("--layers", "--rank", "3", engines["plan"].folder)
+        assert code == 2
+        assert "allowed: 0 to 0" in err
