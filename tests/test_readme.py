@@ -44,6 +44,9 @@ def problem_of(words: list[str]) -> str | None:
     if words[:4] == ["python", "-m", "pip", "install"]:
         missing = [word for word in words if word.endswith(".txt") and not (ROOT / word).is_file()]
         return f"no such file: {missing}" if missing else None
+    if words[0] in ("mpirun", "srun"):
+        starts = [place for place, word in enumerate(words) if word in ("python", "python3")]
+        words = ["python", *words[starts[0] + 1 :]] if starts else words
     if words[0] == "sbatch":
         return None if any((ROOT / word).is_file() for word in words[1:]) else f"no such script: {words}"
     if words[0] not in ("python", "sh") or not (ROOT / words[1]).is_file():
