@@ -168,9 +168,7 @@ class Results:
         return lines
 
 
-def final_text(
-    tokens: Sequence[int], tokenizer: Tokenizer | None, end_id: int | None, stops: StopWords | None
-) -> str:
+def final_text(tokens: Sequence[int], tokenizer: Tokenizer | None, end_id: int | None, stops: StopWords | None) -> str:
     """A row's text, without the end token or stop word that ended it; none without a tokenizer."""
     if tokenizer is None:
         return ""
