@@ -81,13 +81,14 @@ def test_joins_the_parts_of_an_attention(kernel_device: torch.device) -> None:
 
 
 def test_not_a_number_is_found_and_its_token_is_one(kernel_device: torch.device) -> None:
+    """The last tile holds no valid token at all; what comparisons do with NaN, only a GPU shows."""
     weight = normal(30, 64, device=kernel_device)
     weight[9, 3] = math.nan
     tiles = tiles_of(30, 8, device=kernel_device)
     out = torch.empty(30, device=kernel_device)
-    gemv(normal(64, device=kernel_device), weight, out, config=CONFIG, tiles=tiles, num_valid=27)
+    gemv(normal(64, device=kernel_device), weight, out, config=CONFIG, tiles=tiles, num_valid=20)
     assert tiles[0].isnan().tolist() == [False, True, False, False]
-    assert 0 <= int(tiles[1].min()) <= int(tiles[1].max()) < 27
+    assert 0 <= int(tiles[1].min()) <= int(tiles[1].max()) < 20
 
 
 @pytest.mark.parametrize("change", ["x", "out", "bias", "no scale", "scale", "strides"])

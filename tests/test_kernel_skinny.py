@@ -59,13 +59,14 @@ def test_dtypes(dtype: torch.dtype, kernel_device: torch.device) -> None:
 
 
 def test_not_a_number_is_found_in_its_row_alone(kernel_device: torch.device) -> None:
+    """The last tile holds no valid token at all; what comparisons do with NaN, only a GPU shows."""
     x, weight = normal(3, 64, device=kernel_device), normal(40, 64, device=kernel_device)
     x[1, 5] = math.nan
     tiles = tiles_of(40, 32, 3, device=kernel_device)
     out = torch.empty((3, 40), device=kernel_device)
-    skinny(x, weight, out, config=SkinnyConfig(32, 32, 4, 2), tiles=tiles, num_valid=37)
+    skinny(x, weight, out, config=SkinnyConfig(32, 32, 4, 2), tiles=tiles, num_valid=20)
     assert tiles[0].isnan().any(1).tolist() == [False, True, False]
-    assert 0 <= int(tiles[1].min()) <= int(tiles[1].max()) < 37
+    assert 0 <= int(tiles[1].min()) <= int(tiles[1].max()) < 20
 
 
 @pytest.mark.parametrize("change", ["x", "out", "parts", "bias", "no scale", "strides"])
