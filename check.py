@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt.cli import ArgumentParser, add_log_level, reject_unsupported, run_main
+from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsupported, run_main
 from gpt.comm import active
 from gpt.console import log, setup_logging
 from gpt.engine.folder import open_engine
@@ -49,6 +49,10 @@ def build_parser() -> ArgumentParser:
     group.add_argument("--ranks", action="store_true", help="check machines, devices, links, sums and their speed")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     group.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="for each part of the check")
+    tuning = parser.add_argument_group("launch parameters of an engine's kernels, kept beside it for this kind of GPU")
+    tuning.add_argument(
+        "--tune", type=positive_int, nargs="+", metavar="BATCH", help="measure them for decoding so many sequences"
+    )
     add_log_level(parser)
     return parser
 
@@ -64,6 +68,8 @@ def _run(args: Namespace) -> int:
         return _run_ranks(args)
     if not args.paths:
         raise ConfigError("nothing to check", allowed="one PATH or more, or --ranks")
+    if args.tune:
+        return _tune(args)
     if args.diff:
         return _diff(args)
     if args.layers or args.graph is not None:
@@ -109,6 +115,16 @@ def _show_network(args: Namespace) -> int:
     if args.graph is not None:
         write_text(args.graph, trt_graph.picture(trt_graph.operations(layers)))
         log.info("Picture of %d layers: %s", len(layers), args.graph)
+    return 0
+
+
+def _tune(args: Namespace) -> int:
+    if len(args.paths) != 1:
+        raise ConfigError("--tune measures one engine", found=f"{len(args.paths)} paths")
+    info = open_engine(args.paths[0])
+    from gpt.runtime.tune import tune_engine
+
+    log.info("Launch parameters: %s", tune_engine(info, args.tune))
     return 0
 
 

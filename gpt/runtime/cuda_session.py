@@ -97,7 +97,7 @@ class CudaSession(TorchSession):
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)
         num_rows = batch_bucket(batch_size)
-        num_slots = -(-max_seq_len // _SLOTS) * _SLOTS
+        num_slots = cache_slots(max_seq_len)
         cache = self.cache
         if cache is None or cache.num_blocks < num_rows or cache.tokens_per_block < num_slots:
             self._forget("batch")
@@ -310,6 +310,11 @@ class CudaSession(TorchSession):
             compiled - begin,
         )
         return graph
+
+
+def cache_slots(max_seq_len: int) -> int:
+    """Slots of a cache for sequences of so many tokens."""
+    return -(-max_seq_len // _SLOTS) * _SLOTS
 
 
 def batch_bucket(batch_size: int) -> int:
