@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gpt.kernels.peer_all_reduce import PeerBuffers
 
 LIMIT_VARIABLE = "GPT_PEER_SUM_BYTES"
-# Up to here two GPUs that read each other's memory are to be faster than NCCL (benchmarks/bench_allreduce.py). More
+# Up to here two GPUs that read each other's memory are faster than NCCL (benchmarks/bench_allreduce.py). More
 # ranks read more than NCCL moves, and were not measured: there NCCL does it all unless the variable says otherwise.
 _DEFAULT_LIMIT_BYTES = {2: 1 << 20}
 
