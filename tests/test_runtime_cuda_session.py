@@ -127,6 +127,18 @@ def test_running_ahead_chooses_the_same(lengths: list[int], kernel_device: torch
     assert num_steps == 0
 
 
+def test_a_larger_batch_follows_a_smaller_one(kernel_device: torch.device) -> None:
+    """The first one's cache and graphs go, and with them the memory that graphs shared."""
+    oracle, session = make_pair(MODEL, "float32", kernel_device)
+    assert isinstance(session, CudaSession)
+    for lengths in ([4], [3, 5, 2], [4] * 4):
+        prompts = random_prompts(lengths, MODEL.vocab_size)
+        first = begin(oracle, prompts).argmax(-1)
+        begin(session, prompts)
+        tokens = next(session.greedy(first.to(kernel_device), 1))[0]
+        assert tokens == oracle.generation(first).argmax(-1).tolist()
+
+
 def test_steps_one_by_one_between_those_run_ahead(kernel_device: torch.device) -> None:
     """A token given by the caller, two chosen by the device, and the next one goes on behind them."""
     oracle, session = make_pair(MODEL, "float32", kernel_device)

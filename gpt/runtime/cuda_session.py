@@ -90,7 +90,7 @@ class CudaSession(TorchSession):
         )
         self._decoders: dict[tuple[str, int], _Decoder] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.graphs else None
-        self._prompts = PromptGraphs(self._forward_whole, self._graph_memory) if self.graphs else None
+        self._prompts = PromptGraphs(self._forward_whole) if self.graphs else None
         self._active: _Decoder | None = None  # the one that holds the positions of the batch
         self._num_generated = 0  # since it does
 
@@ -118,7 +118,7 @@ class CudaSession(TorchSession):
     def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
         logits = None
         if self._prompts is not None and self.cache is not None and virtual is None:
-            logits = self._prompts.run(prompts, self.cache, self.model.n_positions)
+            logits = self._prompts.run(prompts, self.cache, self.model.n_positions, self._graph_memory)
         if logits is None:
             return super().context(prompts, virtual)
         self._set_lengths(prompts)
@@ -256,6 +256,9 @@ class CudaSession(TorchSession):
         self._decoders = {key: decoder for key, decoder in self._decoders.items() if key[0] != kind}
         if self._prompts is not None:
             self._prompts.clear()
+        if self.graphs:
+            # A pool ends with its last graph and takes no other; those that are left keep theirs.
+            self._graph_memory = torch.cuda.graph_pool_handle()
         self._active = None
 
     def _count_step(self) -> None:

@@ -30,15 +30,17 @@ class _Prompt:
 class PromptGraphs:
     """Prompt steps by batch size and length, padded to a multiple of 64 tokens, recorded when a size comes again."""
 
-    def __init__(self, forward: Callable[[Step, KvCache], torch.Tensor], memory: Any):
-        """forward: runs a step; memory: the graphs' pool."""
+    def __init__(self, forward: Callable[[Step, KvCache], torch.Tensor]):
+        """forward: runs a step."""
         self._forward = forward
-        self._memory = memory
         self._seen: Counter[tuple[int, int]] = Counter()
         self._graphs: OrderedDict[tuple[int, int], _Prompt] = OrderedDict()
 
-    def run(self, prompts: Sequence[Sequence[int]], cache: KvCache, num_positions: int) -> torch.Tensor | None:
-        """The logits [B, V] after the last token of each prompt; None for sizes that are not worth a graph."""
+    def run(
+        self, prompts: Sequence[Sequence[int]], cache: KvCache, num_positions: int, memory: Any
+    ) -> torch.Tensor | None:
+        """The logits [B, V] after the last token of each prompt; None for sizes that are not worth a graph.  memory:
+        the pool that graphs share."""
         longest = max(map(len, prompts))
         width = -(-longest // _TOKENS_PER_BUCKET) * _TOKENS_PER_BUCKET
         key = (len(prompts), width)
@@ -51,7 +53,7 @@ class PromptGraphs:
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], dtype=torch.int32)
         last = torch.tensor([row * width + len(prompt) - 1 for row, prompt in enumerate(prompts)])
         if key not in self._graphs:
-            self._graphs[key] = self._record(key, cache, num_positions)
+            self._graphs[key] = self._record(key, cache, num_positions, memory)
             if len(self._graphs) > _MAX_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
@@ -65,7 +67,7 @@ class PromptGraphs:
         """Forgets all graphs: they hold the addresses of the cache."""
         self._graphs.clear()
 
-    def _record(self, key: tuple[int, int], cache: KvCache, num_positions: int) -> _Prompt:
+    def _record(self, key: tuple[int, int], cache: KvCache, num_positions: int, memory: Any) -> _Prompt:
         batch_size, width = key
         device = cache.blocks.device
         positions = torch.arange(width, dtype=torch.int32, device=device).clamp(max=num_positions - 1)
@@ -83,6 +85,6 @@ class PromptGraphs:
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        with torch.cuda.graph(graph, pool=memory):
             logits = self._forward(step, cache)
         return _Prompt(step, graph, logits)
