@@ -90,6 +90,8 @@ def _run_ranks(args: Namespace) -> int:
     problems = []
     if args.paths:
         problems.append("--ranks looks at machines; folders and files are checked by one process, without it")
+    if args.diff or args.layers or args.graph is not None:
+        problems.append("--diff, --layers and --graph look at engines, --ranks at machines: give one of them")
     if not 0.1 <= args.timeout <= 1e6:
         problems.append(f"--timeout {args.timeout:g}: allowed are 0.1 to 1e6 seconds")
     reject_unsupported(problems)

@@ -131,7 +131,7 @@ def _add_building(group: _ArgumentGroup) -> None:
         nargs="+",
         default=[],
         metavar="N",
-        help="tensorrt: batch sizes to compile generation for, beside --max_batch_size",
+        help="tensorrt: numbers of sequences (beams counted) to compile generation for, beside the largest",
     )
     group.add_argument(
         "--profiling_verbosity",

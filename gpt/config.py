@@ -298,8 +298,8 @@ class BuildConfig:
     A plugin field holds a dtype name, or None where the plugin is off.  `context_fmha` is 0 off, 1 half-precision
     accumulation, 2 fp32 accumulation.  `tokens_per_block` and `max_num_tokens`, of a step, belong to `paged_kv_cache`.
     `embedding_sharding_dim` is 0 by vocabulary, 1 by hidden size.  `seed` is set for random weights only.  `quant` says
-    what is quantised.  For TensorRT: `batch_buckets` are the batch sizes that generation is compiled for one by one,
-    beside the largest; none: one profile for all sizes.
+    what is quantised.  For TensorRT: `batch_buckets` are the numbers of sequences, beams counted, that generation is
+    compiled for one by one, beside the largest; none: one profile for all numbers.
     """
 
     dtype: str = "float16"
@@ -350,9 +350,11 @@ class BuildConfig:
             problems.add("use_inflight_batching: needs paged_kv_cache")
         if self.paged_kv_cache and self.backend == "tensorrt":
             problems.add("paged_kv_cache: a TensorRT network here attends to one contiguous cache per sequence")
-        if any(not 1 <= size <= self.max_batch_size for size in self.batch_buckets):
-            buckets = " ".join(map(str, self.batch_buckets))
-            problems.add(f"batch_buckets: found {buckets}, allowed: 1 to max_batch_size {self.max_batch_size}")
+        if any(not 1 <= size <= self.generation_batches[-1] for size in self.batch_buckets):
+            buckets, largest = " ".join(map(str, self.batch_buckets)), f"max_batch_size {self.max_batch_size}"
+            if self.max_beam_width > 1:
+                largest += f" * max_beam_width {self.max_beam_width}"
+            problems.add(f"batch_buckets: found {buckets}, allowed: 1 to {largest}")
         if self.profiling_verbosity not in PROFILING_VERBOSITIES:
             allowed = ", ".join(PROFILING_VERBOSITIES)
             problems.add(f"profiling_verbosity: found {self.profiling_verbosity!r}, allowed: {allowed}")
@@ -365,7 +367,7 @@ class BuildConfig:
 
     @property
     def generation_batches(self) -> tuple[int, ...]:
-        """The largest batch of each of TensorRT's generation profiles, ascending."""
+        """The most sequences, beams counted, of each of TensorRT's generation profiles, ascending."""
         largest = self.max_batch_size * self.max_beam_width
         return (*(size for size in sorted(set(self.batch_buckets)) if size < largest), largest)
 
@@ -377,7 +379,8 @@ class BuildConfig:
         """Bytes of one rank's cache, [L, 2, B, G/R, T, D] in the engine's dtype, or one byte each where quantised."""
         heads = max(1, model.n_kv_head // self.world_size)
         itemsize = 1 if self.quant.kv_cache else ITEMSIZE[self.dtype]
-        return 2 * model.n_layer * batch_size * heads * num_slots * model.head_size * itemsize
+        copies = 2 if self.quant.kv_cache and self.backend == "tensorrt" else 1  # its steps do not write in place
+        return copies * 2 * model.n_layer * batch_size * heads * num_slots * model.head_size * itemsize
 
     def builder_config(self, model: ModelConfig) -> dict[str, Any]:
         """The `builder_config` object of the original's config.json (global sizes, not per rank)."""

@@ -32,7 +32,7 @@ _BITS = {
 }
 INT8_MAX = 127
 FP8_MAX = 448.0  # the largest float8_e4m3fn
-_SMALLEST_ROW_MAX = 1e-6
+SMALLEST_ROW_MAX = 1e-6  # rows of zeros have a scale too
 # From the largest weight clipped by a quarter to no clipping at all, also of a positive one.
 _INT4_FACTORS = (0.8, 0.86, 0.92, 1.0, 1.07, 8 / 7)
 
@@ -182,7 +182,7 @@ def quantize_weight_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 def row_scales(x: torch.Tensor, largest: float) -> torch.Tensor:
     """x [N, in] -> float32 [N, 1]: each row's largest magnitude over `largest`, which is 127 or 448."""
-    return x.float().abs().amax(-1, keepdim=True).clamp_min(_SMALLEST_ROW_MAX) / largest
+    return x.float().abs().amax(-1, keepdim=True).clamp_min(SMALLEST_ROW_MAX) / largest
 
 
 def to_int8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:

@@ -60,7 +60,6 @@ def add_quantization(group: _ArgumentGroup) -> None:
 def unsupported_quantization(args: Namespace) -> list[str]:
     """Every combination that means nothing or cannot be built, with the reason."""
     weights = [f"--{name}" for name in ("use_smooth_quant", "use_weight_only", "enable_fp8") if getattr(args, name)]
-    quantized = weights or args.int8_kv_cache or args.fp8_kv_cache
     tensorrt = args.backend == "tensorrt" or bool(args.target)
     checks = (
         (len(weights) > 1, f"{' and '.join(weights)}: weights have one form, give one of them"),
@@ -79,7 +78,10 @@ def unsupported_quantization(args: Namespace) -> list[str]:
             and not (args.use_weight_only and args.weight_only_precision == "int4"),
             "--weight_only_group_size: goes with --use_weight_only --weight_only_precision int4",
         ),
-        (bool(quantized) and tensorrt, "quantisation with --backend tensorrt: engines of that backend are float"),
+        (
+            args.fp8_kv_cache and tensorrt,
+            "--fp8_kv_cache with --backend tensorrt: the quantised cache of its networks is int8 (--int8_kv_cache)",
+        ),
         (
             args.check_quality is not None and tensorrt,
             "--check_quality with --backend tensorrt: a plan is not executed where it is built",

@@ -226,8 +226,8 @@ def test_texts_of_a_trained_model_stay(tmp_path: Path) -> None:
         (["--per_token"], ["--per_token: goes with --use_smooth_quant or --enable_fp8"]),
         (["--weight_only_precision", "int4"], ["goes with --use_weight_only"]),
         (["--use_weight_only", "--weight_only_group_size", "64"], ["--weight_only_precision int4"]),
-        (["--use_weight_only", "--target", "ada"], ["quantisation with --backend tensorrt"]),
-        (["--int8_kv_cache", "--backend", "tensorrt"], ["quantisation with --backend tensorrt"]),
+        (["--fp8_kv_cache", "--backend", "tensorrt"], ["--fp8_kv_cache with --backend tensorrt", "int8"]),
+        (["--enable_fp8", "--fp8_kv_cache", "--target", "ada"], ["--fp8_kv_cache with --backend tensorrt"]),
         (["--check_quality", "x.txt"], ["random weights have no quality"]),
         (["--check_quality", "x.txt", "--dry_run", "--world_size", "2"], ["nothing is built", "in one process"]),
         (

@@ -25,6 +25,7 @@ from gpt.engine.trt_quantized import QuantizedCache, QuantizedProducts
 from gpt.engine.trt_stand_in import stand_in_engine
 from gpt.errors import EngineError
 from gpt.mapping import Mapping
+from gpt.quant import QuantConfig
 from gpt.runtime.generate import generate
 from gpt.runtime.torch_session import TorchSession
 from gpt.runtime.trt_session import TrtSession
@@ -39,13 +40,23 @@ BOUNDS = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2}
 
 @dataclass(frozen=True)
 class Quant:
-    """As the lowering asks for it."""
+    """What is quantised, and how these tests make it."""
 
     weights: str | None = None
     activations: str | None = None
     kv_cache: str | None = None
     group: int = 0
     smoother: bool = False
+
+    @property
+    def config(self) -> QuantConfig:
+        return QuantConfig(
+            self.weights,
+            self.activations,
+            group_size=self.group,
+            kv_cache=self.kv_cache,
+            smoothers=self.smoother,
+        )
 
 
 MODES = {
@@ -148,7 +159,7 @@ def test_product(mode: str, dtype: str, packed: bool) -> None:
     tiny = Tiny()
     shape = (-1, NUM_IN) if packed else (-1, -1, NUM_IN)
     x = tiny.layers.input("x", dtype, shape)
-    tiny.layers.output(QuantizedProducts(tiny.layers, held, torch_type, quant)(x, NAME), "y")
+    tiny.layers.output(QuantizedProducts(tiny.layers, held, torch_type, quant.config)(x, NAME), "y")
     targets = (None, "SM89", "SM120") if quant.weights == "fp8" else (None, "SM80", "SM86", "SM89", "SM120")
     for target in targets if dtype == "float16" and packed else targets[:1]:
         assert tiny.builds(target, x=shape), (target, tiny.recorder.messages)
@@ -170,7 +181,7 @@ def test_fp8_is_refused_on_ampere() -> None:
     tiny = Tiny()
     x = tiny.layers.input("x", "float16", (-1, NUM_IN))
     held = quantized(torch.randn(NUM_OUT, NUM_IN), NAME, quant)
-    tiny.layers.output(QuantizedProducts(tiny.layers, held, torch.float16, quant)(x, NAME), "y")
+    tiny.layers.output(QuantizedProducts(tiny.layers, held, torch.float16, quant.config)(x, NAME), "y")
     assert not tiny.builds("SM80", x=(-1, NUM_IN))
     assert tiny.recorder.messages
     record_refusal(
@@ -240,7 +251,7 @@ class PlainSession(TorchSession):
     """The torch executor, its linear layers computed plainly, its cache rounded to integers."""
 
     def __init__(self, model: ModelConfig, build: BuildConfig, held: Dict[str, torch.Tensor], quant: Quant):
-        super().__init__(model, build, RANK, random_weights(model))
+        super().__init__(model, replace(build, quant=QuantConfig()), RANK, random_weights(model))
         if quant.weights:
             self.ops.linear = self.linear(held, quant)  # type: ignore[method-assign]
         if quant.kv_cache:
@@ -279,9 +290,9 @@ def test_whole_network(name: str, mode: str, packed: bool) -> None:
     quant = MODES.get(mode.removesuffix(", cache"), Quant())
     if "cache" in mode:
         quant = replace(quant, kv_cache="int8")
-    model, build = MODELS[name], build_config(packed=packed)
+    model, build = MODELS[name], build_config(packed=packed, quant=quant.config)
     held = quantized_weights(model, quant)
-    network = NetworkBuild(trt_library.load(), model, build, RANK, held, quant)
+    network = NetworkBuild(trt_library.load(), model, build, RANK, held)
     plan = io.BytesIO()
     network.write_plan(plan)
     assert plan.tell() > 0
@@ -291,14 +302,14 @@ def test_whole_network(name: str, mode: str, packed: bool) -> None:
     ids = torch.tensor([[3, 14, 15, 9], [27, 18, 28, 5]])
     caches = {
         port.name: torch.zeros(port.shape_for({"B": 2}), dtype=torch.int8 if quant.kv_cache else torch.float32)
-        for port in trt_io.cache_inputs(model, build, Mapping(), quant.kv_cache)
+        for port in trt_io.cache_inputs(model, build, Mapping())
     }
     for first, tokens in ((0, ids), (4, torch.tensor([[7], [8]])), (5, torch.tensor([[60], [61]]))):
         expected = session.context(tokens.tolist()) if first == 0 else session.generation(tokens[:, 0])
         values = evaluator(step_inputs(tokens, first, packed=packed) | caches)
         error = relative_error(values["logits"][:, : model.vocab_size], expected)
         assert error < 1e-4
-        record(name, build, built="default", error=error, options=mode.replace("cache", "int8 cache"))
+        record(name, build, built="default", error=error)
         caches = {key: values[key.replace("past", "present")] for key in caches}
 
 
@@ -307,11 +318,11 @@ def test_whole_network(name: str, mode: str, packed: bool) -> None:
 def test_session_with_an_int8_cache(captured: bool, buckets: tuple[int, ...]) -> None:
     """Steps go to and fro between two caches; prompts of several lengths, batches of several sizes."""
     quant = Quant("int8", kv_cache="int8")
-    model, build = MODELS["gpt2"], build_config(batch_buckets=buckets)
+    model, build = MODELS["gpt2"], build_config(batch_buckets=buckets, quant=quant.config)
     held = quantized_weights(model, quant)
-    engine = stand_in_engine(model, build, RANK, held, quant)
+    engine = stand_in_engine(model, build, RANK, held)
     capture = (lambda phase: phase.context.captured()) if captured else None
-    session = TrtSession(engine, model, build, RANK, "cpu", engine.trt, capture=capture, cache_type="int8")
+    session = TrtSession(engine, model, build, RANK, "cpu", engine.trt, capture=capture)
     reference = PlainSession(model, build, held, quant)
     for seed, lengths in enumerate([(3,), (5, 2, 7), (4, 9), (1, 1, 6)]):
         prompts = random_prompts(lengths, model.vocab_size, seed)

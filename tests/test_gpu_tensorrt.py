@@ -99,19 +99,20 @@ def test_quantized(mode: str, report: Report, tmp_path: Path) -> None:
     if quant.weights == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         report.add("quantized", f"{mode}: not on this card", passed=True)
         return
-    model, build = replace(MODELS["gpt2"], n_embd=192, inter_size=256), build_config("float16")
+    model = replace(MODELS["gpt2"], n_embd=192, inter_size=256)
+    build = build_config("float16", quant=quant.config)
     held = {
         name: tensor.half()
         if tensor.dtype == torch.float32 and "scale" not in name and "smoother" not in name
         else tensor
         for name, tensor in quantized_weights(model, quant).items()
     }
-    network = NetworkBuild(load_for_build(()), model, build, RANK, held, quant)
+    network = NetworkBuild(load_for_build(()), model, build, RANK, held)
     path = tmp_path / "a.engine"
     with open(path, "wb") as file:
         network.write_plan(file)
     inputs = step_inputs(torch.tensor([[3, 14, 15, 9], [27, 18, 28, 5]]), 0, packed=False)
-    for port in trt_io.cache_inputs(model, build, Mapping(), quant.kv_cache):
+    for port in trt_io.cache_inputs(model, build, Mapping()):
         dtype = torch.int8 if quant.kv_cache else torch.float16
         inputs[port.name] = torch.zeros(port.shape_for({"B": 2}), dtype=dtype)
     expected = NetworkEvaluator(network.trt, network.network, network.side_table)(

@@ -17,6 +17,7 @@ from trt_models import MODELS, RANK, build_config, random_weights
 
 from gpt.engine.trt_stand_in import stand_in_engine
 from gpt.errors import ConfigError, GptError
+from gpt.quant import QuantConfig
 from gpt.runtime.beam_config import BeamConfig
 from gpt.runtime.beams import generate_beams
 from gpt.runtime.generate import Generation, generate
@@ -206,10 +207,14 @@ def test_a_reordered_cache_is_that_of_the_whole_text(flags: list[str], tmp_path:
 
 
 @pytest.mark.tensorrt
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_tensorrt_session_reorders_its_cache(packed: bool) -> None:
-    model, build = MODELS["rotary_swiglu_grouped"], build_config(packed=packed, max_beam_width=3)
+@pytest.mark.parametrize(
+    "options", [{}, {"packed": True}, {"quant": QuantConfig(kv_cache="int8")}, {"batch_buckets": (6,)}]
+)
+def test_tensorrt_session_reorders_its_cache(options: dict[str, Any]) -> None:
+    model, build = MODELS["rotary_swiglu_grouped"], build_config(max_beam_width=3, **options)
     weights = random_weights(model)
+    for layer in range(model.n_layer if build.quant.kv_cache else 0):
+        weights[f"model.layers.{layer}.attention.kv_scale"] = torch.tensor([0.03, 0.02])
     engine = stand_in_engine(model, build, RANK, weights)
     ours = TrtSession(engine, model, build, RANK, "cpu", engine.trt)
     reference = TorchSession(model, build, RANK, weights)

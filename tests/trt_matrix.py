@@ -24,8 +24,8 @@ _HEAD = """# What was built and compared for TensorRT
 Made by `tests/trt_matrix.py` from a run of the tests marked `tensorrt`, with TensorRT-RTX {version} on a CPU; how to
 make it again stands there. *Built for*: plans that the library's ahead-of-time compiler accepted, `default` being its
 own choice of cards. *Compared*: the largest relative L2 distance of the evaluated network from the torch executor (for
-quantised networks: from the same arithmetic written plainly); all are below the bounds of the tests, which are in
-`tests/`. No plan was executed: see [tensorrt.md](tensorrt.md).
+quantised products, and networks of weights rounded at random, from the same arithmetic written plainly); all are below
+the bounds of the tests, which are in `tests/`. No plan was executed: see [tensorrt.md](tensorrt.md).
 
 The models are small ones of each architecture: GPT-2 (learned positions, GELU, biases, tied head), rotary SwiGLU with
 grouped key/value heads, rotary RMSNorm with scaled positions and GEGLU, and multi-query as in SantaCoder and StarCoder.
@@ -47,6 +47,7 @@ def record(model: str, build: Any, *, built: str = "", error: float | None = Non
         said.append(f"{build.world_size} ranks" + (f", embedding {embedding}" if build.use_parallel_embedding else ""))
     said += ["prompt tuning"] * (build.max_prompt_embedding_table_size > 0)
     said += ["batch buckets"] * bool(build.batch_buckets)
+    said += [build.quant.describe()] * bool(build.quant.describe())
     row = {
         "model": model,
         "type": build.dtype,

@@ -29,7 +29,6 @@ from gpt.engine.trt_library import (
     logger,
 )
 from gpt.engine.trt_ops import define_network
-from gpt.engine.trt_quantized import FLOAT, Quantization
 from gpt.engine.trt_weights import weights_in_file
 from gpt.errors import EngineError
 from gpt.files import whole_file
@@ -59,7 +58,6 @@ class NetworkBuild:
         build: BuildConfig,
         mapping: Mapping,
         weights: Dict[str, torch.Tensor],
-        quant: Quantization = FLOAT,
     ):
         """weights: as `gpt.engine.weights.engine_tensors` makes them, on the CPU.
 
@@ -75,7 +73,7 @@ class NetworkBuild:
             raise EngineError("TensorRT could not begin a network", found=list(self.recorder.messages) or "no message")
         self.network.error_recorder = self.recorder
         layers = Layers(trt, self.network, self.recorder)
-        define_network(layers, model, build, mapping, weights, quant)
+        define_network(layers, model, build, mapping, weights)
         self.side_table = layers.side_table
         profiles = range(trt_io.num_profiles(build))
         self.profiles = [trt_io.profile_shapes(model, build, mapping, profile) for profile in profiles]

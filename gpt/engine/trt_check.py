@@ -27,6 +27,8 @@ _CARDS = {
     "SM120": "GeForce RTX 50, RTX PRO Blackwell",
     "SM121": "GB10 (DGX Spark)",
 }
+# What the library multiplies on some targets only; int8 it multiplies on all.
+_FIRST_CAPABILITY = {"int4": (80, "ampere"), "fp8": (89, "ada")}
 _LARGEST_DIMENSION = 2**31 - 1
 MOST_PROFILES = 8  # more were not tried
 # A line above the peaks measured with this builder in float16, of which some 320 MiB are there before it begins: 987
@@ -88,6 +90,7 @@ def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
             f"head size {model.head_size} with fused attention in {build.dtype}: above 8 it must be a multiple of 8; "
             "without --use_gpt_attention_plugin and --enable_context_fmha any head size works, as does --dtype float32"
         )
+    _check_quantization(build, capabilities, problems)
     if build.refit and library_name(trt) == TENSORRT_RTX and not _has_gpu():
         problems.add("refit: TensorRT-RTX makes plans with replaceable weights on a machine with a GPU only")
     if trt_io.num_profiles(build) > MOST_PROFILES:
@@ -99,6 +102,16 @@ def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
         ConfigError, "TensorRT cannot build this engine", hint="change the above, or use --backend torch"
     )
     return _notes(trt, model, build)
+
+
+def _check_quantization(build: BuildConfig, capabilities: list[str], problems: Problems) -> None:
+    quant = build.quant
+    if quant.kv_cache == "fp8":
+        problems.add("fp8_kv_cache: the quantised cache of these networks is int8 (--int8_kv_cache)")
+    first, card = _FIRST_CAPABILITY.get(quant.weights or "", (0, ""))
+    too_old = [name for name in capabilities if int(name.removeprefix("SM")) < first]
+    if too_old:
+        problems.add(f"{quant.weights} weights for target {', '.join(too_old)}: they begin with SM{first} ({card})")
 
 
 def estimate_build_bytes(weight_bytes: int) -> int:
@@ -140,12 +153,15 @@ def _notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]:
 
 
 def _attention_note(model: ModelConfig, build: BuildConfig) -> str:
+    cache = "cache in place"
+    if build.quant.kv_cache:
+        cache = "two int8 caches that steps go to and fro between, together as large as one in half precision"
     if not build.fused_attention:
-        return "Attention: products and float32 softmax, cache in place; --use_gpt_attention_plugin fuses them"
+        return f"Attention: products and float32 softmax, {cache}; --use_gpt_attention_plugin fuses them"
     if build.dtype == "float32" or not 16 <= model.head_size <= 256:
         what = "float32" if build.dtype == "float32" else f"head size {model.head_size}"
-        return f"Attention: IAttention, cache in place; TensorRT has no fused kernel for {what} and writes it out"
-    return "Attention: fused IAttention, cache in place"
+        return f"Attention: IAttention, {cache}; TensorRT has no fused kernel for {what} and writes it out"
+    return f"Attention: fused IAttention, {cache}"
 
 
 def _has_gpu() -> bool:

@@ -65,8 +65,8 @@ def config_network(model: ModelConfig, build: BuildConfig, rank: int = 0) -> Net
     Raises ConfigError where TensorRT is missing, EngineError where it refuses a layer.
     """
     mapping = Mapping.of_build(build, rank)
-    dtype = torch_dtype(build.dtype)
-    weights = {tensor.name: torch.zeros(tensor.shape, dtype=dtype) for tensor in engine_layout(model, mapping)}
+    layout = engine_layout(model, mapping, build.dtype, build.quant)
+    weights = {tensor.name: torch.zeros(tensor.shape, dtype=torch_dtype(tensor.dtype)) for tensor in layout}
     return NetworkBuild(load(), model, build, mapping, weights)
 
 

@@ -69,22 +69,23 @@ def prompt_inputs(model: ModelConfig, build: BuildConfig) -> list[Port]:
     ]
 
 
-def cache_inputs(model: ModelConfig, build: BuildConfig, mapping: Mapping, cache_type: str | None = None) -> list[Port]:
-    """past_key_<l> and past_value_<l> [B, G/R, T, D], in the order of the layers, of `cache_type` or the engine's."""
+def cache_inputs(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> list[Port]:
+    """past_key_<l> and past_value_<l> [B, G/R, T, D], in the order of the layers; int8 where the cache is
+    quantised."""
     shape = ("B", mapping.local_kv_heads(model), build.max_seq_len, model.head_size)
     return [
-        Port(f"past_{kind}_{layer}", cache_type or build.dtype, shape)
+        Port(f"past_{kind}_{layer}", build.quant.kv_cache or build.dtype, shape)
         for layer in range(model.n_layer)
         for kind in ("key", "value")
     ]
 
 
-def outputs(model: ModelConfig, build: BuildConfig, mapping: Mapping, cache_type: str | None = None) -> list[Port]:
+def outputs(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> list[Port]:
     """logits [B, V padded] float32 and present_<kind>_<l>, each in the memory of its past_<kind>_<l>, unless the cache
-    has a type of its own: the library's update in place takes none."""
+    is quantised: the library's update in place takes floats."""
     logits = Port("logits", "float32", ("B", model.padded_vocab_size(mapping.world_size)))
-    caches = cache_inputs(model, build, mapping, cache_type)
-    in_place = cache_type is None
+    caches = cache_inputs(model, build, mapping)
+    in_place = build.quant.kv_cache is None
     presents = [Port(present_name(p.name), p.dtype, p.shape, alias=p.name if in_place else None) for p in caches]
     return [logits, *presents]
 

@@ -17,7 +17,7 @@ from gpt.dtypes import torch_dtype
 from gpt.engine import trt_io
 from gpt.engine.torch_executor import rotary_tables
 from gpt.engine.trt_layers import Layers
-from gpt.engine.trt_quantized import FLOAT, Quantization, QuantizedCache, QuantizedProducts
+from gpt.engine.trt_quantized import QuantizedCache, QuantizedProducts
 from gpt.mapping import Mapping, Split
 from gpt.network.gpt import forward
 
@@ -46,7 +46,6 @@ def define_network(
     build: BuildConfig,
     mapping: Mapping,
     weights: Dict[str, torch.Tensor],
-    quant: Quantization = FLOAT,
 ) -> None:
     """Adds the whole network, inputs and outputs as in gpt.engine.trt_io.
 
@@ -54,7 +53,7 @@ def define_network(
     Raises EngineError with the library's messages where it refuses a layer.
     """
     layers.operation = "inputs"
-    ops = TrtOps(layers, model, build, mapping, weights, quant)
+    ops = TrtOps(layers, model, build, mapping, weights)
     logits: Any = forward(_Marked(ops), model, mapping)
     layers.output(logits, "logits")
 
@@ -86,7 +85,6 @@ class TrtOps:
         build: BuildConfig,
         mapping: Mapping,
         weights: Dict[str, torch.Tensor],
-        quant: Quantization = FLOAT,
     ):
         self.layers = layers
         self.model = model
@@ -99,9 +97,9 @@ class TrtOps:
         self.packed = build.remove_input_padding
         self.prompt_tuning = build.max_prompt_embedding_table_size > 0
         self.fused = build.fused_attention
-        self.products = QuantizedProducts(layers, weights, self.dtype, quant)
-        self.cache = QuantizedCache(layers, weights, self.dtype, self.num_slots) if quant.kv_cache else None
-        ports = trt_io.step_inputs(model, build) + trt_io.cache_inputs(model, build, mapping, quant.kv_cache)
+        self.products = QuantizedProducts(layers, weights, self.dtype, build.quant)
+        self.cache = QuantizedCache(layers, weights, self.dtype, self.num_slots) if build.quant.kv_cache else None
+        ports = trt_io.step_inputs(model, build) + trt_io.cache_inputs(model, build, mapping)
         self.inputs = {port.name: layers.input(port.name, port.dtype, port.network_shape) for port in ports}
         self.positions = self._padded_positions()  # [B, S]
         self.mask = self._causal_mask()  # [B, 1, S, T]
@@ -200,11 +198,15 @@ class TrtOps:
         # TensorRT does not say what it sums in: the casts make it float32, which trained models in float16 need.
         wide = self.layers.cast(x, torch.float32)
         weight, bias = self.weights[name + ".weight"], self.weights[name + ".bias"]
-        return self.layers.cast(self.layers.layer_norm(wide, weight, bias, epsilon, name), self.dtype)
+        return self._hand_over(self.layers.layer_norm(wide, weight, bias, epsilon, name), feeds)
 
     def rms_norm(self, x: Any, name: str, epsilon: float, feeds: str | None = None) -> Any:
         wide = self.layers.cast(x, torch.float32)
-        return self.layers.cast(self.layers.rms_norm(wide, self.weights[name + ".weight"], epsilon), self.dtype)
+        return self._hand_over(self.layers.rms_norm(wide, self.weights[name + ".weight"], epsilon), feeds)
+
+    def _hand_over(self, y: Any, feeds: str | None) -> Any:
+        """Normalised values in the engine's dtype, or as they are for a product that rounds them to integers."""
+        return y if self.products.rounds_inputs_of(feeds) else self.layers.cast(y, self.dtype)
 
     def linear(self, x: Any, name: str, *, activation: str | None = None, bias: bool = True) -> Any:
         quantized = self.products.has(name)

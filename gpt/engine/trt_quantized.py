@@ -17,42 +17,18 @@ DQ(W): exact integers times scales on both sides, in the engine's dtype.
 from __future__ import annotations
 
 from collections.abc import Mapping as Dict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from gpt.engine.trt_layers import Layers
-
-INT8_MAX = 127.0
-FP8_MAX = 448.0  # the largest float8_e4m3fn
-_SMALLEST_ROW_MAX = 1e-6  # rows of zeros have a scale too
-
-
-class Quantization(Protocol):
-    """What cannot be told from the names of the weights.
-
-    activations: None where only weights are quantised, "per_tensor" or "per_token".  kv_cache: None or "int8".
-    """
-
-    @property
-    def activations(self) -> str | None: ...
-
-    @property
-    def kv_cache(self) -> str | None: ...
-
-
-class _Float:
-    activations = None
-    kv_cache = None
-
-
-FLOAT: Quantization = _Float()
+from gpt.quant import FP8_MAX, INT8_MAX, SMALLEST_ROW_MAX, QuantConfig
 
 
 class QuantizedProducts:
     """x @ W.T for the linear layers that are quantised; results in the engine's dtype."""
 
-    def __init__(self, layers: Layers, weights: Dict[str, torch.Tensor], dtype: torch.dtype, quant: Quantization):
+    def __init__(self, layers: Layers, weights: Dict[str, torch.Tensor], dtype: torch.dtype, quant: QuantConfig):
         self.layers = layers
         self.weights = weights
         self.dtype = dtype
@@ -60,6 +36,10 @@ class QuantizedProducts:
 
     def has(self, name: str) -> bool:
         return f"{name}.weight_scale" in self.weights
+
+    def rounds_inputs_of(self, name: str | None) -> bool:
+        """Whether this product finds integers for its inputs, which it does from float32."""
+        return self.quant.activations is not None and name is not None and self.has(name)
 
     def __call__(self, x: Any, name: str) -> Any:
         """x [..., in] -> [..., out], the bias not yet added."""
@@ -99,9 +79,7 @@ class QuantizedProducts:
         layers, rank = self.layers, len(x.shape)
         if self.quant.activations == "per_tensor":
             return layers.constant(self.weights[f"{name}.input_scale"].float(), ())
-        largest = layers.elementwise(
-            layers.row_maximum(x), layers.scalar(_SMALLEST_ROW_MAX, torch.float32, rank), "MAX"
-        )
+        largest = layers.elementwise(layers.row_maximum(x), layers.scalar(SMALLEST_ROW_MAX, torch.float32, rank), "MAX")
         limit = FP8_MAX if steps == torch.float8_e4m3fn else INT8_MAX
         return layers.elementwise(largest, layers.scalar(limit, torch.float32, rank), "DIV")
 

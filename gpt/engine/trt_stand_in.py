@@ -20,7 +20,6 @@ from gpt.engine.trt_builder import NetworkBuild
 from gpt.engine.trt_evaluator import NetworkEvaluator
 from gpt.engine.trt_layers import to_torch_dtype
 from gpt.engine.trt_library import load
-from gpt.engine.trt_quantized import FLOAT, Quantization
 from gpt.errors import EngineError
 from gpt.mapping import Mapping
 
@@ -32,10 +31,9 @@ def stand_in_engine(
     build: BuildConfig,
     mapping: Mapping,
     weights: Dict[str, torch.Tensor],
-    quant: Quantization = FLOAT,
 ) -> EvaluatorEngine:
     """The network that `gpt.engine.trt_builder.build_plan` would compile, ready for a TrtSession on the CPU."""
-    return EvaluatorEngine(NetworkBuild(load(), model, build, mapping, weights, quant))
+    return EvaluatorEngine(NetworkBuild(load(), model, build, mapping, weights))
 
 
 class EvaluatorEngine:

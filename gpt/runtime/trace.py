@@ -10,7 +10,7 @@ import torch
 
 from gpt.checkpoint.random_weights import RandomWeights
 from gpt.checkpoint.store import Checkpoint
-from gpt.config import ModelConfig
+from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.diff import Comparison, Trace, compare
 from gpt.engine.folder import EngineInfo
 from gpt.engine.weights import WeightSource, engine_tensors
@@ -23,6 +23,8 @@ from gpt.runtime.torch_session import TorchSession
 NUM_STEPS = 2  # of generation, after the prompts
 # Relative L2 of two executors: the order of additions in float32, and the rounding of every result in half precision.
 _BOUNDS = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
+# Where values are rounded to integers, those in the middle between two go to either side: one step of one number.
+_ROUNDED_BOUND = 2e-2
 
 
 def default_prompts(model: ModelConfig, max_input_len: int) -> list[list[int]]:
@@ -44,9 +46,14 @@ def compare_engines(a: EngineInfo, b: EngineInfo, *, bound: float | None = None)
         ]
         raise ConfigError("the engines are of different models", found=both)
     if bound is None:
-        bound = max(_BOUNDS[info.build.dtype] for info in (a, b))
+        bound = max(_bound(info.build) for info in (a, b))
     prompts = default_prompts(a.model, min(a.build.max_input_len, b.build.max_input_len))
     return compare(trace_engine(a, prompts), trace_engine(b, prompts), bound)
+
+
+def _bound(build: BuildConfig) -> float:
+    rounds = build.quant.activations or build.quant.kv_cache
+    return max(_BOUNDS[build.dtype], _ROUNDED_BOUND if rounds else 0.0)
 
 
 def trace_engine(info: EngineInfo, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:

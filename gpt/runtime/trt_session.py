@@ -33,7 +33,7 @@ class TrtSession:
     so far; smaller ones use their first rows, so that addresses, and CUDA graphs with them, outlive a batch.  With
     batch buckets a step generates for all rows of the bucket; what is in the rows behind the batch is never looked at.
 
-    A cache with a type of its own (int8) is not updated in place: there are two of it, and steps go to and fro.
+    An int8 cache is not updated in place: there are two of it, and steps go to and fro.
 
     Each profile has an execution context of its own; they never run at once and share their working memory.
     """
@@ -48,11 +48,9 @@ class TrtSession:
         trt: Any,
         comm: Communicator | None = None,
         capture: Capture | None = None,
-        cache_type: str | None = None,
     ):
         """engine: an ICudaEngine, or a `gpt.engine.trt_stand_in.EvaluatorEngine` with `device` cpu; trt: its library.
-        comm: to the other ranks of `mapping`.  capture: instead of CUDA graphs, which need a GPU.  cache_type: of a
-        quantised cache.
+        comm: to the other ranks of `mapping`.  capture: instead of CUDA graphs, which need a GPU.
 
         Raises EngineError where the engine is not one that `gpt.engine.trt_builder` makes for this model and build.
         """
@@ -63,9 +61,9 @@ class TrtSession:
         self._engine = engine
         self._trt = trt
         self._inputs = trt_io.step_inputs(model, build)
-        self._caches = trt_io.cache_inputs(model, build, mapping, cache_type)
-        self._outputs = trt_io.outputs(model, build, mapping, cache_type)
-        self._in_place = cache_type is None
+        self._caches = trt_io.cache_inputs(model, build, mapping)
+        self._outputs = trt_io.outputs(model, build, mapping)
+        self._in_place = build.quant.kv_cache is None
         _check_engine(engine, trt, self._inputs + self._caches, self._outputs)
         self._recorder = error_recorder(trt)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -158,9 +156,10 @@ class TrtSession:
         index = torch.tensor(sources, device=self.device)
         for tensor in self._memory[self._current].values():
             tensor[: len(sources)] = tensor.index_select(0, index)
-        self._lengths = [self._lengths[source] for source in sources]
-        self._batch_size = len(sources)
-        self._generating = False  # the next step sets the positions again
+        lengths = [self._lengths[source] for source in sources]
+        if lengths != self._lengths:
+            self._generating = False  # the next step sets the positions again
+        self._lengths, self._batch_size = lengths, len(sources)
 
     def _phase(self, profile: int, capture: Capture | None) -> Phase:
         name = trt_io.profile_name(self.build, profile)
