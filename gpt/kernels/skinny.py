@@ -18,8 +18,6 @@ from gpt.kernels.launch import (
     activate,
     launch_options,
     num_multiprocessors,
-    prefetch,
-    supports_dependent_launch,
     wait_for_inputs,
 )
 from gpt.kernels.product import Gate, check_product
@@ -27,8 +25,7 @@ from gpt.kernels.product import Gate, check_product
 
 @dataclass(frozen=True)
 class SkinnyConfig:
-    """weights_first: the weights are the left operand, which the matrix units want 64 rows of; else the tokens.
-    prefetch: weights are fetched into the L2 cache ahead of the wait."""
+    """weights_first: the weights are the left operand, which the matrix units want 64 rows of; else the tokens."""
 
     block_n: int
     block_k: int
@@ -36,7 +33,6 @@ class SkinnyConfig:
     num_stages: int = 4
     split_k: int = 1
     weights_first: bool = True
-    prefetch: bool = False
 
 
 @triton.jit
@@ -66,7 +62,6 @@ def _skinny_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -79,16 +74,6 @@ def _skinny_kernel(
     end = tl.minimum(begin + length, K)
     # The last part may begin behind the end.
     EVEN: tl.constexpr = K % (BLOCK_K * SPLIT_K) == 0
-    if PREFETCH:
-        # All of this program's weights, not just the first tile: they arrive while the kernel before computes.
-        segments: tl.constexpr = 128 // BLOCK_N
-        lanes = tl.arange(0, 128)
-        row = tl.minimum(tile * BLOCK_N + lanes // segments, N - 1)
-        size: tl.constexpr = length // segments
-        offset = tl.minimum(begin + lanes % segments * size, K - size)
-        prefetch(
-            weight_ptr, row.to(tl.int64) * K + offset, size * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        )
     first = _load_tile(weight_ptr, rows, begin + columns, N, K, EVEN)
     if GATED:
         first_gate = _load_tile(gate_ptr, rows, begin + columns, N, K, EVEN)
@@ -216,20 +201,10 @@ def skinny(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
-        PREFETCH=config.prefetch and _can_prefetch(weight, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(x.device),
     )
-
-
-def _can_prefetch(weight: torch.Tensor, config: SkinnyConfig) -> bool:
-    """Whether the rows of a program divide into 128 pieces of whole 16 bytes."""
-    if not supports_dependent_launch(weight.device) or config.block_n > 128:
-        return False
-    blocks = triton.cdiv(triton.cdiv(weight.shape[1], config.block_k), config.split_k)
-    size = blocks * config.block_k // (128 // config.block_n)
-    return size <= weight.shape[1] and size * weight.itemsize % 16 == 0 and weight.shape[1] * weight.itemsize % 16 == 0
 
 
 def default_config(
