@@ -102,15 +102,7 @@ class CudaSession(TorchSession):
         if cache is None or cache.num_blocks < num_rows or cache.tokens_per_block < num_slots:
             self._forget("batch")
             self.cache = None  # the old one is gone before the new one is made
-            self.cache = KvCache.empty(
-                self.model,
-                self.build,
-                self.mapping,
-                self.device,
-                num_blocks=num_rows,
-                tokens_per_block=num_slots,
-                scales=self._kv_scales,
-            )
+            self.cache = self._make_cache(num_rows, num_slots)
         self._num_best = None
         self._lengths = []
         self._active = None

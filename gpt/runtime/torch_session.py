@@ -60,17 +60,20 @@ class TorchSession:
         cache = self.cache
         if cache is None or (cache.num_blocks, cache.tokens_per_block) != (batch_size, max_seq_len):
             self.cache = None  # the old one is gone before the new one is made
-            self.cache = KvCache.empty(
-                self.model,
-                self.build,
-                self.mapping,
-                self.device,
-                num_blocks=batch_size,
-                tokens_per_block=max_seq_len,
-                scales=self._kv_scales,
-            )
+            self.cache = self._make_cache(batch_size, max_seq_len)
         self._num_best = None
         self._lengths = []
+
+    def _make_cache(self, num_blocks: int, tokens_per_block: int) -> KvCache:
+        return KvCache.empty(
+            self.model,
+            self.build,
+            self.mapping,
+            self.device,
+            num_blocks=num_blocks,
+            tokens_per_block=tokens_per_block,
+            scales=self._kv_scales,
+        )
 
     def limit_logits(self, num_best: int | None) -> None:
         self._num_best = num_best
@@ -147,15 +150,7 @@ class TorchSession:
         pool = self.pool
         if pool is None or (pool.num_blocks, pool.tokens_per_block) != (num_blocks, tokens_per_block):
             self.cache = self.pool = None  # the old ones are gone before the new one is made
-            self.pool = KvCache.empty(
-                self.model,
-                self.build,
-                self.mapping,
-                self.device,
-                num_blocks=num_blocks,
-                tokens_per_block=tokens_per_block,
-                scales=self._kv_scales,
-            )
+            self.pool = self._make_cache(num_blocks, tokens_per_block)
 
     def run_paged(self, step: PagedStep) -> torch.Tensor:
         return self._forward(step, self._pool())
