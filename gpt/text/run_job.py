@@ -172,12 +172,12 @@ def run_job(job: Job, ranks: Communicator, sampling: SamplingConfig, out: TextIO
 
 
 def _compute(job: Job, sampling: SamplingConfig, writer: _Writer, num_done: int) -> list[Generation]:
-    todo = [index for index in range(num_done, len(job.rows)) if job.prompts[index] is not None]
+    pending = [index for index in range(num_done, len(job.rows)) if job.prompts[index] is not None]
     decoding = job.config.decoding
     results: list[Generation] = []
-    writer.begin(todo)
-    prompts = [job.prompts[index] or [] for index in todo]
-    virtual = None if job.tuning is None else job.tuning.virtual.of_prompts(todo)
+    writer.begin(pending)
+    prompts = [job.prompts[index] or [] for index in pending]
+    virtual = None if job.tuning is None else job.tuning.virtual.of_prompts(pending)
     settings: dict[str, Any] = {
         "max_new_tokens": job.config.max_output_len,
         "end_id": job.end_id,
@@ -185,7 +185,7 @@ def _compute(job: Job, sampling: SamplingConfig, writer: _Writer, num_done: int)
         "stops": job.stops,
         "results": results,
     }
-    if not todo:
+    if not pending:
         return results
     from gpt.runtime.load import load_session
 
@@ -193,7 +193,7 @@ def _compute(job: Job, sampling: SamplingConfig, writer: _Writer, num_done: int)
     if not decoding.uses_beams:
         settings |= {"on_token": writer.add, "on_end": writer.end, "batching": job.config.batching}
         return generate_batches(
-            session, prompts, num_samples=decoding.num_results, indices=todo, virtual=virtual, **settings
+            session, prompts, num_samples=decoding.num_results, indices=pending, virtual=virtual, **settings
         )
     for first, batch in batches(prompts, session.build.max_batch_size):
         part = None if virtual is None else virtual.of_prompts(range(first, first + len(batch)))
@@ -212,7 +212,7 @@ class _Writer:
         self.rows: list[list[int]] = []
         self._job = job
         self._file = file
-        self._todo: Sequence[int] = ()
+        self._pending: Sequence[int] = ()
         self._count = job.config.decoding.num_results
         self._missing: dict[int, int] = {}
         self._ready: dict[int, list[list[int]]] = {index: [] for index in job.problems if index >= num_done}
@@ -220,11 +220,11 @@ class _Writer:
             total=len(job.rows), what="Prompts", unit="prompt", initial=num_done, always=file is not None
         )
 
-    def begin(self, todo: Sequence[int]) -> None:
-        """todo: the index of each prompt that is computed; `count` rows each are told of by `add` and `end`."""
-        self._todo = todo
-        self.rows = [[] for _ in range(len(todo) * self._count)]
-        self._missing = dict.fromkeys(range(len(todo)), self._count)
+    def begin(self, pending: Sequence[int]) -> None:
+        """pending: the index of each prompt that is computed; `count` rows each are told of by `add` and `end`."""
+        self._pending = pending
+        self.rows = [[] for _ in range(len(pending) * self._count)]
+        self._missing = dict.fromkeys(range(len(pending)), self._count)
         self._bar.update(len(self._ready))
         self._write()
 
@@ -236,7 +236,7 @@ class _Writer:
         self._missing[place] -= 1
         if self._missing[place] == 0:
             first = place * self._count
-            self._ready[self._todo[place]] = self.rows[first : first + self._count]
+            self._ready[self._pending[place]] = self.rows[first : first + self._count]
             self.rows[first : first + self._count] = [[] for _ in range(self._count)]
             self._bar.update()
             self._write()
