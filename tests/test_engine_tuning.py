@@ -34,6 +34,14 @@ def test_what_was_measured_comes_back(stored: Path) -> None:
     assert tuning.attention(1, 4, 4, 128) == AttentionConfig(32, 4, 1)
 
 
+def test_shorter_caches_take_what_was_measured_for_the_next_longer(stored: Path) -> None:
+    tuning, untuned = Tuning.load(stored, CPU), Tuning(CPU)
+    tuning.attentions[1, 4, 4, 512] = AttentionConfig(64, 8, 2)
+    assert tuning.attention(1, 4, 4, 96) == AttentionConfig(32, 4, 1)
+    assert tuning.attention(1, 4, 4, 256) == AttentionConfig(64, 8, 2)
+    assert tuning.attention(1, 4, 4, 640) == untuned.attention(1, 4, 4, 640)
+
+
 def test_other_shapes_get_defaults(stored: Path) -> None:
     tuning, untuned = Tuning.load(stored, CPU), Tuning(CPU)
     assert tuning.gemv(48, 64) == untuned.gemv(48, 64)

@@ -42,8 +42,11 @@ class Tuning:
     def attention(
         self, batch_size: int, num_heads: int, num_kv_heads: int, num_slots: int
     ) -> attention.AttentionConfig:
+        """What was measured for the smallest cache that is no smaller: a session's is as long as its request, the one
+        measured as long as the engine allows."""
         key = (batch_size, num_heads, num_kv_heads, num_slots)
-        return self.attentions.get(key) or attention.default_config(*key, self.device)
+        measured = [other for other in self.attentions if other[:3] == key[:3] and other[3] >= num_slots]
+        return self.attentions[min(measured)] if measured else attention.default_config(*key, self.device)
 
     def save(self, path: Path) -> None:
         """Writes what was measured, with the device and the compiler it holds for."""
