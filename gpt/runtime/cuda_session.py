@@ -118,8 +118,11 @@ class CudaSession(TorchSession):
 
     def _forward_whole(self, step: Step, cache: KvCache) -> torch.Tensor:
         """With all logits: what ranks exchange must not depend on values where a graph records it."""
-        self._num_best = None
-        return self._forward(step, cache)
+        asked, self._num_best = self._num_best, None
+        try:
+            return self._forward(step, cache)
+        finally:
+            self._num_best = asked
 
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
         decoder = self._batch_decoder()
