@@ -39,7 +39,7 @@ def load(names: Sequence[str] = (TENSORRT_RTX, TENSORRT)) -> Any:
         "TensorRT is not installed",
         found=reasons,
         allowed=[f"{name}: {_INSTALL[name]}" for name in names],
-        hint="install one of them, or use --backend torch, which needs neither",
+        hint=f"install {'it' if len(names) == 1 else 'one of them'}, or use --backend torch, which needs no TensorRT",
     )
 
 
