@@ -164,7 +164,7 @@ def test_an_int8_cache_in_place_is_one_cache() -> None:
     assert [port.alias for port in outputs(model, build, RANK)] == [None] * 5
 
 
-def test_flags_choose_plugins_where_the_library_has_them(library: Any) -> None:
+def test_flags_choose_plugins_where_the_library_has_them(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS["gpt2"]
     every = build_config(fused=True, gemm_plugin="float32", layernorm_plugin="float32", lookup_plugin="float32")
     assert plugins_of(library, model, every) == ("attention", "layernorm", "lookup")  # a float product is no plugin's
@@ -175,12 +175,22 @@ def test_flags_choose_plugins_where_the_library_has_them(library: Any) -> None:
     assert plugins_of(library, model, build_config()) == ()
     assert plugins_of(library, replace(model, n_embd=3 * 264), every) == ("layernorm", "lookup")
     assert plugins_of(library.rtx, model, every) == ()
+    monkeypatch.setattr(library, "compute_capability", 75)
+    assert plugins_of(library, model, every) == ()
+    monkeypatch.setattr(trt_check, "load_for_build", lambda targets: library)
+    expected = (
+        "Plugins: Triton compiles them for compute capability 8.0 and above; the library's own layers do attention"
+    )
+    assert f"{expected}, gemm, layernorm, lookup" in check_build(model, every)
+    monkeypatch.setattr(library, "compute_capability", 90)
+    monkeypatch.setattr(trt_check, "find_spec", lambda name: None)
+    assert plugins_of(library, model, every) == ()
 
 
 def test_a_library_without_plugins_says_so_in_one_line() -> None:
     build = build_config(fused=True, lookup_plugin="float32")
     notes = [note for note in check_build(MODELS["gpt2"], build) if note.startswith("Plugins")]
-    assert notes == ["Plugins: tensorrt_rtx takes none, so that its own layers do attention, lookup"]
+    assert notes == ["Plugins: tensorrt_rtx takes none; the library's own layers do attention, lookup"]
 
 
 def test_notes_of_plugins(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:

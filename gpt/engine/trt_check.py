@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine import trt_io
-from gpt.engine.trt_library import TENSORRT_RTX, has_plugins, library_name, load_for_build
+from gpt.engine.trt_library import TENSORRT_RTX, compute_capability, has_plugins, library_name, load_for_build
 from gpt.errors import ConfigError, Problems
 
 # GPU generations as people call them, in TensorRT-RTX's compute capabilities.  It has none for Hopper, 9.0.
@@ -32,6 +33,7 @@ _CARDS = {
 _FIRST_CAPABILITY = {"int4": (80, "ampere"), "fp8": (89, "ada")}
 _LARGEST_DIMENSION = 2**31 - 1
 MOST_PROFILES = 8  # more were not tried
+_FIRST_PLUGIN_CAPABILITY = 80
 _LARGEST_PLUGIN_HEAD = 256  # what fits the shared memory of a program
 # A line above the peaks measured with this builder in float16, of which some 320 MiB are there before it begins: 987
 # MiB for 237 MiB of weights, 1431 MiB for 676 MiB, 4224 MiB for 2970 MiB.
@@ -74,7 +76,7 @@ def describe_capability(capability: tuple[int, int]) -> str:
 def plugins_of(trt: Any, model: ModelConfig, build: BuildConfig) -> tuple[str, ...]:
     """`BuildConfig.plugins`: of the plugins that the flags ask for those that the library takes and that this
     engine has work for."""
-    if not has_plugins(trt):
+    if _why_no_plugins(trt):
         return ()
     wanted = {
         "attention": build.gpt_attention_plugin is not None and model.head_size <= _LARGEST_PLUGIN_HEAD,
@@ -83,6 +85,14 @@ def plugins_of(trt: Any, model: ModelConfig, build: BuildConfig) -> tuple[str, .
         "lookup": build.lookup_plugin is not None,
     }
     return tuple(name for name, is_wanted in wanted.items() if is_wanted)
+
+
+def _why_no_plugins(trt: Any) -> str:
+    if not has_plugins(trt):
+        return f"{library_name(trt)} takes none"
+    if compute_capability(trt) < _FIRST_PLUGIN_CAPABILITY:
+        return "Triton compiles them for compute capability 8.0 and above"
+    return "" if find_spec("triton") else "Triton, which compiles them, is not installed"
 
 
 def with_plugins(model: ModelConfig, build: BuildConfig) -> BuildConfig:
@@ -183,9 +193,9 @@ def _plugin_notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]
     if build.plugins:
         notes.append(f"Plugins: {', '.join(build.plugins)}, Triton kernels compiled into the plan")
     missing = [name for name, (dtype, _) in flags.items() if dtype is not None and name not in build.plugins]
-    if missing and not has_plugins(trt):
-        notes.append(f"Plugins: {library_name(trt)} takes none, so that its own layers do {', '.join(missing)}")
-        return notes
+    reason = _why_no_plugins(trt)
+    if missing and reason:
+        return [f"Plugins: {reason}; the library's own layers do {', '.join(missing)}"]
     return notes + [f"Plugins: {name} is done by the library's own layers: {flags[name][1]}" for name in missing]
 
 
