@@ -19,9 +19,10 @@ from test_engine_trt_quant_modes import CACHE, LIMITS, SIZES
 from trt_matrix import record
 from trt_models import MODELS, RANK, build_config, define, random_weights
 
-from gpt.config import BuildConfig
-from gpt.engine import trt_check
-from gpt.engine.folder import EngineInfo
+from gpt.config import BuildConfig, ModelConfig
+from gpt.engine import trt_builder, trt_check
+from gpt.engine.folder import EngineInfo, open_engine
+from gpt.engine.inspection import inspect
 from gpt.engine.trt_check import check_build, plugins_of
 from gpt.engine.trt_evaluator import NetworkEvaluator
 from gpt.engine.trt_graph import config_network, network_layers
@@ -310,3 +311,19 @@ def test_the_interpreter_compiles_nothing() -> None:
     case = next(cases(90))
     with pytest.raises(ConfigError, match="interpreter"):
         case.kernels()
+
+
+def test_an_engine_says_which_plugins_its_plan_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the library's choice through the build into config.json and what check.py says."""
+    given = []
+
+    def build_plan(model: ModelConfig, build: BuildConfig, mapping: Any, weights: Any, path: Path) -> None:
+        given.append(build.plugins)
+        path.write_bytes(b"a plan")
+
+    monkeypatch.setattr(trt_builder, "with_plugins", lambda model, build: replace(build, plugins=("attention",)))
+    monkeypatch.setattr(trt_builder, "build_plan", build_plan)
+    info = build_engine(None, tmp_path, *SIZES, *LIMITS, "--backend", "tensorrt", "--use_gpt_attention_plugin")
+    assert given == [("attention",)]
+    assert open_engine(tmp_path).build.plugins == info.build.plugins == ("attention",)
+    assert "compiled into the plan: attention" in inspect(tmp_path).facts["options"]
