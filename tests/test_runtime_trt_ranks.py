@@ -57,6 +57,19 @@ def test_networks_together_are_the_model(name: str, world_size: int, results: di
         assert parts["tokens"] == whole["tokens"]
 
 
+def test_networks_with_plugins_together_are_the_model(results: dict[int, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """A rank's heads, a product's part without its bias, an embedding cut either way."""
+    names = [name for name in CASES if CASES[name].bound == FP32_BOUND]
+    folders = [build_case(name, 2, tmp_path) for name in names]
+    done = mpirun(2, PROGRAMS / "logits.py", "tensorrt packed plugins", tmp_path / "out.pt", *folders)
+    assert done.returncode == 0, done.stderr
+    for name, parts in zip(names, torch.load(tmp_path / "out.pt"), strict=True):
+        whole = results[1][list(CASES).index(name)]
+        pairs = zip(parts["logits"], whole["logits"], strict=True)
+        assert max(relative_error(ours, expected) for ours, expected in pairs) < FP32_BOUND, name
+        assert parts["tokens"] == whole["tokens"], name
+
+
 def rank_build(name: str, world_size: int) -> BuildConfig:
     """What the networks of a case were built with."""
     flags, layout = CASES[name].flags, LAYOUTS[world_size]

@@ -17,7 +17,7 @@ from gpt.kernels.norm import check_rows
 from gpt.kernels.product import ACTIVATION_FUNCTIONS, Norm
 
 # Tiles of neighbouring rows that run at the same time share the weights they read.
-_GROUP_M = 8
+GROUP_M = 8
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Int8Config:
 
 
 @triton.jit
-def _quantize_rows_kernel(
+def quantize_rows_kernel(
     x_ptr,  # [M, K]
     parts_ptr,  # [PARTS, M, K]
     bias_ptr,  # [K]
@@ -114,7 +114,7 @@ def quantize_rows(
     if parts is not None and x.dtype != torch.float32:
         raise ValueError(f"x: found {x.dtype}, expected float32 where parts are added to it")
     padded = triton.next_power_of_2(width)
-    _quantize_rows_kernel[(num_rows,)](
+    quantize_rows_kernel[(num_rows,)](
         x,
         parts if parts is not None else x,
         bias if bias is not None else x,
@@ -139,15 +139,15 @@ def quantize_rows(
 
 
 @triton.jit
-def _int8_gemm_kernel(
+def int8_gemm_kernel(
     x_ptr,  # [M, K] int8
     row_scale_ptr,  # [M] float32
     weight_ptr,  # [N, K] int8
     col_scale_ptr,  # [N] float32
     bias_ptr,  # [N]
-    out_ptr,  # [SPLIT_K, M, N]
     M,
     N,
+    out_ptr,  # [SPLIT_K, M, N]
     K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -229,15 +229,15 @@ def int8_gemm(
     if num_columns >= 1 << 17:
         raise ValueError(f"x: found {num_columns} columns, expected less than {1 << 17}: the sums are 32 bits wide")
     grid = (triton.cdiv(num_tokens, config.block_m) * triton.cdiv(num_rows, config.block_n), config.split_k)
-    _int8_gemm_kernel[grid](
+    int8_gemm_kernel[grid](
         x,
         row_scale,
         weight,
         col_scale,
         bias if bias is not None else col_scale,
-        out,
         num_tokens,
         num_rows,
+        out,
         K=num_columns,
         ACTIVATION=activation,
         HAS_BIAS=bias is not None,
@@ -245,7 +245,7 @@ def int8_gemm(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        GROUP_M=_GROUP_M,
+        GROUP_M=GROUP_M,
         STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
