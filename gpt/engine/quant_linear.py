@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from gpt.engine.huge_pages import use_huge_pages
 from gpt.engine.int8_product import integer_product
 from gpt.quant import FP8_MAX, INT8_MAX, QuantConfig, dequantize_weight, row_scales, to_fp8, to_int8, unpack_int4
 
@@ -191,6 +192,9 @@ def _with_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return y if bias is None else y.add_(bias)
 
 
+_MORE_THAN_A_CACHE = 32 << 20  # bytes of weights that are read from memory at each step
+
+
 def quantized_linears(
     weights: Dict[str, torch.Tensor], quant: QuantConfig, dtype: torch.dtype
 ) -> dict[str, QuantLinear]:
@@ -199,7 +203,11 @@ def quantized_linears(
     weights: as `gpt.engine.weights.engine_tensors` makes them.  dtype: the engine's.
     """
     names = [name.removesuffix(".weight_scale") for name in weights if name.endswith(".weight_scale")]
-    return {name: _make(weights, name, quant, dtype) for name in names}
+    linears = {name: _make(weights, name, quant, dtype) for name in names}
+    on_cpu = [weights[name + ".weight"].nbytes for name in names if not weights[name + ".weight"].is_cuda]
+    if sum(on_cpu) >= _MORE_THAN_A_CACHE:
+        use_huge_pages()
+    return linears
 
 
 def _make(weights: Dict[str, torch.Tensor], name: str, quant: QuantConfig, dtype: torch.dtype) -> QuantLinear:
