@@ -2,8 +2,8 @@
 
 Measured for the 48 products of a 12 x 768 model in bfloat16.  With AMX (2 cores, torch 2.13.0) 2 to 16 rows take 10 ms
 with the weight as the left operand and 15 ms as the right one, which oneDNN reorders at each call, and a single row is
-fastest as a matrix-vector product.  Without AMX that takes half as long again as the weight as the right operand, which
-is fastest for up to 8 rows.  benchmarks/bench_linear.py measures the alternatives again.
+fastest as a matrix-vector product.  Without AMX that takes a third longer than with the weight as the right operand,
+the fastest way for up to 8 rows.  benchmarks/bench_linear.py measures the alternatives again.
 """
 
 from __future__ import annotations
