@@ -73,7 +73,8 @@ def test_nccl_takes_over_where_memory_cannot_be_shared(where: str, monkeypatch: 
     assert connect_peers(TwoRanks(), None, torch.device("cuda", 0)) is None  # type: ignore[arg-type]
 
 
-def test_more_than_two_ranks_are_left_to_nccl() -> None:
+def test_more_ranks_than_eight_are_left_to_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_memory, "_obstacle", lambda *_: pytest.fail("they share memory"))
     ranks = TwoRanks()
-    ranks.size = 4
+    ranks.size = 9
     assert connect_peers(ranks, None, torch.device("cuda", 0)) is None  # type: ignore[arg-type]

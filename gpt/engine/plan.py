@@ -46,6 +46,11 @@ class Plan:
         """Of the whole model, padding left out."""
         return sum(math.prod(tensor.shape) for tensor in tensors(self.model))
 
+    @property
+    def gpu_bytes(self) -> int:
+        """What a rank takes of its GPU at the limits, with everything that is not the engine's own."""
+        return self.needed.weights + self.needed.kv_cache + self.needed.activations + _OVERHEAD_BYTES
+
     def largest_batch(self, memory_bytes: int) -> int:
         """Sequences of full length that one rank has room for beside its weights, at most --max_batch_size; 0: the
         weights alone do not fit."""
@@ -79,6 +84,8 @@ class Plan:
             ("building", needed.build_peak, ""),
         ):
             yield f"  {what:12} {human_bytes(value):>10}{note}"
+        overhead = f" with about {human_bytes(_OVERHEAD_BYTES)} for CUDA, its libraries and NCCL"
+        yield f"  {'on a GPU':12} {human_bytes(self.gpu_bytes):>10}{overhead}"
         yield "sequences of full length that fit at once:"
         for card, mib in CARD_MEMORY_MIB.items():
             yield f"  {card:12} {self._fit((mib << 20) - _OVERHEAD_BYTES)}"

