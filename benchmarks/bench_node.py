@@ -33,6 +33,7 @@ from gpt.launch import find_mpirun
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
+LIMIT = "GPT_PEER_SUM_BYTES"
 # Multicast between GPUs stays off: a program that uses it can put a machine's GPUs out of service.
 VARIABLES = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 # Open MPI 4 and 5: as root, more ranks than it sees slots, and not each rank tied to a single core.
@@ -51,13 +52,14 @@ PLUGINS = "--use_gpt_attention_plugin --use_gemm_plugin --use_layernorm_plugin"
 @dataclass(frozen=True)
 class Step:
     """Commands, one after the other.  gpus: the ones they see, all where empty.  needs: the step in the background that
-    has to be over."""
+    has to be over.  instead: a variable and its value for all later steps where this one fails."""
 
     name: str
     commands: tuple[Sequence[str], ...]
     limit_s: float
     gpus: tuple[int, ...] = ()
     needs: str = ""
+    instead: tuple[str, str] | None = None
 
 
 def build_parser() -> ArgumentParser:
@@ -106,10 +108,16 @@ class Plan:
     def groups(self) -> Iterator[list[Step]]:
         ranks = self.args.ranks
         yield [self._check(ranks)]
+        if self.on_gpu:
+            yield [self._right_sums(ranks)]
         if ranks == 8:
             yield from ([step] for step in self._gpt_175b())
         if ranks == 2 and self.on_gpu:
-            yield [Step("tests of GPU ranks", ([PYTHON, "-m", "pytest", "-q", "tests/test_gpu_ranks.py"],), 60)]
+            yield [
+                Step(
+                    "tests of GPU ranks", ([PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu_ranks.py"],), 75
+                )
+            ]
         yield self._sums(ranks, 0)
         # One rank's ids first, which the others compare theirs with.
         yield [self._starcoder(1, 0), *([] if ranks == 2 else self._sums(2, 2))]
@@ -127,6 +135,11 @@ class Plan:
     def _check(self, ranks: int) -> Step:
         command = self._mpirun(ranks, "check.py", "--ranks", "--timeout", "40", *self.device)
         return Step(f"check of {ranks} ranks", ([find_mpirun(), "--version"], command), 75)
+
+    def _right_sums(self, ranks: int) -> Step:
+        """Through the GPUs' shared memory, beside plain ones; where they are not right, NCCL does all."""
+        command = ["env", f"{LIMIT}={1 << 20}", *self._mpirun(ranks, "tests/rank_programs/peer_sum.py")]
+        return Step(f"right sums of {ranks}", (command,), 60, instead=(LIMIT, "0"))
 
     def engines(self) -> list[Step]:
         """Made in the background, without a GPU: StarCoder's shape from a seed, SantaCoder's from a folder of Hugging
@@ -226,6 +239,7 @@ class Runner:
         self._begin = time.monotonic()
         self._budget_s = budget_s
         self.results: list[tuple[str, str, float]] = []
+        self.variables = {**VARIABLES, "PYTHONPATH": str(ROOT)}
         self.background: dict[str, Future[None]] = {}
 
     @property
@@ -248,6 +262,8 @@ class Runner:
                 break
             how, output = self._command(command, step.gpus, deadline)
             text += f"$ {' '.join(command)}\n{output}\n"
+        if how != "done" and step.instead is not None:
+            self.variables |= [step.instead]
         seconds = time.monotonic() - begin
         self.results.append((step.name, how, seconds))
         with open(self._log, "a", encoding="utf-8") as log:
@@ -259,7 +275,7 @@ class Runner:
         )
 
     def _command(self, command: Sequence[str], gpus: tuple[int, ...], deadline: float) -> tuple[str, str]:
-        environ = {**os.environ, **VARIABLES}
+        environ = {**os.environ, **self.variables}
         if gpus:
             environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:

@@ -32,10 +32,25 @@ TIMEOUT_VARIABLE = "GPT_RANK_TIMEOUT"
 _DEFAULT_TIMEOUT_S = 600.0
 
 
+class SmallSum(Protocol):
+    """Sums small tensors over GPUs that share memory; larger ones are left to `all_reduce`."""
+
+    limit_bytes: int
+
+    def __call__(
+        self, tensor: torch.Tensor, stream: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    ) -> bool:
+        """Replaces a contiguous `tensor` by its sum, or adds the sum and `bias` [last axis] to the float32 `stream` of
+        its shape, and returns True; or leaves everything as it is and returns False.  The same on all ranks, which
+        call it with the same shapes and dtypes."""
+        ...
+
+
 class Communicator(Protocol):
     """One rank's side.  Every rank makes the same calls in the same order.
 
     local_rank, local_size: among the ranks of this machine.  stage: what the rank is at, for messages about failures.
+    small_sum: what `all_reduce` uses for small tensors, where there is something better for them.
     """
 
     rank: int
@@ -43,6 +58,7 @@ class Communicator(Protocol):
     local_rank: int
     local_size: int
     stage: str
+    small_sum: SmallSum | None
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor` (floating point, one shape on all ranks) by the sum over the ranks."""
@@ -87,6 +103,7 @@ class NullCommunicator:
 
     def __init__(self) -> None:
         self.stage = ""
+        self.small_sum: SmallSum | None = None
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         pass

@@ -33,12 +33,13 @@ class PeerSum:
         self._sum = peer_all_reduce
         self.limit_bytes = limit_bytes
 
-    def __call__(self, tensor: torch.Tensor) -> bool:
-        """Replaces a contiguous `tensor` by its sum and returns True, or leaves it as it is and returns False: the same
-        on all ranks, which call it with the same shape and dtype."""
+    def __call__(
+        self, tensor: torch.Tensor, stream: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    ) -> bool:
+        """See gpt.comm.SmallSum."""
         if tensor.nbytes > self.limit_bytes or not self._can_sum(tensor):
             return False
-        self._sum(tensor, self._peers)
+        self._sum(tensor, self._peers, stream, bias)
         return True
 
 
@@ -113,7 +114,7 @@ def _share_memory(ranks: Communicator, group: torch.distributed.ProcessGroup, de
     buffers = tuple(
         own if rank == ranks.rank else handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(ranks.size)
     )
-    epochs = torch.zeros(MAX_PIECES, dtype=torch.int32, device=device)
+    epochs = torch.zeros((2, MAX_PIECES), dtype=torch.int32, device=device)
     torch.cuda.synchronize(device)
     ranks.barrier()  # all flags are zero before the first one is written
     return PeerBuffers(ranks.rank, buffers, epochs, handle)
