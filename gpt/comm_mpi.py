@@ -42,7 +42,9 @@ class MpiCommunicator:
         if warning and launch.rank == 0:
             log.warning(warning)
         if not MPI.Is_initialized():
-            MPI.Init_thread()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the same
+                MPI.Init_thread()
         world = MPI.COMM_WORLD
         if world.Get_size() != launch.size:
             raise singletons(launch, world.Get_size(), library)
