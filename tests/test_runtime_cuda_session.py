@@ -11,11 +11,12 @@ from engines import random_prompts, relative_error
 
 from gpt.checkpoint.random_weights import RandomWeights
 from gpt.config import BuildConfig, ModelConfig
+from gpt.engine.kv_cache import batch_bucket
 from gpt.engine.weights import engine_tensors
 from gpt.kernels.launch import INTERPRETED
 from gpt.mapping import Mapping
 from gpt.quant import dequantize_weight, unpack_int4
-from gpt.runtime.cuda_session import CudaSession, batch_bucket
+from gpt.runtime.cuda_session import CudaSession
 from gpt.runtime.torch_session import TorchSession
 
 MODEL = ModelConfig(vocab_size=67, n_positions=40, n_embd=32, n_head=4, n_layer=2, n_kv_head=4, inter_size=48)
