@@ -1,4 +1,5 @@
-"""The sum over GPUs: NCCL called in a loop as its own tests do, NCCL in a CUDA graph, and ours in a CUDA graph.
+"""The sum over GPUs: NCCL called in a loop as its own tests do, NCCL in a CUDA graph, and ours in a CUDA graph, by
+words that carry their epoch and by parts that are read.
 
 mpirun -np 2 python3 benchmarks/bench_allreduce.py          (or srun --mpi=none --ntasks 2 ...)
 
@@ -14,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpt.comm import Communicator, start
 from gpt.comm_torch import NcclCommunicator
-from gpt.kernels.peer_all_reduce import MAX_BYTES
+from gpt.kernels.peer_all_reduce import MAX_BYTES, MAX_WORD_BYTES, peer_all_reduce
 from gpt.runtime.peer_memory import LIMIT_VARIABLE, connect_peers
 
 # Some milliseconds, in which 100 calls can be queued.
@@ -54,14 +56,13 @@ def main() -> None:
         def nccl(x: torch.Tensor = x) -> None:
             dist.all_reduce(x, group=gpus.group)
 
-        def ours(x: torch.Tensor = x) -> None:
-            small_sum(x)
-
-        ways = {
-            "nccl, calls": repeat(nccl, args.sums),
-            "nccl, graph": graph(nccl, args.sums),
-            "peer memory, graph": graph(ours, args.sums),
-        }
+        ways = {"nccl, calls": repeat(nccl, args.sums), "nccl, graph": graph(nccl, args.sums)}
+        for name, word_bytes in {"words": MAX_WORD_BYTES, "parts": 0}.items():
+            if name == "words" and num_bytes > MAX_WORD_BYTES:
+                continue
+            ways[f"peer memory, {name}, graph"] = graph(
+                partial(peer_all_reduce, x, small_sum.peers, word_bytes=word_bytes), args.sums
+            )
         rows += measure(ranks, ways, nccl, num_bytes, args)
     if ranks.rank == 0:
         append_csv(args.csv, rows)
@@ -154,7 +155,7 @@ def measure(
             }
         )
         if ranks.rank == 0:
-            print(f"{num_bytes // 1024:5d} KB  {name:<20} {us} us, {algbw:7.2f} GB/s", flush=True)
+            print(f"{num_bytes // 1024:5d} KB  {name:<26} {us} us, {algbw:7.2f} GB/s", flush=True)
     return rows
 
 

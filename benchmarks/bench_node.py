@@ -203,7 +203,7 @@ class Plan:
         if self.args.tiny:
             flags += ["--input_len", 8, "--output_len", 4, "--repeat", 1]
         elif ranks == 1 or max(batches) <= 32:  # a larger batch fits with short sequences only
-            flags += ["--input_len", 128, "--output_len", 128]
+            flags += ["--input_len", 128, "--output_len", 128, "--repeat", 2]
         script = ["benchmarks/bench_ranks.py", *flags]
         command = [PYTHON, *map(str, script)] if ranks == 1 else self._mpirun(ranks, *script)
         engines = f"{model.rpartition('_')[0]} engines"

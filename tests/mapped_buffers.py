@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from gpt.comm import Communicator
-from gpt.kernels.peer_all_reduce import MAX_PIECES, PeerBuffers, buffer_bytes
+from gpt.kernels.peer_all_reduce import NUM_EPOCHS, PeerBuffers, buffer_bytes
 
 
 def mapped_buffers(comm: Communicator, folder: Path, first_epoch: int = 0) -> PeerBuffers:
@@ -19,7 +19,7 @@ def mapped_buffers(comm: Communicator, folder: Path, first_epoch: int = 0) -> Pe
         torch.from_file(str(folder / str(rank)), shared=True, size=num_bytes, dtype=torch.uint8)
         for rank in range(comm.size)
     )
-    peers = PeerBuffers(comm.rank, buffers, torch.full((2, MAX_PIECES), first_epoch, dtype=torch.int32))
+    peers = PeerBuffers(comm.rank, buffers, torch.full((2, NUM_EPOCHS), first_epoch, dtype=torch.int32))
     peers.flags()[comm.rank].fill_(first_epoch)
     comm.barrier()
     return peers

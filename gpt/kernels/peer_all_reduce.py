@@ -1,6 +1,6 @@
 """The sum of a small tensor over the GPUs of one machine, in one kernel that writes to or reads the other GPUs' memory.
 
-Each program owns a piece at a fixed place of every GPU's buffer, and never touches another one.  Up to MAX_WORD_BYTES
+Each program owns a piece at a fixed place of every GPU's buffer, and never touches another one.  Up to WORD_BYTES
 every 4 bytes travel beside the number of the sum, the epoch, in 8 bytes that arrive at once:
 
     1. write the own part of the piece, word by word with the epoch, into each peer's inbox
@@ -42,8 +42,10 @@ MAX_PIECES = 256
 MAX_BYTES = MAX_PIECES * PIECE_BYTES
 # Words of 4 bytes in a piece of the first kind: one warp, two accesses of 16 bytes per thread and peer.
 PIECE_WORDS = 128
-MAX_WORD_BYTES = 64 << 10
+MAX_WORD_BYTES = 256 << 10  # what an inbox has room for
+WORD_BYTES = 64 << 10  # what goes there
 _MAX_WORDS = MAX_WORD_BYTES // 4
+NUM_EPOCHS = max(MAX_PIECES, _MAX_WORDS // PIECE_WORDS)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -60,7 +62,7 @@ def _inbox_bytes(num_ranks: int) -> int:
 @dataclass(frozen=True)
 class PeerBuffers:
     """buffers: by rank, [buffer_bytes] uint8 in that rank's memory, readable and writable here, all zeros before any
-    rank's first sum.  epochs: [2, MAX_PIECES] int32 zeros, this rank's own.  owner: what keeps the mapping alive."""
+    rank's first sum.  epochs: [2, NUM_EPOCHS] int32 zeros, this rank's own.  owner: what keeps the mapping alive."""
 
     rank: int
     buffers: tuple[torch.Tensor, ...]
@@ -92,10 +94,16 @@ def can_sum(x: torch.Tensor) -> bool:
 
 
 def peer_all_reduce(
-    x: torch.Tensor, peers: PeerBuffers, stream: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    peers: PeerBuffers,
+    stream: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    word_bytes: int = WORD_BYTES,
 ) -> None:
     """Replaces x (any shape, contiguous, one of DTYPES, at most MAX_BYTES) by the sum over the ranks, all of which make
     the same call; with `stream`, float32 of x's shape, adds the sum and `bias` [last axis] to it instead and leaves x.
+    word_bytes: up to which words travel with their epoch, at most MAX_WORD_BYTES.
 
     Raises ValueError for another tensor.
     """
@@ -114,7 +122,11 @@ def peer_all_reduce(
         **launch_options(x.device),
     }
     width = x.shape[-1] if x.dim() else 1
-    if x.nbytes <= MAX_WORD_BYTES and x.nbytes % 4 == 0 and x.storage_offset() * x.element_size() % 4 == 0:
+    if (
+        x.nbytes <= min(word_bytes, MAX_WORD_BYTES)
+        and x.nbytes % 4 == 0
+        and x.storage_offset() * x.element_size() % 4 == 0
+    ):
         words = x.view(-1).view(torch.int32)
         _send_words[(triton.cdiv(words.numel(), PIECE_WORDS),)](
             words,
@@ -186,7 +198,7 @@ def _send_words(
     target_ptr,  # [num_elements], the part itself or the float32 stream
     bias_ptr,  # [width]
     inbox_ptrs,  # by rank: [2, num_ranks, slots] int64, the epoch in the upper half
-    epoch_ptr,  # [MAX_PIECES]
+    epoch_ptr,  # [NUM_EPOCHS]
     num_words,
     width,
     dtype: tl.constexpr,  # of the elements
@@ -237,7 +249,7 @@ def _read_parts(
     bias_ptr,  # [width]
     data_ptrs,  # by rank: [2, half]
     flag_ptrs,  # by rank: [MAX_PIECES, num_ranks]
-    epoch_ptr,  # [MAX_PIECES]
+    epoch_ptr,  # [NUM_EPOCHS]
     num_elements,
     width,
     piece: tl.constexpr,

@@ -28,7 +28,7 @@ class PeerSum:
     def __init__(self, peers: PeerBuffers, limit_bytes: int):
         from gpt.kernels.peer_all_reduce import can_sum, peer_all_reduce
 
-        self._peers = peers
+        self.peers = peers
         self._can_sum = can_sum
         self._sum = peer_all_reduce
         self.limit_bytes = limit_bytes
@@ -39,7 +39,7 @@ class PeerSum:
         """See gpt.comm.SmallSum."""
         if tensor.nbytes > self.limit_bytes or not self._can_sum(tensor):
             return False
-        self._sum(tensor, self._peers, stream, bias)
+        self._sum(tensor, self.peers, stream, bias)
         return True
 
 
@@ -104,7 +104,7 @@ def _share_memory(ranks: Communicator, group: torch.distributed.ProcessGroup, de
     import torch
     from torch.distributed import _symmetric_memory as symmetric_memory
 
-    from gpt.kernels.peer_all_reduce import MAX_PIECES, PeerBuffers, buffer_bytes
+    from gpt.kernels.peer_all_reduce import NUM_EPOCHS, PeerBuffers, buffer_bytes
 
     num_bytes = buffer_bytes(ranks.size)
     own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -114,7 +114,7 @@ def _share_memory(ranks: Communicator, group: torch.distributed.ProcessGroup, de
     buffers = tuple(
         own if rank == ranks.rank else handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(ranks.size)
     )
-    epochs = torch.zeros((2, MAX_PIECES), dtype=torch.int32, device=device)
+    epochs = torch.zeros((2, NUM_EPOCHS), dtype=torch.int32, device=device)
     torch.cuda.synchronize(device)
     ranks.barrier()  # all flags are zero before the first one is written
     return PeerBuffers(ranks.rank, buffers, epochs, handle)
