@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from gpt.launch import find_mpirun
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 LIMIT = "GPT_PEER_SUM_BYTES"
+MARK = "BENCH_NODE_STEP"  # by which a step's processes are known
 # Multicast between GPUs stays off: a program that uses it can put a machine's GPUs out of service.
 VARIABLES = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 # Open MPI 4 and 5: as root, more ranks than it sees slots, and not each rank tied to a single core.
@@ -275,39 +277,38 @@ class Runner:
         )
 
     def _command(self, command: Sequence[str], gpus: tuple[int, ...], deadline: float) -> tuple[str, str]:
-        environ = {**os.environ, **self.variables}
+        mark = uuid.uuid4().hex
+        environ = {**os.environ, **self.variables, MARK: mark}
         if gpus:
             environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-            process = subprocess.Popen(
-                list(command), cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            process = subprocess.Popen(list(command), cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT)
             try:
                 code = process.wait(max(0.1, deadline - time.monotonic()))
                 how = "done" if code == 0 else f"exit code {code}"
             except subprocess.TimeoutExpired:
                 how = "too long"
-            end_session(process)
+            end_step(f"{MARK}={mark}")
+            process.wait()
             output.seek(0)
             return how, output.read()
 
 
-def end_session(process: subprocess.Popen[bytes]) -> None:
-    """Ends what the process has started and what is still there: ranks whose mpirun is gone hold their GPU."""
+def end_step(variable: str) -> None:
+    """Ends what a step has started and what is still there, wherever its mpirun has put it: ranks hold their GPU."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        left = [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if in_session(int(entry.name), process.pid)]
+        left = [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if has_variable(entry, variable)]
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         if left and number == signal.SIGTERM:
             time.sleep(2.0)
-    process.wait()
 
 
-def in_session(pid: int, session: int) -> bool:
+def has_variable(process: Path, text: str) -> bool:
     try:
-        return os.getsid(pid) == session
-    except (ProcessLookupError, PermissionError):
+        return text.encode() in (process / "environ").read_bytes().split(b"\0")
+    except OSError:  # it has ended, or is another user's
         return False
 
 

@@ -35,7 +35,9 @@ def test_failures_are_told_and_the_others_go_on(tmp_path: Path) -> None:
 
 def test_a_step_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
     program = "import os, subprocess, sys, time\n"
-    program += "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], process_group=0)\n"
+    program += (
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
+    )
     program += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); time.sleep(60)"
     runner = Runner(tmp_path / "log.txt", 60)
     begin = time.monotonic()
