@@ -15,7 +15,8 @@ from test_readme import problem_of
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_node
-from bench_node import Plan, Runner, Step
+from bench_node import Runner
+from node_steps import Plan, Step
 
 
 def step(name: str, program: str, limit_s: float = 20.0, gpus: tuple[int, ...] = ()) -> Step:
