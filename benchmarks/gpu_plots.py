@@ -113,17 +113,19 @@ def draw_ranks(path: Path) -> Path:
     """Two panels: ms per token over the number of ranks, with the limit of the memory dashed, and the sums' share of a
     step; a line per model and batch.  Of several rows of the same measurement the last counts."""
     with open(path, newline="", encoding="utf-8") as file:
-        latest = {(row["model"], int(row["batch_size"]), int(row["ranks"])): row for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    # An engine's folder may name its ranks last: starcoder_4.
+    latest = {
+        (row["model"].removesuffix("_" + row["ranks"]), int(row["batch_size"]), int(row["ranks"])): row for row in rows
+    }
     figure = new_figure(8.5, 3.8)
     times, shares = figure.subplots(1, 2)
-    # An engine's folder names its ranks last: starcoder_4.
-    lines = sorted({(model.rpartition("_")[0] or model, batch) for model, batch, _ in latest})
-    for place, (name, batch) in enumerate(lines):
-        found = {n: row for (model, size, n), row in sorted(latest.items()) if size == batch and model.startswith(name)}
-        ranks, rows, colour = list(found), list(found.values()), f"C{place}"
-        label = f"{name}, batch {batch}"
-        times.plot(ranks, numbers(rows, "token_ms"), color=colour, marker="o", markersize=4, label=label)
-        times.plot(ranks, numbers(rows, "limit_ms"), color=colour, linestyle="--", linewidth=1)
+    for place, line in enumerate(sorted({key[:2] for key in latest})):
+        found = {n: row for (name, batch, n), row in sorted(latest.items()) if (name, batch) == line}
+        ranks, mine, colour = list(found), list(found.values()), f"C{place}"
+        label = f"{line[0]}, batch {line[1]}"
+        times.plot(ranks, numbers(mine, "token_ms"), color=colour, marker="o", markersize=4, label=label)
+        times.plot(ranks, numbers(mine, "limit_ms"), color=colour, linestyle="--", linewidth=1)
         shared = {n: 100 * float(row["sums_share"]) for n, row in found.items() if row["sums_share"]}
         shares.plot(list(shared), list(shared.values()), color=colour, marker="o", markersize=4, label=label)
     all_ranks = sorted({n for _, _, n in latest})

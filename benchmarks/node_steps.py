@@ -146,7 +146,8 @@ class Plan:
         return dataclasses.replace(bench, commands=(command, *bench.commands))
 
     def _bench(self, model: str, ranks: int, batches: Sequence[int], first: int, limit_s: float = 100) -> Step:
-        ids = self.out / f"ids_{model.rpartition('_')[0]}.json"
+        name = model.removesuffix(f"_{ranks}")
+        ids = self.out / f"ids_{name}.json"
         flags = ["--engine_dir", self.scratch / model, "--batch_size", *batches, "--nccl", *self.device]
         flags += ["--ids", ids, "--csv", self.out / "ranks.csv"]
         if self.args.tiny:
@@ -155,7 +156,7 @@ class Plan:
             flags += ["--input_len", 128, "--output_len", 128, "--repeat", 2]
         script = ["benchmarks/bench_ranks.py", *flags]
         command = [PYTHON, *map(str, script)] if ranks == 1 else self._mpirun(ranks, *script)
-        engines = f"{model.rpartition('_')[0]} engines"
+        engines = f"{name} engines"
         return Step(f"{model} measured", (command,), limit_s, tuple(range(first, first + ranks)), engines)
 
     def _build(self, *flags: object) -> list[str]:
