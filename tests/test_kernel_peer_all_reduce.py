@@ -21,8 +21,10 @@ from gpt.runtime.peer_memory import LIMIT_VARIABLE, PeerSum, connect_peers
 def test_sums_between_processes(num_ranks: int, tmp_path: Path) -> None:
     result = mpirun(num_ranks, PROGRAMS / "peer_sum_interpreted.py", tmp_path)
     assert result.returncode == 0, result.stderr
-    # Three sums each; of the half types the two odd shapes have no whole words, and three are too large for an inbox.
-    of_parts, of_words = 3 * 2 * (4 * 3 + 2) + 3 * 2, 3 * 2 * (4 * 2) + 3 * 4 * 5
+    # Three of each, in two rounds; halves of the three odd shapes make no whole words. The largest shape, once, is too
+    # large for words.
+    of_parts = 3 * (2 * 2 * 3 + 3)
+    of_words = 3 * 2 * (2 * 2 + 5)
     last = [ctypes.c_int32(2**31 - 4 + count).value for count in (of_parts, of_words)]
     expected = [f"rank {rank} of {num_ranks}: good, epochs {last}" for rank in range(num_ranks)]
     assert sorted(result.stdout.splitlines()) == expected

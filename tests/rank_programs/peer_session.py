@@ -46,7 +46,7 @@ def open_session(kind: type[TorchSession], model: ModelConfig, mapping: Mapping,
 
 
 peers = mapped_buffers(comm, Path(sys.argv[1]))
-for name in ("learned", "multi-query", "rope gated"):
+for name in ("learned", "rope gated"):
     for lengths in BATCHES.values():
         model = MODELS[name]
         small_sum = CountedSum(peers, MAX_BYTES)

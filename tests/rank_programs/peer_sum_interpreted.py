@@ -35,11 +35,11 @@ def check(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 comm = start()
 # Old counts that overflow on the way.
 peers = mapped_buffers(comm, Path(sys.argv[1]), 2**31 - 4)
-for step in range(4):
+for step in range(2):
     for dtype in DTYPES:
         # Several pieces, an odd end, a single value: each piece counts its own epochs.
         for shape in ((1,), (5,), (2, 130), (PIECE_BYTES // 2 + 3,), (1, 3 * PIECE_BYTES // 4), (2, 17000)):
-            if shape[-1] == 17000 and step > 1:
+            if shape[-1] == 17000 and step > 0:
                 continue
             parts = [values(shape, dtype, 1000 * step + 10 * shape[-1] + rank) for rank in range(comm.size)]
             x = parts[comm.rank].clone()
