@@ -39,7 +39,7 @@ VARIABLES = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "
 VARIABLES |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 VARIABLES |= {"OMPI_MCA_rmaps_base_oversubscribe": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
 VARIABLES |= {"OMPI_MCA_hwloc_base_binding_policy": "none", "PRTE_MCA_hwloc_default_binding_policy": "none"}
-VARIABLES |= {"GPT_RANK_TIMEOUT": "120", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+VARIABLES |= {"GPT_RANK_TIMEOUT": "300", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def build_parser() -> ArgumentParser:

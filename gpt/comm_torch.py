@@ -168,6 +168,8 @@ class NcclCommunicator:
         self.rank, self.size = control.rank, control.size
         self.local_rank, self.local_size = control.local_rank, control.local_size
         self.small_sum: SmallSum | None = None  # where the GPUs reach each other's memory
+        # NCCL sees no hang of a graph, and nobody that of a sum through shared memory.
+        self._watch = Watch(self)
         if dist.is_initialized():
             self.group = dist.new_group(backend="nccl", timeout=_time_limit(), device_id=device)
             return
@@ -213,6 +215,7 @@ class NcclCommunicator:
     @stage.setter
     def stage(self, text: str) -> None:
         self._control.stage = text
+        self._watch.follow(text)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         total = tensor.contiguous()
@@ -230,12 +233,15 @@ class NcclCommunicator:
         return torch.cat(parts, dim)
 
     def broadcast_object(self, value: Any) -> Any:
+        self._watch.follow("")  # rank 0 may take its time before
         return self._control.broadcast_object(value)
 
     def gather_objects(self, value: Any) -> list[Any]:
+        self._watch.follow("")
         return self._control.gather_objects(value)
 
     def barrier(self) -> None:
+        self._watch.follow("")
         self._control.barrier()
 
     def roll_call(self, limit_s: float) -> list[int]:
