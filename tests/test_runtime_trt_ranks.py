@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines import relative_error
+from engines import build_engine, relative_error
 from ranks import PROGRAMS, mpirun
+from test_engine_quant import INT8_BOUND, WEIGHT_ONLY_BOUND
 from test_runtime_ranks import CASES, FP32_BOUND, LIMITS, SIZES, build_case
 from trt_matrix import record
 from trt_models import MODELS, build_config, context_inputs, define, layers_of
@@ -82,6 +83,33 @@ def rank_build(name: str, world_size: int) -> BuildConfig:
         embedding_sharding_dim=int("--embedding_sharding_dim" in flags),
         max_prompt_embedding_table_size=6 * ("--max_prompt_embedding_table_size" in flags),
     )
+
+
+QUANTIZED = {
+    "int8": (["--use_weight_only"], WEIGHT_ONLY_BOUND),
+    "int4": (["--use_weight_only", "--weight_only_precision", "int4"], WEIGHT_ONLY_BOUND),
+    "smooth": (["--use_smooth_quant", "--per_token", "--per_channel", "--int8_kv_cache"], INT8_BOUND),
+}
+
+
+def test_quantised_networks_together_are_the_ranks_of_torch(tmp_path: Path) -> None:
+    """Plans of both ranks, and their networks evaluated in two processes beside the torch executor in as many."""
+    flags = [*SIZES, *LIMITS, "--multi_query_mode", "--dtype", "float32", "--random_seed", "5", "--world_size", "2"]
+    folders, builds = [], []
+    for name, (quant, _) in QUANTIZED.items():
+        folders.append(build_engine(None, tmp_path / name, *flags, *quant).folder)
+        plans = build_engine(None, tmp_path / f"plans of {name}", *flags, *quant, "--backend", "tensorrt")
+        builds.append(plans.build)
+        assert [plans.engine_path(rank).stat().st_size > 0 for rank in (0, 1)] == [True, True]
+    found = []
+    for device in ("cpu", LAYOUTS[2]):
+        result = mpirun(2, PROGRAMS / "logits.py", device, tmp_path / "out.pt", *folders)
+        assert result.returncode == 0, result.stderr
+        found.append(torch.load(tmp_path / "out.pt"))
+    for (name, (_, bound)), config, torch_ranks, networks in zip(QUANTIZED.items(), builds, *found, strict=True):
+        errors = [relative_error(*pair) for pair in zip(networks["logits"], torch_ranks["logits"], strict=True)]
+        assert max(errors) < bound, name
+        record("multi_query", config, built="default", error=max(errors))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -15,6 +15,23 @@ from gpt.quant import to_fp8, to_int8
 
 KEYS, VALUES = 0, 1
 
+# On a GPU slots of the cache and rows of a batch are rounded up, so that requests of about the same size share a graph.
+_SLOTS = 128
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
+
+
+def cache_slots(max_seq_len: int) -> int:
+    """Slots of a GPU's cache for sequences of so many tokens."""
+    return -(-max_seq_len // _SLOTS) * _SLOTS
+
+
+def batch_bucket(batch_size: int) -> int:
+    """The number of rows a batch is padded to on a GPU."""
+    for size in _BATCH_BUCKETS:
+        if batch_size <= size:
+            return size
+    return -(-batch_size // 64) * 64
+
 
 @dataclass(frozen=True)
 class KvCache:

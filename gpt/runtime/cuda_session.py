@@ -15,7 +15,7 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.console import log
 from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
 from gpt.engine.cuda_prompt_ops import PromptOps
-from gpt.engine.kv_cache import KvCache
+from gpt.engine.kv_cache import KvCache, batch_bucket, cache_slots
 from gpt.engine.step import PagedStep, Step
 from gpt.engine.tuning import Tuning
 from gpt.kernels.choose import choose_greedy
@@ -26,9 +26,6 @@ from gpt.runtime.prompt_graphs import PromptGraphs
 from gpt.runtime.torch_session import TorchSession
 from gpt.runtime.virtual_tokens import VirtualTokens
 
-# Slots of the cache and rows of a batch are rounded up, so that requests of about the same size share a graph.
-_SLOTS = 128
-_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 # Steps that may be under way while the host still reads older tokens.
 _LEAD = 3
 
@@ -85,7 +82,7 @@ class CudaSession(TorchSession):
             mapping,
             weights,
             tuning or Tuning(self.device),
-            max_seq_len=build.max_seq_len + _SLOTS,
+            max_seq_len=build.max_seq_len + cache_slots(1),
             comm=self.comm,
         )
         self._decoders: dict[tuple[str, int], _Decoder] = {}
@@ -93,6 +90,12 @@ class CudaSession(TorchSession):
         self._prompts = PromptGraphs(self._forward_whole) if self.graphs else None
         self._active: _Decoder | None = None  # the one that holds the positions of the batch
         self._num_generated = 0  # since it does
+
+    def exchange_through(self, comm: Communicator) -> None:
+        super().exchange_through(comm)
+        self._decode_ops.comm = comm
+        self._forget("batch")
+        self._forget("paged")
 
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)
@@ -308,16 +311,3 @@ class CudaSession(TorchSession):
             compiled - begin,
         )
         return graph
-
-
-def cache_slots(max_seq_len: int) -> int:
-    """Slots of a cache for sequences of so many tokens."""
-    return -(-max_seq_len // _SLOTS) * _SLOTS
-
-
-def batch_bucket(batch_size: int) -> int:
-    """The number of rows a batch is padded to."""
-    for size in _BATCH_BUCKETS:
-        if batch_size <= size:
-            return size
-    return -(-batch_size // 64) * 64
