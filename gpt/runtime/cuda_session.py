@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as Dict
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -23,6 +23,7 @@ from gpt.mapping import Mapping
 from gpt.network.gpt import forward
 from gpt.runtime.limits import check_start
 from gpt.runtime.prompt_graphs import PromptGraphs
+from gpt.runtime.sampling import Draws, SamplingConfig, draw, keep_likely
 from gpt.runtime.torch_session import TorchSession
 from gpt.runtime.virtual_tokens import VirtualTokens
 
@@ -40,18 +41,26 @@ def decodes_with_kernels(build: BuildConfig) -> bool:
 
 
 @dataclass
+class _Recorded:
+    """A step's graph and where it leaves the logits [B, V padded]."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+
+
+@dataclass
 class _Decoder:
-    """A decode step for one batch size: its buffers and, on a GPU, its graph.
+    """A decode step for one batch size: its buffers and, on a GPU, its graphs, one for each way of choosing tokens.
 
     first: [B] int32, the positions at which generating began.  tokens: [T, 2, B] int32: per step since then the chosen
-    tokens and the bits of their logits.  logits: [B, V padded] of the last step.
+    tokens and the bits of the largest logits.  uniforms: [T, B] float64, the random numbers of these steps.
     """
 
     inputs: DecodeInputs
     first: torch.Tensor
     tokens: torch.Tensor
-    logits: torch.Tensor | None = None
-    graph: torch.cuda.CUDAGraph | None = None
+    uniforms: torch.Tensor
+    recorded: dict[SamplingConfig | None, _Recorded] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -59,7 +68,7 @@ class _Decoder:
 
 
 class CudaSession(TorchSession):
-    """See gpt.runtime.session.Session and PagedSession; `greedy` decodes without waiting for the host.
+    """See gpt.runtime.session.Session and PagedSession; `run_ahead` decodes without waiting for the host.
 
     graphs: whether steps are captured in CUDA graphs; without, the same kernels are launched one by one.
     """
@@ -131,21 +140,24 @@ class CudaSession(TorchSession):
         self._count_step()
         return logits[: len(self._lengths)]
 
-    def greedy(self, first: torch.Tensor, num_steps: int) -> Iterator[tuple[list[int], list[float]]]:
-        """Appends `first` [B], then each step's likeliest tokens: yields per step the tokens and their logits.
-
-        The device runs a few steps ahead of what has been yielded.  A caller that has enough closes the iterator, which
-        ends the batch: `start` comes next.
-        """
+    def run_ahead(
+        self, first: torch.Tensor, num_steps: int, draws: Draws | None = None
+    ) -> Iterator[tuple[list[int], list[float]]]:
+        """See gpt.runtime.session.RunsAhead.  The device runs a few steps ahead of what has been yielded; after closing
+        the iterator, `start` comes next."""
         decoder = self._batch_decoder()
         num_rows = len(self._lengths)
         decoder.inputs.ids[:num_rows] = first
-        host = torch.empty((num_steps, 2, decoder.num_rows), dtype=torch.int32, pin_memory=self.graphs)
         begin = self._num_generated
+        sampling = None
+        if draws is not None:
+            sampling = replace(draws.config, seed=None)  # which has done its work: steps of all seeds are one graph
+            decoder.uniforms[begin : begin + num_steps, :num_rows] = draws.uniforms.to(self.device)
+        host = torch.empty((num_steps, 2, decoder.num_rows), dtype=torch.int32, pin_memory=self.graphs)
         done: list[torch.cuda.Event] = []
         for step in range(num_steps + _LEAD):
             if step < num_steps:
-                self._step(decoder)
+                self._step(decoder, sampling)
                 host[step].copy_(decoder.tokens[begin + step], non_blocking=True)
                 if self.graphs:
                     done.append(torch.cuda.Event())
@@ -244,7 +256,8 @@ class CudaSession(TorchSession):
 
         inputs = DecodeInputs(zeros(num_rows), zeros(num_rows), zeros(num_rows, table_width), cache)
         # One row more than positions: the device may be a few steps ahead of the last one.
-        return _Decoder(inputs, zeros(num_rows), zeros(table_width * cache.tokens_per_block + 1, 2, num_rows))
+        num_steps = table_width * cache.tokens_per_block + 1
+        return _Decoder(inputs, zeros(num_rows), zeros(num_steps, 2, num_rows), zeros(num_steps, num_rows).double())
 
     def _forget(self, kind: str) -> None:
         """Graphs hold the addresses of a cache that is about to go."""
@@ -261,37 +274,42 @@ class CudaSession(TorchSession):
         self._lengths = [length + 1 for length in self._lengths]
         self._beginnings.grow()
 
-    def _step(self, decoder: _Decoder) -> torch.Tensor:
-        """The logits [B, V] that follow the decoder's inputs, which move on to the likeliest tokens."""
+    def _step(self, decoder: _Decoder, sampling: SamplingConfig | None = None) -> torch.Tensor:
+        """The logits [B, V] that follow the decoder's inputs, which move on to the likeliest or the drawn tokens."""
         with torch.inference_mode():
             if not self.graphs:
-                return self._launch(decoder)[:, : self.model.vocab_size]
-            if decoder.graph is None:
-                decoder.graph = self._capture(decoder)
-            decoder.graph.replay()
-            if decoder.logits is None:
-                raise RuntimeError("a graph without a result")
-            return decoder.logits[:, : self.model.vocab_size]
+                return self._launch(decoder, sampling)[:, : self.model.vocab_size]
+            if sampling not in decoder.recorded:
+                decoder.recorded[sampling] = self._capture(decoder, sampling)
+            recorded = decoder.recorded[sampling]
+            recorded.graph.replay()
+            return recorded.logits[:, : self.model.vocab_size]
 
-    def _launch(self, decoder: _Decoder) -> torch.Tensor:
-        ops = self._decode_ops
-        ops.begin(decoder.inputs)
+    def _launch(self, decoder: _Decoder, sampling: SamplingConfig | None) -> torch.Tensor:
+        ops, inputs = self._decode_ops, decoder.inputs
+        ops.begin(inputs)
         logits = ops.value(forward(ops, self.model, self.mapping))
-        tiles = ops.tiles
-        if tiles is None or self.mapping.world_size > 1:
-            best = logits[:, : self.model.vocab_size].max(dim=-1, keepdim=True)
-            tiles = (best.values, best.indices.to(torch.int32))
-        choose_greedy(tiles, decoder.inputs.ids, decoder.inputs.positions, decoder.first, decoder.tokens)
+        tiles, shown = ops.tiles, logits[:, : self.model.vocab_size]
+        if sampling is not None:
+            step = (inputs.positions - decoder.first).long()
+            drawn = draw(keep_likely(shown, sampling), decoder.uniforms.gather(0, step[None])[0])
+            # Among logits that are no numbers nothing is found.
+            drawn = drawn.clamp(max=self.model.vocab_size - 1).to(torch.int32)
+            tiles = shown.amax(dim=-1, keepdim=True), drawn[:, None]
+        elif tiles is None or self.mapping.world_size > 1:
+            best = shown.max(dim=-1, keepdim=True)
+            tiles = best.values, best.indices.to(torch.int32)
+        choose_greedy(tiles, inputs.ids, inputs.positions, decoder.first, decoder.tokens)
         return logits
 
-    def _capture(self, decoder: _Decoder) -> torch.cuda.CUDAGraph:
+    def _capture(self, decoder: _Decoder, sampling: SamplingConfig | None) -> _Recorded:
         """Runs the step once to have its kernels compiled, puts the inputs back, and records it."""
         begin = time.perf_counter()
         saved = decoder.inputs.ids.clone(), decoder.inputs.positions.clone()
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self._launch(decoder)
+            self._launch(decoder, sampling)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         decoder.inputs.ids.copy_(saved[0])
         decoder.inputs.positions.copy_(saved[1])
@@ -299,7 +317,7 @@ class CudaSession(TorchSession):
         compiled = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._graph_memory):
-            decoder.logits = self._launch(decoder)
+            logits = self._launch(decoder, sampling)
         now = time.perf_counter()
         log.debug(
             "Decode step of %d sequences captured in %.2f s, %.2f s of it compiling and the first run",
@@ -307,7 +325,7 @@ class CudaSession(TorchSession):
             now - begin,
             compiled - begin,
         )
-        return graph
+        return _Recorded(graph, logits)
 
 
 def cache_slots(max_seq_len: int) -> int:
