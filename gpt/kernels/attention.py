@@ -429,6 +429,11 @@ def default_config(
     return AttentionConfig(block_t, num_splits, num_warps)
 
 
+def invariant_config(num_heads: int, num_kv_heads: int) -> AttentionConfig:
+    """One division of the past for all batches: a compromise between many short sequences and a long one."""
+    return AttentionConfig(32, 4, 4) if num_heads > num_kv_heads else AttentionConfig(64, 4, 2)
+
+
 def reference(
     qkv: torch.Tensor,
     positions: torch.Tensor,

@@ -24,7 +24,7 @@ from gpt.network.gpt import forward
 from gpt.runtime.limits import check_start
 from gpt.runtime.prompt_graphs import PromptGraphs
 from gpt.runtime.sampling import Draws, SamplingConfig, draw, keep_likely
-from gpt.runtime.torch_session import TorchSession
+from gpt.runtime.torch_session import TorchSession, paged_part
 from gpt.runtime.virtual_tokens import VirtualTokens
 
 # Slots of the cache and rows of a batch are rounded up, so that requests of about the same size share a graph.
@@ -71,6 +71,7 @@ class CudaSession(TorchSession):
     """See gpt.runtime.session.Session and PagedSession; `run_ahead` decodes without waiting for the host.
 
     graphs: whether steps are captured in CUDA graphs; without, the same kernels are launched one by one.
+    batch_invariant: prompts alone, decode kernels with launch parameters that no batch changes.
     """
 
     _ops_class = PromptOps
@@ -86,32 +87,34 @@ class CudaSession(TorchSession):
         *,
         graphs: bool = True,
         tuning: Tuning | None = None,
+        batch_invariant: bool = False,
     ):
-        super().__init__(model, build, mapping, weights, device, comm)
+        super().__init__(model, build, mapping, weights, device, comm, batch_invariant=batch_invariant)
         self.graphs = graphs and self.device.type == "cuda"
         self._decode_ops = DecodeOps(
             model,
             mapping,
             weights,
-            tuning or Tuning(self.device),
+            replace(tuning or Tuning(self.device), batch_invariant=batch_invariant),
             max_seq_len=build.max_seq_len + _SLOTS,
             comm=self.comm,
         )
         self._decoders: dict[tuple[str, int], _Decoder] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.graphs else None
-        self._prompts = PromptGraphs(self._forward_whole) if self.graphs else None
+        # Graphs pad prompts, and not from the first time on.
+        self._prompts = PromptGraphs(self._forward_whole) if self.graphs and not batch_invariant else None
         self._active: _Decoder | None = None  # the one that holds the positions of the batch
         self._num_generated = 0  # since it does
 
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)
-        num_rows = batch_bucket(batch_size)
+        num_blocks = batch_size + 1 if self.batch_invariant else batch_bucket(batch_size)
         num_slots = cache_slots(max_seq_len)
         cache = self.cache
-        if cache is None or cache.num_blocks < num_rows or cache.tokens_per_block < num_slots:
+        if cache is None or cache.num_blocks < num_blocks or cache.tokens_per_block < num_slots:
             self._forget("batch")
             self.cache = None  # the old one is gone before the new one is made
-            self.cache = self._make_cache(num_rows, num_slots)
+            self.cache = self._make_cache(num_blocks, num_slots)
         self._num_best = None
         self._lengths = []
         self._active = None
@@ -196,27 +199,14 @@ class CudaSession(TorchSession):
         result = logits.new_empty((len(step.ids), logits.shape[1]))
         tokens = torch.tensor([starts[row] for row in rows], device=self.device)
         result[tokens] = logits
-        others = [row for row, one in enumerate(decoding) if not one]
-        places = [place for row in others for place in range(starts[row], starts[row + 1])]
-        picked = torch.tensor(places, device=self.device)
-        wanted = torch.isin(picked, step.wanted).nonzero().flatten()
-        part = PagedStep(
-            ids=step.ids[picked],
-            positions=step.positions[picked],
-            wanted=wanted,
-            num_new=tuple(step.num_new[row] for row in others),
-            num_past=tuple(step.num_past[row] for row in others),
-            block_table=step.block_table[torch.tensor(others, device=self.device)],
-            prompt_table=step.prompt_table,
-            first_row=None if step.first_row is None else step.first_row[picked],
-        )
-        result[picked[wanted]] = super().run_paged(part)
+        part, picked = paged_part(step, [row for row, one in enumerate(decoding) if not one])
+        result[picked[part.wanted]] = super().run_paged(part)
         return result[step.wanted]
 
     def _decode_rows(self, step: PagedStep, rows: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
         """One decode step of these rows of a paged step, whose tokens stand at `tokens`: logits [rows, V]."""
         pool = self._pool()
-        key = ("paged", batch_bucket(len(rows)))
+        key = ("paged", self._num_rows(len(rows)))
         if key not in self._decoders:
             width = -(-self.build.max_seq_len // pool.tokens_per_block)
             self._decoders[key] = self._make_decoder(key[1], width, pool)
@@ -238,17 +228,22 @@ class CudaSession(TorchSession):
             return self._active
         if self.cache is None:
             raise RuntimeError("start comes before context and generation")
-        key = ("batch", batch_bucket(len(self._lengths)))
+        key = ("batch", self._num_rows(len(self._lengths)))
         if key not in self._decoders:
             self._decoders[key] = self._make_decoder(key[1], 1, self.cache)
             rows = torch.arange(key[1], dtype=torch.int32, device=self.device)
-            self._decoders[key].inputs.table.copy_(rows[:, None])
+            # Rows that fill up a batch may share a block, if need be.
+            self._decoders[key].inputs.table.copy_(rows.clamp(max=self.cache.num_blocks - 1)[:, None])
         decoder = self._decoders[key]
         decoder.inputs.positions.zero_()
         decoder.inputs.positions[: len(self._lengths)] = self._positions
         decoder.first.copy_(decoder.inputs.positions)
         self._active, self._num_generated = decoder, 0
         return decoder
+
+    def _num_rows(self, batch_size: int) -> int:
+        """What a batch is padded to.  Triton's code for one row, and for multiples of 16, is code of its own."""
+        return -(-batch_size // 16) * 16 if self.batch_invariant else batch_bucket(batch_size)
 
     def _make_decoder(self, num_rows: int, table_width: int, cache: KvCache) -> _Decoder:
         def zeros(*shape: int) -> torch.Tensor:

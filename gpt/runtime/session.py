@@ -77,7 +77,10 @@ class PagedSession(Session, Protocol):
     """A session that has a pool of cache blocks as well: sequences come and go, each step names their blocks.
 
     Who schedules decides which block belongs to whom (`gpt.runtime.blocks`).  Logits are valid until the next step.
+    batch_invariant: see gpt.runtime.execution; a sequence's tokens are then divided into steps as if it were alone.
     """
+
+    batch_invariant: bool
 
     def start_paged(self, num_blocks: int, tokens_per_block: int) -> None:
         """Makes the pool.  One of the same size is kept with what it holds."""
