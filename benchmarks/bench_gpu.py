@@ -20,7 +20,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,7 +143,7 @@ def plan(args: argparse.Namespace) -> Iterator[Work]:
                 shapes = {
                     "throughput": (Shape(*args.throughput_shape),),
                     "prefill": (Shape(*args.prefill_shape, 1),),
-                    "load": (Shape(1, args.input_len, 1),),
+                    "load": (Shape(1, args.input_len, 2),),
                 }.get(kind, tuple(Shape(batch, args.input_len, args.output_len) for batch in batches))
                 yield Work(kind, system, case, shapes)
 
@@ -279,19 +279,24 @@ class Bench:
 
         (shape,) = work.shapes
         try:
-            timing = measure_load(setup, shape, random_prompts(work.case, shape), repeat=3, timeout_s=self.budget.left)
+            timing = measure_load(setup, random_prompts(work.case, shape), repeat=3, timeout_s=self.budget.left)
         except subprocess.TimeoutExpired:
             self._is_over(work, self.budget.left)
             return
         load = Sample(timing.seconds)
-        row = self._row(work, setup, shape, len(load.values)) | {
+        row = self._row(work, setup, replace(shape, output_len=1), len(load.values)) | {
             "load_s": round(load.median, 3),
             "load_s_min": round(min(load.values), 3),
             "load_s_max": round(max(load.values), 3),
+            "load_cold_s": round(timing.cold_s, 3),
+            **{f"load_{name}_s": round(seconds, 3) for name, seconds in timing.stages_s.items()},
+            "load_two_tokens_s": round(timing.two_tokens_s, 3),
             "weight_bytes": timing.num_bytes,
         }
         self._write(self.args.csv, [{name: row.get(name, "") for name in COLUMNS}])
-        print(f"{describe(work)}: {load} s from the start of run.py to its end, one token", flush=True)
+        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in timing.stages_s.items())
+        print(f"{describe(work)}: {load} s from the start of run.py to its end, one token; {stages};", end=" ")
+        print(f"kernels not compiled yet: {timing.cold_s:.2f}; two tokens: {timing.two_tokens_s:.2f}", flush=True)
 
     def _profile(self, work: Work, setup: Setup, system: System, shape: Shape) -> None:
         from datetime import datetime, timezone
@@ -347,7 +352,8 @@ COLUMNS = (
     "step_bytes", "gb_per_s", "copy_gb_per_s", "limit_ms", "share",
     "prefill_tflops", "gemm_tflops", "gemm_share",
     "weight_bytes", "cache_bytes", "peak_bytes", "peak_over_needed",
-    "load_s", "load_s_min", "load_s_max", "rows_like_ours", "worst_margin",
+    "load_s", "load_s_min", "load_s_max", "load_cold_s", "load_python_s", "load_torch_s", "load_imports_s",
+    "load_weights_s", "load_tokens_s", "load_two_tokens_s", "rows_like_ours", "worst_margin",
 )  # fmt: skip
 
 

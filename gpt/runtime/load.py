@@ -10,6 +10,7 @@ from gpt.checkpoint.random_weights import RandomWeights
 from gpt.comm import Communicator
 from gpt.console import human_bytes, log
 from gpt.dtypes import dtype_name
+from gpt.engine.device_load import read_into_device
 from gpt.engine.folder import EngineInfo
 from gpt.engine.tensor_file import map_tensor_file
 from gpt.engine.weights import engine_layout, engine_tensors
@@ -132,7 +133,7 @@ def load_torch_weights(info: EngineInfo, mapping: Mapping, device: torch.device)
         )
     if device.type == "cpu":
         return weights
-    needed = sum(tensor.nbytes for tensor in weights.values())
+    needed = path.stat().st_size
     free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
         raise ConfigError(
@@ -140,7 +141,7 @@ def load_torch_weights(info: EngineInfo, mapping: Mapping, device: torch.device)
             found=f"{human_bytes(needed)} of weights, {human_bytes(free)} free",
             hint="free the card, choose another --device, or use --device cpu",
         )
-    return {name: tensor.to(device) for name, tensor in weights.items()}
+    return map_tensor_file(path, read_into_device(path, device))[0]
 
 
 def pick_device(device: str) -> torch.device:
