@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_gpu
+import bench_modes
 import gpu_peers
 from common import append_csv
 from gpu_cases import CASES, Shape, build_flags, prefill_flops, step_bytes
@@ -254,3 +255,12 @@ def test_folder_for_peers_holds_words_that_are_ids(tmp_path: Path) -> None:
     gpu_peers.save_words(folder, 301)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.convert_tokens_to_ids(["0", "17", "300"]) == [0, 17, 300]
+
+
+def test_every_way_of_choosing_tokens_is_timed(tmp_path: Path) -> None:
+    path = tmp_path / "modes.csv"
+    flags = ["--case", "tiny", "--device", "cpu", "--dtype", "float32", "--batch_size", "2", "--repeat", "1"]
+    assert bench_modes.main([*flags, "--input_len", "5", "--output_len", "4", "--csv", str(path)]) == 0
+    rows = read_rows(path)
+    assert [row["way"] for row in rows] == list(bench_modes.WAYS)
+    assert all(0 < float(row["token_ms_min"]) <= float(row["token_ms"]) for row in rows)
