@@ -19,11 +19,12 @@ from gpt.engine.kv_cache import KvCache
 from gpt.engine.step import PagedStep, Step
 from gpt.engine.tuning import Tuning
 from gpt.kernels.choose import choose_greedy
+from gpt.kernels.draw import Filters, draw_tokens
 from gpt.mapping import Mapping
 from gpt.network.gpt import forward
 from gpt.runtime.limits import check_start
 from gpt.runtime.prompt_graphs import PromptGraphs
-from gpt.runtime.sampling import Draws, SamplingConfig, draw, keep_likely
+from gpt.runtime.sampling import Draws
 from gpt.runtime.torch_session import TorchSession, paged_part
 from gpt.runtime.virtual_tokens import VirtualTokens
 
@@ -60,7 +61,7 @@ class _Decoder:
     first: torch.Tensor
     tokens: torch.Tensor
     uniforms: torch.Tensor
-    recorded: dict[SamplingConfig | None, _Recorded] = field(default_factory=dict)
+    recorded: dict[Filters | None, _Recorded] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -152,15 +153,16 @@ class CudaSession(TorchSession):
         num_rows = len(self._lengths)
         decoder.inputs.ids[:num_rows] = first
         begin = self._num_generated
-        sampling = None
+        filters = None
         if draws is not None:
-            sampling = replace(draws.config, seed=None)  # which has done its work: steps of all seeds are one graph
+            config = draws.config
+            filters = Filters(config.temperature, config.top_k, config.nucleus, config.min_p)
             decoder.uniforms[begin : begin + num_steps, :num_rows] = draws.uniforms.to(self.device)
         host = torch.empty((num_steps, 2, decoder.num_rows), dtype=torch.int32, pin_memory=self.graphs)
         done: list[torch.cuda.Event] = []
         for step in range(num_steps + _LEAD):
             if step < num_steps:
-                self._step(decoder, sampling)
+                self._step(decoder, filters)
                 host[step].copy_(decoder.tokens[begin + step], non_blocking=True)
                 if self.graphs:
                     done.append(torch.cuda.Event())
@@ -269,42 +271,41 @@ class CudaSession(TorchSession):
         self._lengths = [length + 1 for length in self._lengths]
         self._beginnings.grow()
 
-    def _step(self, decoder: _Decoder, sampling: SamplingConfig | None = None) -> torch.Tensor:
+    def _step(self, decoder: _Decoder, filters: Filters | None = None) -> torch.Tensor:
         """The logits [B, V] that follow the decoder's inputs, which move on to the likeliest or the drawn tokens."""
         with torch.inference_mode():
             if not self.graphs:
-                return self._launch(decoder, sampling)[:, : self.model.vocab_size]
-            if sampling not in decoder.recorded:
-                decoder.recorded[sampling] = self._capture(decoder, sampling)
-            recorded = decoder.recorded[sampling]
+                return self._launch(decoder, filters)[:, : self.model.vocab_size]
+            if filters not in decoder.recorded:
+                decoder.recorded[filters] = self._capture(decoder, filters)
+            recorded = decoder.recorded[filters]
             recorded.graph.replay()
             return recorded.logits[:, : self.model.vocab_size]
 
-    def _launch(self, decoder: _Decoder, sampling: SamplingConfig | None) -> torch.Tensor:
+    def _launch(self, decoder: _Decoder, filters: Filters | None) -> torch.Tensor:
         ops, inputs = self._decode_ops, decoder.inputs
         ops.begin(inputs)
         logits = ops.value(forward(ops, self.model, self.mapping))
         tiles, shown = ops.tiles, logits[:, : self.model.vocab_size]
-        if sampling is not None:
-            step = (inputs.positions - decoder.first).long()
-            drawn = draw(keep_likely(shown, sampling), decoder.uniforms.gather(0, step[None])[0])
-            # Among logits that are no numbers nothing is found.
-            drawn = drawn.clamp(max=self.model.vocab_size - 1).to(torch.int32)
-            tiles = shown.amax(dim=-1, keepdim=True), drawn[:, None]
-        elif tiles is None or self.mapping.world_size > 1:
+        if self.mapping.world_size > 1:
+            tiles = None  # of this rank's logits only
+        if filters is not None:
+            tile_max = None if tiles is None else tiles[0]
+            tiles = draw_tokens(shown, filters, decoder.uniforms, inputs.positions, decoder.first, tile_max)
+        elif tiles is None:
             best = shown.max(dim=-1, keepdim=True)
             tiles = best.values, best.indices.to(torch.int32)
         choose_greedy(tiles, inputs.ids, inputs.positions, decoder.first, decoder.tokens)
         return logits
 
-    def _capture(self, decoder: _Decoder, sampling: SamplingConfig | None) -> _Recorded:
+    def _capture(self, decoder: _Decoder, filters: Filters | None) -> _Recorded:
         """Runs the step once to have its kernels compiled, puts the inputs back, and records it."""
         begin = time.perf_counter()
         saved = decoder.inputs.ids.clone(), decoder.inputs.positions.clone()
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self._launch(decoder, sampling)
+            self._launch(decoder, filters)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         decoder.inputs.ids.copy_(saved[0])
         decoder.inputs.positions.copy_(saved[1])
@@ -312,7 +313,7 @@ class CudaSession(TorchSession):
         compiled = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._graph_memory):
-            logits = self._launch(decoder, sampling)
+            logits = self._launch(decoder, filters)
         now = time.perf_counter()
         log.debug(
             "Decode step of %d sequences captured in %.2f s, %.2f s of it compiling and the first run",

@@ -23,7 +23,7 @@ __all__ = ["Draws", "Sampler", "SamplingConfig"]
 @dataclass(frozen=True)
 class Draws:
     """What a device needs to draw tokens by itself, where what came before changes nothing: the settings, and the
-    random numbers [T, B] float64 in [0, 1) of T steps to come."""
+    random numbers [T, B] float64 in [0, 1) of T steps to come.  See gpt.kernels.draw."""
 
     config: SamplingConfig
     uniforms: torch.Tensor
