@@ -16,6 +16,7 @@ from gpt.errors import ConfigError
 from gpt.text.comparison import SummarizeConfig, compare
 from gpt.text.decoding_options import add_beam_flags, read_decoding
 from gpt.text.evaluation import TASKS
+from gpt.text.execution_options import add_execution_flags, read_execution
 
 
 def build_parser() -> ArgumentParser:
@@ -26,7 +27,7 @@ def build_parser() -> ArgumentParser:
     sides.add_argument("--engine_dir", type=Path, default=Path("gpt_outputs"), help="folder that build.py wrote")
     sides.add_argument("--hf_model_location", metavar="PLACE", help="local folder, or name on the model hub")
     sides.add_argument("--data_type", default="fp32", help="of the Hugging Face model: fp32, fp16 or bf16")
-    sides.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_execution_flags(sides)
     words = parser.add_argument_group("tokenizer (default: the engine's, else that of --hf_model_location)")
     words.add_argument("--tokenizer", metavar="PLACE", help="local folder, or name on the model hub")
     words.add_argument("--vocab_file", type=Path, metavar="FILE", help="sentencepiece model; goes before --tokenizer")
@@ -94,6 +95,7 @@ def _run(args: Namespace, command: str) -> None:
         command=command,
         eval_type=args.eval_type,
         decoding=read_decoding(args),
+        execution=read_execution(args),
     )
     compare(config, sys.stdout)
 

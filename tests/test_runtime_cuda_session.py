@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from gpt.kernels.launch import INTERPRETED
 from gpt.mapping import Mapping
 from gpt.quant import dequantize_weight, unpack_int4
 from gpt.runtime.cuda_session import CudaSession
+from gpt.runtime.generate import generate
+from gpt.runtime.sampling import SamplingConfig
 from gpt.runtime.torch_session import TorchSession
 
 MODEL = ModelConfig(vocab_size=67, n_positions=40, n_embd=32, n_head=4, n_layer=2, n_kv_head=4, inter_size=48)
@@ -120,7 +123,7 @@ def test_running_ahead_chooses_the_same(lengths: list[int], kernel_device: torch
         begin(session, batch)
     assert isinstance(session, CudaSession)
     num_steps = 3 if INTERPRETED else 10
-    for tokens, largest in session.greedy(first.to(kernel_device), num_steps):
+    for tokens, largest in session.run_ahead(first.to(kernel_device), num_steps):
         logits = oracle.generation(ids)
         ids = logits.argmax(-1)
         assert tokens == ids.tolist()
@@ -146,6 +149,31 @@ def test_sums_can_go_through_another_communicator(kernel_device: torch.device) -
     assert relative_error(logits, expected) < BOUNDS["float32"]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 0}, {"top_k": 5, "temperature": 3.0}, {"top_k": 40, "top_p": 0.7}, {"top_k": 0, "min_p": 0.2}],
+    ids=str,
+)
+def test_running_ahead_draws_what_the_host_would(
+    settings: dict[str, Any], kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle, session = make_pair(MODEL, "float32", kernel_device)
+    monkeypatch.setattr(CudaSession, "generation", None)  # which waits for the host
+    prompts = random_prompts([3, 5, 2], MODEL.vocab_size)
+    num_tokens = 4 if INTERPRETED else 12
+    drawn = [
+        [
+            generate(
+                each, prompts, max_new_tokens=num_tokens, end_id=None, sampling=SamplingConfig(seed=seed, **settings)
+            )
+            for seed in (3, 4)
+        ]
+        for each in (session, oracle)
+    ]
+    assert [run.tokens for run in drawn[0]] == [run.tokens for run in drawn[1]]
+    assert drawn[0][0].tokens != drawn[0][1].tokens
+
+
 def test_a_larger_batch_follows_a_smaller_one(kernel_device: torch.device) -> None:
     """The first one's cache and graphs go, and with them the memory that graphs shared."""
     oracle, session = make_pair(MODEL, "float32", kernel_device)
@@ -154,7 +182,7 @@ def test_a_larger_batch_follows_a_smaller_one(kernel_device: torch.device) -> No
         prompts = random_prompts(lengths, MODEL.vocab_size)
         first = begin(oracle, prompts).argmax(-1)
         begin(session, prompts)
-        tokens = next(session.greedy(first.to(kernel_device), 1))[0]
+        tokens = next(session.run_ahead(first.to(kernel_device), 1))[0]
         assert tokens == oracle.generation(first).argmax(-1).tolist()
 
 
@@ -169,7 +197,7 @@ def test_steps_one_by_one_between_those_run_ahead(kernel_device: torch.device) -
     oracle.generation(given)
     session.generation(given.to(kernel_device))
     ids = given
-    for tokens, _ in session.greedy(given.to(kernel_device), 2):
+    for tokens, _ in session.run_ahead(given.to(kernel_device), 2):
         ids = oracle.generation(ids).argmax(-1)
         assert tokens == ids.tolist()
     expected, logits = oracle.generation(given), session.generation(given.to(kernel_device)).cpu()
@@ -194,7 +222,7 @@ def test_logits_that_are_no_numbers_reach_the_caller(kernel_device: torch.device
     assert isinstance(session, CudaSession)
     begin(session, [[1, 2]])
     session.ops.weights["model.wte"][9, 3] = torch.nan  # the tied head: token 9 has no logit
-    (tokens, largest), *_ = session.greedy(torch.tensor([4], device=kernel_device), 1)
+    (tokens, largest), *_ = session.run_ahead(torch.tensor([4], device=kernel_device), 1)
     assert largest[0] != largest[0]
     assert 0 <= tokens[0] < MODEL.vocab_size
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from gpt.errors import ConfigError
 from gpt.runtime.batching_config import BatchingConfig
 from gpt.runtime.blocks import BlockManager
 from gpt.runtime.generate import Generation, check_request
@@ -51,6 +52,12 @@ def generate_paged(
         longest = max(map(len, prompts)) + max_new_tokens
         num_blocks = pool_blocks(session.model, session.build, session.device, batching, longest)
         table = None if virtual is None else virtual.table
+        if session.batch_invariant and batching.max_draft_len:
+            raise ConfigError(
+                "drafts are checked by steps of several tokens, which round otherwise than single ones",
+                found=f"--batch_invariant with --max_draft_len {batching.max_draft_len}",
+                allowed="one of the two",
+            )
     num_blocks, table = session.comm.broadcast_object((num_blocks, table))
     session.start_paged(num_blocks, session.build.tokens_per_block)
     steps = StepRunner(session, table)
@@ -73,12 +80,13 @@ def generate_paged(
         on_end=on_end,
     )
     scheduler = Scheduler(
-        BlockManager(num_blocks, session.build.tokens_per_block),
+        BlockManager(num_blocks, session.build.tokens_per_block, sharing=not session.batch_invariant),
         rows.waiting(None if virtual is None else virtual.tasks),
         max_running=session.build.max_batch_size,
         max_num_tokens=session.build.max_num_tokens,
         continuous=session.build.use_inflight_batching,
         draft=rows.draft if batching.max_draft_len else None,
+        independent=session.batch_invariant,
     )
     _run(scheduler, steps, rows)
     steps.end()

@@ -58,7 +58,9 @@ class Scheduler:
 
     waiting: sequences in the order in which they shall start; read as there is room.  max_running: sequences at a time.
     max_num_tokens: of a step.  continuous: whether sequences join before all running ones have ended.  draft: proposes
-    up to so many tokens that may come next.
+    up to so many tokens that may come next.  independent: how a sequence is divided into steps does not depend on
+    others: prompts take as much of a step as if they were alone, and room for all of a sequence is kept from the start,
+    so that none is sent away and computed again.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Scheduler:
         max_num_tokens: int,
         continuous: bool = True,
         draft: Callable[[RunningSequence, int], tuple[int, ...]] | None = None,
+        independent: bool = False,
     ):
         self.blocks = blocks
         self.running: list[RunningSequence] = []
@@ -80,6 +83,7 @@ class Scheduler:
         self._max_num_tokens = max_num_tokens
         self._continuous = continuous
         self._draft = draft
+        self._independent = independent
 
     def plan(self) -> list[Part]:
         """The next step's parts; none where all sequences have ended."""
@@ -102,7 +106,7 @@ class Scheduler:
 
     def _schedule(self, sequence: RunningSequence, budget: int, parts: list[Part]) -> int:
         """Adds a running sequence's part, and returns its tokens; gives up the youngest for it if need be."""
-        num_new = min(sequence.num_missing, budget)
+        num_new = min(sequence.num_missing, self._max_num_tokens if self._independent else budget)
         num_slots = sequence.table.num_filled + num_new
         draft: tuple[int, ...] = ()
         if self._draft is not None and num_new == sequence.num_missing:
@@ -135,10 +139,13 @@ class Scheduler:
                 passed.append(sequence)
                 continue
             # Room for one more token, so that a sequence does not come only to be sent away in the next step.
-            if self.blocks.num_missing(table, min(len(sequence.tokens) + 1, sequence.max_len)) > self.blocks.num_free:
+            wanted = sequence.max_len if self._independent else min(len(sequence.tokens) + 1, sequence.max_len)
+            if self.blocks.num_missing(table, wanted) > self.blocks.num_free:
                 self.blocks.close(table)
                 passed.append(sequence)
                 break
+            if self._independent:
+                self.blocks.grow(table, wanted)
             sequence.table, sequence.running = table, True
             self.running.append(sequence)
             budget -= self._schedule(sequence, budget, parts)

@@ -15,6 +15,7 @@ from gpt.console import log
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.errors import ConfigError, GptError
 from gpt.files import write_text
+from gpt.runtime.execution import DEFAULT_EXECUTION, Execution
 from gpt.text.dataset import Article, load_articles
 from gpt.text.decoding_options import GREEDY_DECODING, DecodingOptions
 from gpt.text.evaluation import (
@@ -68,6 +69,7 @@ class SummarizeConfig:
     command: str = ""
     eval_type: str = "summarize"
     decoding: DecodingOptions = GREEDY_DECODING
+    execution: Execution = DEFAULT_EXECUTION
 
     @property
     def task(self) -> Task:
@@ -182,7 +184,7 @@ def _run_sides(
     session: Session | None = None
     baseline: HfBaseline | None = None
     if config.test_engine and info is not None:
-        session = load_session(info, config.device)
+        session = load_session(info, config.device, config.execution)
     device = session.device if session is not None else pick_device(config.device)
     if config.hf_model is not None:
         from gpt.text.hf_baseline import HfBaseline

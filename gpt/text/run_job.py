@@ -189,7 +189,7 @@ def _compute(job: Job, sampling: SamplingConfig, writer: _Writer, num_done: int)
         return results
     from gpt.runtime.load import load_session
 
-    session = load_session(job.info, job.config.device)
+    session = load_session(job.info, job.config.device, job.config.execution)
     if not decoding.uses_beams:
         settings |= {"on_token": writer.add, "on_end": writer.end, "batching": job.config.batching}
         return generate_batches(

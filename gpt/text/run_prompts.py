@@ -12,6 +12,7 @@ from gpt.comm import start
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.errors import ConfigError
 from gpt.runtime.batching_config import DEFAULT_BATCHING, BatchingConfig
+from gpt.runtime.execution import DEFAULT_EXECUTION, Execution
 from gpt.runtime.limits import check_prompts
 from gpt.runtime.ranks import join_ranks
 from gpt.text.decoding_options import GREEDY_DECODING, DecodingOptions
@@ -72,6 +73,7 @@ class RunConfig:
     max_input_length: int | None = None
     on_long_prompt: str = "refuse"
     batching: BatchingConfig = DEFAULT_BATCHING
+    execution: Execution = DEFAULT_EXECUTION
 
     def __post_init__(self) -> None:
         reject_unsupported(self._contradictions())
@@ -161,7 +163,7 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
 
     from gpt.runtime.load import load_session
 
-    session = load_session(info, config.device)
+    session = load_session(info, config.device, config.execution)
     wanted = config.wanted(end_id, info.model.pad_token_id, ranks.rank)
     results = Results(wanted, prompts, tokenizer, end_id, stops, info.model.vocab_size, out)
     batches: list[Generation] = []
