@@ -99,8 +99,8 @@ def test_lengths_far_apart_attend_in_calls_of_their_own(session: TorchSession, m
     monkeypatch.setattr("gpt.engine.torch_paged_attention._CALL_COSTS_TOKENS", 8)
     tokens = random_prompts((5, 39, 6, 38, 21), 50)
     pages = Pages(64)
-    session.run_paged(pages.step({row: prompt[:-1] for row, prompt in enumerate(tokens)}))
-    found = session.run_paged(pages.step({row: prompt[-1:] for row, prompt in enumerate(tokens)}))
+    session.run_paged(pages.step({row: prompt[:-2] for row, prompt in enumerate(tokens)}))
+    found = session.run_paged(pages.step({row: prompt[-2:] for row, prompt in enumerate(tokens)}))
     assert [group.size for group in session.ops.attend.paged._groups] == [2, 1, 2]
     check(session, found, tokens)
 
