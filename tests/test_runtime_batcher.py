@@ -152,6 +152,17 @@ def test_drafts_save_steps_where_text_repeats(session: TorchSession, monkeypatch
     assert all(num_tokens == num_wanted for num_tokens, num_wanted in fed[1:])
 
 
+def test_a_pool_that_is_there_is_kept(session: TorchSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it has taken the memory that another one would need, and for shorter requests."""
+    settings: dict[str, Any] = {"max_new_tokens": 10, "end_id": None}
+    generate_paged(session, random_prompts((50,), 50), **settings)
+    pool = session.pool
+    monkeypatch.setattr("gpt.runtime.pool_size.available_memory_bytes", lambda: 0)
+    generate_paged(session, random_prompts((50, 9), 50), **settings)
+    generate_paged(session, random_prompts((3,), 50), **settings)
+    assert session.pool is pool
+
+
 def test_requests_that_cannot_be_held(session: TorchSession) -> None:
     with pytest.raises(ConfigError, match="does not hold one sequence"):
         generate_paged(

@@ -53,7 +53,8 @@ def generate_paged(
     if session.comm.rank == 0:
         check_request(session, prompts, max_new_tokens, virtual)
         longest = max(map(len, prompts)) + max_new_tokens
-        num_blocks = pool_blocks(session.model, session.build, session.device, batching, longest)
+        held = session.num_pool_blocks
+        num_blocks = pool_blocks(session.model, session.build, session.device, batching, longest, held)
         table = None if virtual is None else virtual.table
     num_blocks, table = session.comm.broadcast_object((num_blocks, table))
     session.start_paged(num_blocks, session.build.tokens_per_block)

@@ -171,6 +171,10 @@ class CudaSession(TorchSession):
             self._forget("paged")
             self._forget("batch")
 
+    @property
+    def num_pool_blocks(self) -> int:
+        return max(0, super().num_pool_blocks - 1)
+
     def run_paged(self, step: PagedStep) -> torch.Tensor:
         """Rows of one token after a past take the decode step, all others PyTorch's."""
         decoding = [num_new == 1 and past > 0 for num_new, past in zip(step.num_new, step.num_past, strict=True)]

@@ -77,7 +77,12 @@ class PagedSession(Session, Protocol):
     """
 
     def start_paged(self, num_blocks: int, tokens_per_block: int) -> None:
-        """Makes the pool.  One of the same size is kept with what it holds."""
+        """Makes the pool.  One with as many blocks or more is kept."""
+        ...
+
+    @property
+    def num_pool_blocks(self) -> int:
+        """Of the pool that there is, 0 before the first `start_paged`."""
         ...
 
     def run_paged(self, step: PagedStep) -> torch.Tensor:
