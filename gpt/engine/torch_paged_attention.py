@@ -100,7 +100,10 @@ class PagedAttention:
         """heads [N, H + 2G, D], queries first -> [N, H*D]."""
         blocks = self.cache.blocks[layer]  # [2, num_blocks, G, tokens_per_block, D]
         new = heads[:, self.num_heads :].unflatten(1, (2, self.num_kv_heads))  # [N, 2, G, D]
-        blocks.view(-1, blocks.shape[-1]).index_copy_(0, self._slots, self.cache.encode(new, layer).flatten(0, 2))
+        slots, new = blocks.view(-1, blocks.shape[-1]), self.cache.encode(new, layer).flatten(0, 2)
+        if self.cache.scales is not None:
+            slots, new = slots.view(torch.uint8), new.view(torch.uint8)  # PyTorch does not copy FP8 everywhere
+        slots.index_copy_(0, self._slots, new)
         if len(self._groups) == 1 and self._groups[0].tokens is None:
             return self._attend_to_past(self._groups[0], heads, blocks, layer, scale)
         result = heads.new_empty(heads.shape[0], self.num_heads * heads.shape[2])
