@@ -116,13 +116,15 @@ def continuous(batching: BatchingConfig) -> Way:
 def vllm(model: str) -> Way:
     from vllm import LLM, SamplingParams
 
-    engine = LLM(model, dtype="float16")
+    engines: list[Any] = []  # made by the first run, when the card's memory is free
 
     def run(session: Session, work: Work) -> list[Generation]:
         limits = work.limits or [work.max_new_tokens] * len(work.prompts)
         choice = [SamplingParams(temperature=0, max_tokens=limit) for limit in limits]
         requests = [{"prompt_token_ids": prompt} for prompt in work.prompts]
-        outputs = engine.generate(requests, choice, use_tqdm=False)
+        if not engines:
+            engines.append(LLM(model, dtype="float16"))
+        outputs = engines[0].generate(requests, choice, use_tqdm=False)
         return [Generation(tokens=[list(one.outputs[0].token_ids) for one in outputs])]
 
     return Way(run)
