@@ -14,10 +14,13 @@ from gpt.checkpoint.random_weights import RandomWeights
 from gpt.comm import NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.kv_cache import batch_bucket
+from gpt.engine.step import AheadStep
 from gpt.engine.weights import engine_tensors
 from gpt.kernels.launch import INTERPRETED
 from gpt.mapping import Mapping
 from gpt.quant import dequantize_weight, unpack_int4
+from gpt.runtime.batcher import generate_paged
+from gpt.runtime.batching_config import BatchingConfig
 from gpt.runtime.cuda_session import CudaSession
 from gpt.runtime.generate import generate
 from gpt.runtime.sampling import SamplingConfig
@@ -82,6 +85,26 @@ def test_logits(name: str, dtype: str, batch: str, kernel_device: torch.device) 
         expected, logits = oracle.generation(ids), session.generation(ids.to(kernel_device)).cpu()
         assert logits.shape == expected.shape
         assert relative_error(logits, expected) < BOUNDS[dtype]
+        ids = expected.argmax(-1)
+
+
+@pytest.mark.parametrize("name", ["learned", "rope gated"])
+def test_products_of_large_batches_by_libraries(
+    name: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt.engine.cuda_ops.LIBRARY_ROWS", 2)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a kernel for few rows")
+
+    monkeypatch.setattr("gpt.engine.cuda_ops.skinny", refuse)
+    oracle, session = make_pair(MODELS[name], "float32", kernel_device)
+    prompts = random_prompts(BATCHES["three"], MODEL.vocab_size)
+    ids = begin(oracle, prompts).argmax(-1)
+    begin(session, prompts)
+    for _ in range(2):
+        expected, logits = oracle.generation(ids), session.generation(ids.to(kernel_device)).cpu()
+        assert relative_error(logits, expected) < BOUNDS["float32"]
         ids = expected.argmax(-1)
 
 
@@ -215,6 +238,46 @@ def test_reordered_rows(kernel_device: torch.device) -> None:
         each.reorder([2, 0, 0])
         logits.append(each.generation(given.to(each.device)).cpu())
     assert relative_error(logits[1], logits[0]) < BOUNDS["float32"]
+
+
+@pytest.mark.parametrize("max_cache_tokens", [None, 20], ids=["enough blocks", "few blocks"])
+def test_sequences_that_join_while_others_run_ahead(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, max_cache_tokens: int | None
+) -> None:
+    """Every prompt's tokens are those of the prompt alone, also where it ends in the middle of the steps ahead."""
+    num_new = 4 if INTERPRETED else 12
+    build = replace(
+        make_build("float32"), paged_kv_cache=True, tokens_per_block=4, use_inflight_batching=True, max_batch_size=2
+    )
+    weights = make_weights(MODEL, build)
+    # Small random weights say the same whatever they read.
+    weights = {name: tensor * 8 if tensor.dim() == 2 else tensor for name, tensor in weights.items()}
+    oracle = TorchSession(MODEL, build, Mapping(), weights)
+    on_device = {name: tensor.to(kernel_device) for name, tensor in weights.items()}
+    session = CudaSession(MODEL, build, Mapping(), on_device, kernel_device)
+    prompts = random_prompts([3, 9, 1, 6], MODEL.vocab_size)
+    free = [generate(oracle, [prompt], max_new_tokens=num_new, end_id=None).tokens[0] for prompt in prompts]
+    end_id = free[0][2]
+    assert len({token for row in free for token in row}) > num_new
+    ahead: list[tuple[int, int]] = []
+    run_ahead = session.run_paged_ahead
+
+    def listen(step: AheadStep) -> Iterator[tuple[list[int], list[float]]]:
+        ahead.append((len(step.ids), step.num_steps))
+        return run_ahead(step)
+
+    monkeypatch.setattr(session, "run_paged_ahead", listen)
+    found = generate_paged(
+        session,
+        prompts,
+        max_new_tokens=num_new,
+        end_id=end_id,
+        batching=BatchingConfig(max_cache_tokens=max_cache_tokens),
+    )
+    assert found.tokens == [row[: row.index(end_id) + 1] if end_id in row else row for row in free]
+    assert max(rows for rows, _ in ahead) == 2
+    assert max(steps for _, steps in ahead) > 1
+    assert len(found.step_ms) >= sum(steps for _, steps in ahead)
 
 
 def test_logits_that_are_no_numbers_reach_the_caller(kernel_device: torch.device) -> None:

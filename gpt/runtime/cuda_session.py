@@ -16,7 +16,7 @@ from gpt.console import log
 from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
 from gpt.engine.cuda_prompt_ops import PromptOps
 from gpt.engine.kv_cache import KvCache, batch_bucket, cache_slots
-from gpt.engine.step import PagedStep, Step
+from gpt.engine.step import AheadStep, PagedStep, Step
 from gpt.engine.tuning import Tuning
 from gpt.kernels.choose import choose_greedy
 from gpt.kernels.draw import Filters, draw_tokens
@@ -25,7 +25,7 @@ from gpt.network.gpt import forward
 from gpt.runtime.limits import check_start
 from gpt.runtime.prompt_graphs import PromptGraphs
 from gpt.runtime.sampling import Draws
-from gpt.runtime.torch_session import TorchSession, paged_part
+from gpt.runtime.torch_session import TorchSession
 from gpt.runtime.virtual_tokens import VirtualTokens
 
 # Steps that may be under way while the host still reads older tokens.
@@ -191,6 +191,10 @@ class CudaSession(TorchSession):
             self._forget("paged")
             self._forget("batch")
 
+    @property
+    def num_pool_blocks(self) -> int:
+        return max(0, super().num_pool_blocks - 1)
+
     def run_paged(self, step: PagedStep) -> torch.Tensor:
         """Rows of one token after a past take the decode step, all others PyTorch's."""
         decoding = [num_new == 1 and past > 0 for num_new, past in zip(step.num_new, step.num_past, strict=True)]
@@ -201,31 +205,85 @@ class CudaSession(TorchSession):
         logits = self._decode_rows(step, rows, [starts[row] for row in rows])
         if all(decoding):
             return logits[step.wanted]
-        result = logits.new_empty((len(step.ids), logits.shape[1]))
-        tokens = torch.tensor([starts[row] for row in rows], device=self.device)
-        result[tokens] = logits
-        part, picked = paged_part(step, [row for row, one in enumerate(decoding) if not one])
-        result[picked[part.wanted]] = super().run_paged(part)
-        return result[step.wanted]
+        others = [row for row, one in enumerate(decoding) if not one]
+        places = [place for row in others for place in range(starts[row], starts[row + 1])]
+        picked = torch.tensor(places, device=self.device)
+        # Lines of the result: from decoded rows, and from tokens of `part`.
+        lines = {token: line for line, token in enumerate(step.wanted.tolist())}
+        decoded = [(lines[starts[row]], index) for index, row in enumerate(rows) if starts[row] in lines]
+        wanted = [(lines[place], index) for index, place in enumerate(places) if place in lines]
+        result = logits.new_empty((len(lines), logits.shape[1]))
+        if decoded:
+            target, source = torch.tensor(decoded, device=self.device).T
+            result[target] = logits[source]
+        target, source = torch.tensor(wanted, dtype=torch.int64, device=self.device).view(-1, 2).T
+        part = PagedStep(
+            ids=step.ids[picked],
+            positions=step.positions[picked],
+            wanted=source,
+            num_new=tuple(step.num_new[row] for row in others),
+            num_past=tuple(step.num_past[row] for row in others),
+            block_table=step.block_table[torch.tensor(others, device=self.device)],
+            prompt_table=step.prompt_table,
+            first_row=None if step.first_row is None else step.first_row[picked],
+        )
+        result[target] = super().run_paged(part)
+        return result
+
+    def run_paged_ahead(self, step: AheadStep) -> Iterator[tuple[list[int], list[float]]]:
+        num_rows = len(step.ids)
+        decoder = self._paged_decoder(num_rows)
+        inputs = decoder.inputs
+        trash = self._pool().num_blocks - 1
+        width = inputs.table.shape[1]
+        # One copy to the device: tokens, positions, ends, tables.
+        rows = [
+            [token, past, end, *table, *[trash] * (width - len(table))]
+            for token, past, end, table in zip(step.ids, step.num_past, step.ends, step.tables, strict=True)
+        ]
+        rows += [[0, 0, 0, *[trash] * width]] * (decoder.num_rows - num_rows)
+        numbers = torch.tensor(rows, dtype=torch.int32).to(self.device)
+        inputs.ids.copy_(numbers[:, 0])
+        inputs.positions.copy_(numbers[:, 1])
+        decoder.first.copy_(inputs.positions)
+        ends = numbers[:, 2].contiguous()
+        inputs.table.copy_(numbers[:, 3:])
+        host = torch.empty((step.num_steps, 2, decoder.num_rows), dtype=torch.int32, pin_memory=self.graphs)
+        done: list[torch.cuda.Event] = []
+        for number in range(step.num_steps):
+            self._step(decoder)
+            torch.minimum(inputs.positions, ends, out=inputs.positions)
+            host[number].copy_(decoder.tokens[number], non_blocking=True)
+            if self.graphs:
+                done.append(torch.cuda.Event())
+                done[-1].record()
+        for number in range(step.num_steps):
+            if self.graphs:
+                done[number].synchronize()
+            tokens, values = host[number, :, :num_rows]
+            yield tokens.tolist(), values.view(torch.float32).tolist()
 
     def _decode_rows(self, step: PagedStep, rows: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
         """One decode step of these rows of a paged step, whose tokens stand at `tokens`: logits [rows, V]."""
-        pool = self._pool()
-        key = ("paged", self._num_rows(len(rows)))
-        if key not in self._decoders:
-            width = -(-self.build.max_seq_len // pool.tokens_per_block)
-            self._decoders[key] = self._make_decoder(key[1], width, pool)
-        decoder = self._decoders[key]
+        decoder = self._paged_decoder(len(rows))
         inputs, num_rows = decoder.inputs, len(rows)
         picked = torch.tensor(tokens, device=self.device)
         inputs.ids[:num_rows] = step.ids[picked]
         inputs.positions.zero_()
         inputs.positions[:num_rows] = step.positions[picked]
         decoder.first.copy_(inputs.positions)
-        inputs.table.fill_(pool.num_blocks - 1)
+        inputs.table.fill_(self._pool().num_blocks - 1)
         width = min(step.block_table.shape[1], inputs.table.shape[1])
         inputs.table[:num_rows, :width] = step.block_table[torch.tensor(rows, device=self.device), :width]
         return self._step(decoder)[:num_rows]
+
+    def _paged_decoder(self, num_rows: int) -> _Decoder:
+        key = ("paged", self._num_rows(num_rows))
+        if key not in self._decoders:
+            pool = self._pool()
+            width = -(-self.build.max_seq_len // pool.tokens_per_block)
+            self._decoders[key] = self._make_decoder(key[1], width, pool)
+        return self._decoders[key]
 
     def _batch_decoder(self) -> _Decoder:
         """The decoder that goes on with the batch, its positions set."""

@@ -11,7 +11,7 @@ from gpt.config import BuildConfig, ModelConfig
 if TYPE_CHECKING:
     import torch
 
-    from gpt.engine.step import PagedStep
+    from gpt.engine.step import AheadStep, PagedStep
     from gpt.runtime.sampling import Draws
     from gpt.runtime.virtual_tokens import VirtualTokens
 
@@ -83,9 +83,23 @@ class PagedSession(Session, Protocol):
     batch_invariant: bool
 
     def start_paged(self, num_blocks: int, tokens_per_block: int) -> None:
-        """Makes the pool.  One of the same size is kept with what it holds."""
+        """Makes the pool.  One with as many blocks or more is kept."""
+        ...
+
+    @property
+    def num_pool_blocks(self) -> int:
+        """Of the pool that there is, 0 before the first `start_paged`."""
         ...
 
     def run_paged(self, step: PagedStep) -> torch.Tensor:
         """Writes the new tokens' K and V to their blocks: the logits [K, V] float32 of the wanted tokens."""
+        ...
+
+
+@runtime_checkable
+class PagedRunsAhead(Protocol):
+    """A paged session whose device chooses the likeliest tokens itself for several steps."""
+
+    def run_paged_ahead(self, step: AheadStep) -> Iterator[tuple[list[int], list[float]]]:
+        """Yields per step the chosen tokens and their logits, which the device need not wait for."""
         ...

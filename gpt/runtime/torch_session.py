@@ -175,9 +175,13 @@ class TorchSession:
     def start_paged(self, num_blocks: int, tokens_per_block: int) -> None:
         self._num_best = None
         pool = self.pool
-        if pool is None or (pool.num_blocks, pool.tokens_per_block) != (num_blocks, tokens_per_block):
+        if pool is None or pool.num_blocks < num_blocks or pool.tokens_per_block != tokens_per_block:
             self.cache = self.pool = None  # the old ones are gone before the new one is made
             self.pool = self._make_cache(num_blocks, tokens_per_block)
+
+    @property
+    def num_pool_blocks(self) -> int:
+        return 0 if self.pool is None else self.pool.num_blocks
 
     def run_paged(self, step: PagedStep) -> torch.Tensor:
         if not self.batch_invariant:
