@@ -15,13 +15,22 @@ if TYPE_CHECKING:
 Row = dict[str, str]
 LABELS = {
     "ours": "this project",
+    "ours_smoothquant": "this project, SmoothQuant per token and channel",
+    "ours_smoothquant_static": "this project, SmoothQuant per channel",
+    "ours_fp8": "this project, FP8",
     "hf_eager": "transformers, eager",
     "hf_static": "transformers, static cache in a CUDA graph",
     "hf_compile": "transformers, static cache + compile",
     "vllm": "vLLM",
     "ctranslate2": "CTranslate2",
 }
-_COLOURS = dict(zip(LABELS, ("#0072b2", "#999999", "#e69f00", "#d55e00", "#009e73", "#cc79a7"), strict=True))
+_COLOURS = dict(
+    zip(
+        LABELS,
+        ("#0072b2", "#56b4e9", "#332288", "#88ccee", "#999999", "#e69f00", "#d55e00", "#009e73", "#cc79a7"),
+        strict=True,
+    )
+)
 _NUM_KERNELS = 12
 
 

@@ -83,3 +83,19 @@ def activate(x, ACTIVATION: tl.constexpr):
         tl.static_assert(ACTIVATION == "none")
         y = x
     return y
+
+
+@triton.jit
+def to_steps(x, dtype_ptr):
+    """float32 values in units of a scale, saturated and rounded to the type behind `dtype_ptr`: int8 or float8e4nv."""
+    dtype: tl.constexpr = dtype_ptr.dtype.element_ty
+    # Adding and subtracting 1.5 * 2^23 units rounds to a multiple of the unit, half to even.
+    if dtype == tl.int8:
+        x = tl.minimum(tl.maximum(x, -128.0), 127.0)
+        return ((x + 12582912.0) - 12582912.0).to(tl.int8)
+    else:
+        # FP8 has three bits behind the first one, and below 2^-6 multiples of 2^-9.
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        magic = tl.maximum(power, 0.015625) * 1572864.0
+        return ((x + magic) - magic).to(dtype)

@@ -15,6 +15,7 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.console import log
 from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
 from gpt.engine.cuda_prompt_ops import PromptOps
+from gpt.engine.cuda_w8a8 import W8a8Linear
 from gpt.engine.kv_cache import KvCache
 from gpt.engine.step import PagedStep, Step
 from gpt.engine.tuning import Tuning
@@ -31,12 +32,6 @@ _SLOTS = 128
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 # Steps that may be under way while the host still reads older tokens.
 _LEAD = 3
-
-
-def decodes_with_kernels(build: BuildConfig) -> bool:
-    """Whether the kernels know the numbers of this engine; `TorchSession` knows all."""
-    quant = build.quant
-    return quant.weights in (None, "int8", "int4") and quant.activations is None and quant.kv_cache in (None, "int8")
 
 
 @dataclass
@@ -87,6 +82,7 @@ class CudaSession(TorchSession):
             tuning or Tuning(self.device),
             max_seq_len=build.max_seq_len + _SLOTS,
             comm=self.comm,
+            products={name: each for name, each in self.ops.linears.items() if isinstance(each, W8a8Linear)},
         )
         self._decoders: dict[tuple[str, int], _Decoder] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.graphs else None

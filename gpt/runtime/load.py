@@ -58,13 +58,10 @@ def _torch_session(
 ) -> Session:
     if device.type == "cuda":
         from gpt.engine.tuning import Tuning, tuning_path
-        from gpt.runtime.cuda_session import CudaSession, decodes_with_kernels  # Triton comes with PyTorch for CUDA
+        from gpt.runtime.cuda_session import CudaSession  # Triton comes with PyTorch for CUDA
 
-        if decodes_with_kernels(info.build):
-            tuning = Tuning.load(tuning_path(info.folder, device), device)
-            return CudaSession(
-                info.model, info.build, mapping, weights, device, comm, graphs=cuda_graphs, tuning=tuning
-            )
+        tuning = Tuning.load(tuning_path(info.folder, device), device)
+        return CudaSession(info.model, info.build, mapping, weights, device, comm, graphs=cuda_graphs, tuning=tuning)
     return TorchSession(info.model, info.build, mapping, weights, device, comm)
 
 
