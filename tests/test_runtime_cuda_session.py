@@ -111,9 +111,10 @@ def test_quantised_weights(weights: str, batch: str, kernel_device: torch.device
         ids = expected.argmax(-1)
 
 
+# With a cache of the same type.
 QUANTISED_PRODUCTS = {
     f"{weights} {activations}{' per channel' if per_channel else ''}": QuantConfig(
-        weights=weights, activations=activations, per_channel=per_channel
+        weights=weights, activations=activations, per_channel=per_channel, kv_cache=weights
     )
     for weights, activations, per_channel in (
         *(("int8", activations, channel) for activations in ACTIVATION_SCALES for channel in (False, True)),
