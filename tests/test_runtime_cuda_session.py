@@ -16,7 +16,7 @@ from gpt.engine.weights import engine_tensors
 from gpt.kernels.launch import INTERPRETED
 from gpt.mapping import Mapping
 from gpt.quant import ACTIVATION_SCALES, QuantConfig, dequantize_weight, unpack_int4
-from gpt.runtime.cuda_session import CudaSession, batch_bucket
+from gpt.runtime.cuda_session import CudaSession, batch_bucket, kernels_know
 from gpt.runtime.torch_session import TorchSession
 
 MODEL = ModelConfig(vocab_size=67, n_positions=40, n_embd=32, n_head=4, n_layer=2, n_kv_head=4, inter_size=48)
@@ -213,6 +213,21 @@ def test_logits_that_are_no_numbers_reach_the_caller(kernel_device: torch.device
     (tokens, largest), *_ = session.greedy(torch.tensor([4], device=kernel_device), 1)
     assert largest[0] != largest[0]
     assert 0 <= tokens[0] < MODEL.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("quant", "older"),
+    [
+        (QuantConfig(), True),
+        (QuantConfig("int8", "per_token", kv_cache="int8"), True),
+        (QuantConfig(kv_cache="fp8"), False),
+        (QuantConfig("fp8", "per_tensor"), False),
+    ],
+)
+def test_fp8_wants_a_newer_card(quant: QuantConfig, older: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, expected in (((8, 6), older), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert kernels_know(quant, torch.device("cuda")) == expected
 
 
 def test_batches_share_buckets() -> None:

@@ -22,6 +22,7 @@ from gpt.engine.tuning import Tuning
 from gpt.kernels.choose import choose_greedy
 from gpt.mapping import Mapping
 from gpt.network.gpt import forward
+from gpt.quant import QuantConfig
 from gpt.runtime.limits import check_start
 from gpt.runtime.prompt_graphs import PromptGraphs
 from gpt.runtime.torch_session import TorchSession
@@ -32,6 +33,13 @@ _SLOTS = 128
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 # Steps that may be under way while the host still reads older tokens.
 _LEAD = 3
+
+
+def kernels_know(quant: QuantConfig, device: torch.device) -> bool:
+    """Whether the card has the numbers of this engine: FP8 came with compute capability 8.9.  `TorchSession` takes
+    all."""
+    has_fp8 = "fp8" in (quant.weights, quant.kv_cache)
+    return not has_fp8 or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @dataclass

@@ -58,10 +58,13 @@ def _torch_session(
 ) -> Session:
     if device.type == "cuda":
         from gpt.engine.tuning import Tuning, tuning_path
-        from gpt.runtime.cuda_session import CudaSession  # Triton comes with PyTorch for CUDA
+        from gpt.runtime.cuda_session import CudaSession, kernels_know  # Triton comes with PyTorch for CUDA
 
-        tuning = Tuning.load(tuning_path(info.folder, device), device)
-        return CudaSession(info.model, info.build, mapping, weights, device, comm, graphs=cuda_graphs, tuning=tuning)
+        if kernels_know(info.build.quant, device):
+            tuning = Tuning.load(tuning_path(info.folder, device), device)
+            return CudaSession(
+                info.model, info.build, mapping, weights, device, comm, graphs=cuda_graphs, tuning=tuning
+            )
     return TorchSession(info.model, info.build, mapping, weights, device, comm)
 
 
