@@ -38,11 +38,12 @@ def test_steps_equal_the_formulas(
     smoother = 0.5 + torch.rand(K, device=kernel_device) if smoothed else None
     # Some values lie beyond the largest step, on both sides.
     input_scale = torch.tensor(5 / LARGEST[steps], device=kernel_device) if static else None
-    wide = x.float() if smoother is None else x.float() / smoother
-    scale = row_scales(wide, LARGEST[steps]) if input_scale is None else input_scale.expand(M, 1)
+    # On a CPU, where PyTorch rounds quotients correctly: on a GPU it multiplies by the inverse of a number.
+    wide = x.float().cpu() if smoother is None else x.float().cpu() / smoother.cpu()
+    scale = row_scales(wide, LARGEST[steps]) if input_scale is None else input_scale.cpu().expand(M, 1)
     out, row_scale = quantized(x, steps, input_scale=input_scale, smoother=smoother)
-    assert torch.equal(row_scale, scale[:, 0])
-    assert torch.equal(out.float(), FORMULAS[steps](wide, scale).float())
+    assert torch.equal(row_scale.cpu(), scale[:, 0])
+    assert torch.equal(out.float().cpu(), FORMULAS[steps](wide, scale).float())
     extremes = {torch.int8: (-128, 127), torch.float8_e4m3fn: (-448, 448)}[steps]
     assert not static or (float(out.float().min()), float(out.float().max())) == extremes
 

@@ -120,5 +120,5 @@ def test_products_that_do_not_fit_are_refused(change: str, kernel_device: torch.
 
 def test_default_config_divides_only_what_is_added_up(kernel_device: torch.device) -> None:
     for num_tokens in (1, 64, 200, 8192):
-        assert default_config(num_tokens, 1600, 6400, kernel_device, splits=False).split_k == 1
-    assert default_config(8, 64, 6400, kernel_device, splits=True).split_k > 1
+        assert default_config(num_tokens, 1600, 6400, kernel_device, integer=True, splits=False).split_k == 1
+    assert default_config(8, 64, 6400, kernel_device, integer=True, splits=True).split_k > 1

@@ -32,6 +32,8 @@ class TorchOps:
     `begin` before each run.
     """
 
+    _attention_class = TorchAttention
+
     def __init__(
         self,
         model: ModelConfig,
@@ -54,7 +56,7 @@ class TorchOps:
         self.linears = self._make_linears(weights, quant)
         # Beside quantised weights, whose products are wide.
         self._biases = {n: weights[n + ".bias"].float() for n in self.linears if n + ".bias" in weights}
-        self.attend = TorchAttention(self.num_heads, self.num_kv_heads, fused=fused)
+        self.attend = self._attention_class(self.num_heads, self.num_kv_heads, fused=fused)
         self.trace: dict[str, torch.Tensor] | None = None
         self.step: Step
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None

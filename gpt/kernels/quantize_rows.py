@@ -67,8 +67,8 @@ def _quantize_rows_kernel(
         scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 0), 1e-6), LARGEST)
     tl.store(out_ptr + row * K + columns, to_steps(x * tl.div_rn(1.0, scale), out_ptr), mask=inside)
     # No step tells of an overflow before; the scale does, and makes the whole row's results NaN.
-    num_bad = tl.sum((x - x != 0.0).to(tl.int32), 0)
-    tl.store(row_scale_ptr + row, tl.where(num_bad > 0, float("nan"), scale))
+    num_finite = tl.sum((tl.abs(x) < float("inf")).to(tl.int32), 0)
+    tl.store(row_scale_ptr + row, tl.where(num_finite < PADDED_K, float("nan"), scale))
 
 
 def quantize_rows(

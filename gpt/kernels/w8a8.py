@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gpt.kernels.launch import (
+    APPROXIMATIONS,
     INTERPRETED,
     activate,
     launch_options,
@@ -229,7 +230,7 @@ def w8a8(
         num_rows,
         K=num_columns,
         INTEGER=x.dtype == torch.int8,
-        ACTIVATION=activation,
+        ACTIVATION=activation if out.dtype == torch.float32 else APPROXIMATIONS.get(activation, activation),
         HAS_BIAS=bias is not None,
         QUANTIZES=next_input is not None,
         SMOOTHED=smoother is not None,
@@ -248,14 +249,16 @@ def w8a8(
 
 
 def default_config(
-    num_tokens: int, num_rows: int, num_columns: int, device: torch.device, *, splits: bool
+    num_tokens: int, num_rows: int, num_columns: int, device: torch.device, *, integer: bool, splits: bool
 ) -> W8a8Config:
-    """splits: whether the reader can add partial sums."""
+    """integer: of int8 or else FP8.  splits: whether the reader can add partial sums."""
     if num_tokens > 128:
         descriptors = num_columns % 16 == 0 and (INTERPRETED or supports_dependent_launch(device))
-        if num_tokens >= 1024:
-            return W8a8Config(128, 256, 128, 8, 3, descriptors=descriptors)
-        return W8a8Config(128, 128, 128, 8, 4, descriptors=descriptors)
+        if num_tokens < 1024:
+            return W8a8Config(128, 128, 128, 8, 4, descriptors=descriptors)
+        if integer:
+            return W8a8Config(128, 128, 128, 4, 3, descriptors=descriptors)
+        return W8a8Config(128, 256, 128, 8, 3, descriptors=descriptors, resident=1)
     block_m = max(16, min(64, triton.next_power_of_2(num_tokens)))
     programs = triton.cdiv(num_rows, 32) * triton.cdiv(num_tokens, block_m)
     split_k = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ import torch
 
 from gpt.comm import Communicator
 from gpt.config import BuildConfig, ModelConfig
-from gpt.console import log
 from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
 from gpt.engine.cuda_prompt_ops import PromptOps
 from gpt.engine.cuda_w8a8 import W8a8Linear
@@ -25,6 +23,7 @@ from gpt.network.gpt import forward
 from gpt.quant import QuantConfig
 from gpt.runtime.limits import check_start
 from gpt.runtime.prompt_graphs import PromptGraphs
+from gpt.runtime.recording import record
 from gpt.runtime.torch_session import TorchSession
 from gpt.runtime.virtual_tokens import VirtualTokens
 
@@ -289,28 +288,11 @@ class CudaSession(TorchSession):
         return logits
 
     def _capture(self, decoder: _Decoder) -> torch.cuda.CUDAGraph:
-        """Runs the step once to have its kernels compiled, puts the inputs back, and records it."""
-        begin = time.perf_counter()
+        """Records the step; the inputs, which its first run moves on, are put back."""
         saved = decoder.inputs.ids.clone(), decoder.inputs.positions.clone()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self._launch(decoder)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph, decoder.logits = record(lambda: self._launch(decoder), self.device, self._graph_memory)
         decoder.inputs.ids.copy_(saved[0])
         decoder.inputs.positions.copy_(saved[1])
-        torch.cuda.synchronize(self.device)
-        compiled = time.perf_counter()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_memory):
-            decoder.logits = self._launch(decoder)
-        now = time.perf_counter()
-        log.debug(
-            "Decode step of %d sequences captured in %.2f s, %.2f s of it compiling and the first run",
-            decoder.num_rows,
-            now - begin,
-            compiled - begin,
-        )
         return graph
 
 
