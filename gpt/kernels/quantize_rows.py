@@ -44,6 +44,8 @@ def _quantize_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, PADDED_K)
     inside = columns < K
+    if NORM != "none":
+        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     wait_for_inputs(DEPENDENT)
     x = tl.load(x_ptr + row * K + columns, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
@@ -54,21 +56,21 @@ def _quantize_rows_kernel(
         tl.store(x_ptr + row * K + columns, x, mask=inside)
     if NORM == "layernorm":
         centred = tl.where(inside, x - tl.sum(x, 0) / K, 0.0)
-        x = centred * tl.rsqrt(tl.sum(centred * centred, 0) / K + epsilon)
-        x = x * tl.load(weight_ptr + columns, mask=inside, other=0.0)
+        x = centred * tl.rsqrt(tl.sum(centred * centred, 0) / K + epsilon) * weight
         x += tl.load(norm_bias_ptr + columns, mask=inside, other=0.0)
     elif NORM == "rmsnorm":
-        x = x * tl.rsqrt(tl.sum(x * x, 0) / K + epsilon) * tl.load(weight_ptr + columns, mask=inside, other=0.0)
+        x = x * tl.rsqrt(tl.sum(x * x, 0) / K + epsilon) * weight
     if SMOOTHED:
         x = tl.div_rn(x, tl.load(smoother_ptr + columns, mask=inside, other=1.0))
+    infinity: tl.constexpr = float("inf")
+    largest = tl.max(tl.where(tl.abs(x) < infinity, tl.abs(x), infinity), 0)
     if STATIC:
         scale = tl.load(input_scale_ptr)
     else:
-        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 0), 1e-6), LARGEST)
+        scale = tl.div_rn(tl.maximum(largest, 1e-6), LARGEST)
     tl.store(out_ptr + row * K + columns, to_steps(x * tl.div_rn(1.0, scale), out_ptr), mask=inside)
     # No step tells of an overflow before; the scale does, and makes the whole row's results NaN.
-    num_finite = tl.sum((tl.abs(x) < float("inf")).to(tl.int32), 0)
-    tl.store(row_scale_ptr + row, tl.where(num_finite < PADDED_K, float("nan"), scale))
+    tl.store(row_scale_ptr + row, tl.where(largest < infinity, scale, float("nan")))
 
 
 def quantize_rows(

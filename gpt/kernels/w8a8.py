@@ -131,6 +131,13 @@ def _tile(
     # Rows behind the last one repeat it: they are computed and not stored, and loads need no mask.
     x_places = tl.minimum(tokens, M - 1).to(tl.int64)[:, None] * K + columns[None, :]
     weight_places = tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K + columns[None, :]
+    in_tokens = tokens < M
+    in_rows = rows < N
+    # Asked for here, the vectors have come when the sums are done.
+    row_scale = tl.load(row_scale_ptr + tokens, mask=in_tokens, other=0.0)
+    col_scale = tl.load(col_scale_ptr + rows, mask=in_rows, other=0.0)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rows, mask=in_rows, other=0.0)
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype)
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         if DESCRIPTORS:
@@ -144,13 +151,9 @@ def _tile(
             a = tl.load(x + x_places + start, mask=inside_k, other=0.0)
             b = tl.load(weight + weight_places + start, mask=inside_k, other=0.0)
         sums = tl.dot(a, tl.trans(b), sums, out_dtype=dtype)
-    in_tokens = tokens < M
-    in_rows = rows < N
-    row_scale = tl.load(row_scale_ptr + tokens, mask=in_tokens, other=0.0)
-    y = sums.to(tl.float32) * tl.load(col_scale_ptr + rows, mask=in_rows, other=0.0)[None, :]
-    y *= row_scale[:, None]
+    y = sums.to(tl.float32) * col_scale[None, :] * row_scale[:, None]
     if HAS_BIAS:
-        y += tl.load(bias_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)[None, :]
+        y += bias.to(tl.float32)[None, :]
     y = activate(y, ACTIVATION)
     places = (tl.program_id(1) * M + tokens).to(tl.int64)[:, None] * N + rows[None, :]
     inside = in_tokens[:, None] & in_rows[None, :]

@@ -33,8 +33,8 @@ class _Prompt:
 
 
 def graph_size(lengths: Sequence[int], num_slots: int) -> tuple[int, int] | None:
-    """(prompts, tokens of each) of the graph for prompts of these lengths, None where none is worth it.  num_slots: that
-    the cache has for each."""
+    """The graph for prompts of these lengths, (prompts, tokens of each); None where none is worth it.  num_slots: what
+    the cache has for each prompt."""
     width = -(-max(lengths) // _TOKENS_PER_BUCKET) * _TOKENS_PER_BUCKET
     num_tokens = len(lengths) * width
     if num_tokens > _MAX_TOKENS or width > num_slots:
