@@ -33,6 +33,16 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own takes microseconds on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n; likewise."""
+    return 1 << (n - 1).bit_length()
+
+
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Keyword arguments for a launch: DEPENDENT for the kernel, launch_pdl for Triton."""
     dependent = supports_dependent_launch(device)

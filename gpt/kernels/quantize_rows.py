@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpt.kernels.launch import launch_options, to_steps, wait_for_inputs
+from gpt.kernels.launch import launch_options, next_power_of_2, to_steps, wait_for_inputs
 from gpt.kernels.norm import check_rows
 from gpt.kernels.product import Norm, expect
 from gpt.quant import FP8_MAX, INT8_MAX
@@ -104,7 +104,7 @@ def quantize_rows(
         expect("smoother", smoother, (width,), torch.float32)
     if parts is not None and x.dtype != torch.float32:
         raise ValueError(f"x: found {x.dtype}, expected float32 where parts are added to it")
-    padded = triton.next_power_of_2(width)
+    padded = next_power_of_2(width)
     _quantize_rows_kernel[(num_rows,)](
         x,
         parts if parts is not None else x,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpt.kernels.launch import launch_options, to_steps, wait_for_inputs
+from gpt.kernels.launch import cdiv, launch_options, next_power_of_2, to_steps, wait_for_inputs
 from gpt.kernels.product import expect
 
 _VALUES = 1024  # per program
@@ -65,9 +65,9 @@ def store_cache(
     expect("blocks", blocks, (2, num_blocks, groups, tokens_per_block, head_size), stored)
     if scales is not None:
         expect("scales", scales, (2,), torch.float32)
-    padded = triton.next_power_of_2(head_size)
-    rows = min(max(1, _VALUES // padded), triton.next_power_of_2(2 * groups))
-    _store_cache_kernel[(num_tokens, triton.cdiv(2 * groups, rows))](
+    padded = next_power_of_2(head_size)
+    rows = min(max(1, _VALUES // padded), next_power_of_2(2 * groups))
+    _store_cache_kernel[(num_tokens, cdiv(2 * groups, rows))](
         heads,
         places,
         scales if scales is not None else places,

@@ -19,7 +19,9 @@ from gpt.kernels.launch import (
     APPROXIMATIONS,
     INTERPRETED,
     activate,
+    cdiv,
     launch_options,
+    next_power_of_2,
     num_multiprocessors,
     supports_dependent_launch,
     to_steps,
@@ -211,7 +213,7 @@ def w8a8(
         raise ValueError(f"x: found {num_columns} columns, expected less than {1 << 17}: the sums are 32 bits wide")
     if config.descriptors and num_columns % 16:
         raise ValueError(f"x: found {num_columns} columns, expected a multiple of 16 for tensor descriptors")
-    num_programs = triton.cdiv(num_tokens, config.block_m) * triton.cdiv(num_rows, config.block_n)
+    num_programs = cdiv(num_tokens, config.block_m) * cdiv(num_rows, config.block_n)
     if config.resident:
         num_programs = min(num_programs, config.resident * num_multiprocessors(x.device))
     operands: list[Any] = [x, weight]
@@ -262,8 +264,8 @@ def default_config(
         if integer:
             return W8a8Config(128, 128, 128, 4, 3, descriptors=descriptors)
         return W8a8Config(128, 256, 128, 8, 3, descriptors=descriptors, resident=1)
-    block_m = max(16, min(64, triton.next_power_of_2(num_tokens)))
-    programs = triton.cdiv(num_rows, 32) * triton.cdiv(num_tokens, block_m)
+    block_m = max(16, min(64, next_power_of_2(num_tokens)))
+    programs = cdiv(num_rows, 32) * cdiv(num_tokens, block_m)
     split_k = 1
     while splits and programs * split_k < 2 * num_multiprocessors(device) and num_columns >= 1024 * split_k:
         split_k *= 2
