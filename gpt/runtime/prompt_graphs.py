@@ -1,5 +1,5 @@
-"""Prompt steps as CUDA graphs: a few hundred launches one by one take longer than the work of short prompts, and about
-as long as that of long ones in quantised engines."""
+"""Prompt steps as CUDA graphs: a few hundred launches one by one take longer than the work of short prompts, and may
+take as long as that of long ones in quantised engines."""
 
 from __future__ import annotations
 
