@@ -178,7 +178,7 @@ def integer_product(model: str, product: str, num_tokens: int) -> Case:
         x, weights = random_int8(num_tokens, num_columns), random_int8(copies, num_rows, num_columns)
         row_scale, col_scale = (torch.rand(size, device="cuda") * 1e-4 for size in (num_tokens, num_rows))
         out = half(num_tokens, num_rows)
-        config = default_config(num_tokens, num_rows, num_columns, out.device, integer=True, splits=False)
+        config = default_config(num_tokens, num_rows, num_columns, out.device, splits=False)
         launch: Launch = lambda copy: w8a8(x, row_scale, weights[copy], col_scale, out, config=config)  # noqa: E731
         return copies, {parameters(config): launch}
 

@@ -109,8 +109,7 @@ class W8a8Linear:
 
     def _config(self, num_tokens: int, *, splits: bool) -> W8a8Config:
         num_rows, num_columns = self.weight.shape
-        integer = self.weight.dtype == torch.int8
-        return default_config(num_tokens, num_rows, num_columns, self.weight.device, integer=integer, splits=splits)
+        return default_config(num_tokens, num_rows, num_columns, self.weight.device, splits=splits)
 
 
 def _rows(x: QuantizedRows | torch.Tensor) -> QuantizedRows:

@@ -36,8 +36,7 @@ _GROUP_M = 8
 
 @dataclass(frozen=True)
 class W8a8Config:
-    """descriptors: tiles are fetched through tensor descriptors, which need K to be a multiple of 16.  resident:
-    programs per multiprocessor, each of which works on tile after tile; 0 for a program per tile."""
+    """descriptors: tiles are fetched through tensor descriptors, which need K to be a multiple of 16."""
 
     block_m: int
     block_n: int
@@ -46,7 +45,6 @@ class W8a8Config:
     num_stages: int
     split_k: int = 1
     descriptors: bool = False
-    resident: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,36 +85,11 @@ def _w8a8_kernel(
     GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    RESIDENT: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     wait_for_inputs(DEPENDENT)
-    if RESIDENT:
-        # One loop of all steps of all tiles: the next tile is on its way while one is being stored.
-        num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-        for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
-            _tile(
-                tile, x, row_scale_ptr, weight, col_scale_ptr, bias_ptr, out_ptr, next_scale_ptr, next_row_scale_ptr,
-                smoother_ptr, M, N, K, INTEGER, ACTIVATION, HAS_BIAS, QUANTIZES, SMOOTHED, SPLIT_K, BLOCK_M, BLOCK_N,
-                BLOCK_K, GROUP_M, STAGES, DESCRIPTORS,
-            )  # fmt: skip
-    else:
-        _tile(
-            tl.program_id(0), x, row_scale_ptr, weight, col_scale_ptr, bias_ptr, out_ptr, next_scale_ptr,
-            next_row_scale_ptr, smoother_ptr, M, N, K, INTEGER, ACTIVATION, HAS_BIAS, QUANTIZES, SMOOTHED, SPLIT_K,
-            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES, DESCRIPTORS,
-        )  # fmt: skip
-
-
-@triton.jit
-def _tile(
-    tile, x, row_scale_ptr, weight, col_scale_ptr, bias_ptr, out_ptr, next_scale_ptr, next_row_scale_ptr, smoother_ptr,
-    M, N, K: tl.constexpr, INTEGER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
-    QUANTIZES: tl.constexpr, SMOOTHED: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
     # Tiles that run at the same time are neighbours: groups of GROUP_M of them in a column share weights.
+    tile = tl.program_id(0)
     per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
     first_m = tile // per_group * GROUP_M
     group_m = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
@@ -214,8 +187,6 @@ def w8a8(
     if config.descriptors and num_columns % 16:
         raise ValueError(f"x: found {num_columns} columns, expected a multiple of 16 for tensor descriptors")
     num_programs = cdiv(num_tokens, config.block_m) * cdiv(num_rows, config.block_n)
-    if config.resident:
-        num_programs = min(num_programs, config.resident * num_multiprocessors(x.device))
     operands: list[Any] = [x, weight]
     if config.descriptors:
         blocks = ([config.block_m, config.block_k], [config.block_n, config.block_k])
@@ -246,7 +217,6 @@ def w8a8(
         GROUP_M=_GROUP_M,
         STAGES=config.num_stages,
         DESCRIPTORS=config.descriptors,
-        RESIDENT=config.resident > 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(x.device),
@@ -254,16 +224,13 @@ def w8a8(
 
 
 def default_config(
-    num_tokens: int, num_rows: int, num_columns: int, device: torch.device, *, integer: bool, splits: bool
+    num_tokens: int, num_rows: int, num_columns: int, device: torch.device, *, splits: bool
 ) -> W8a8Config:
-    """integer: of int8 or else FP8.  splits: whether the reader can add partial sums."""
+    """splits: whether the reader can add partial sums."""
     if num_tokens > 128:
+        num_warps, num_stages = (8, 4) if num_tokens < 1024 else (4, 3)
         descriptors = num_columns % 16 == 0 and (INTERPRETED or supports_dependent_launch(device))
-        if num_tokens < 1024:
-            return W8a8Config(128, 128, 128, 8, 4, descriptors=descriptors)
-        if integer:
-            return W8a8Config(128, 128, 128, 4, 3, descriptors=descriptors)
-        return W8a8Config(128, 256, 128, 8, 3, descriptors=descriptors, resident=1)
+        return W8a8Config(128, 128, 128, num_warps, num_stages, descriptors=descriptors)
     block_m = max(16, min(64, next_power_of_2(num_tokens)))
     programs = cdiv(num_rows, 32) * cdiv(num_tokens, block_m)
     split_k = 1
