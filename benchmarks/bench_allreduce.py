@@ -1,4 +1,5 @@
-"""The sum over GPUs: NCCL called in a loop as its own tests do, NCCL in a CUDA graph, and ours in a CUDA graph.
+"""The sum over GPUs: NCCL called in a loop as its own tests do, NCCL in a CUDA graph, and ours in a CUDA graph, by
+words that carry their epoch and by parts that are read.
 
 mpirun -np 2 python3 benchmarks/bench_allreduce.py          (or srun --mpi=none --ntasks 2 ...)
 
@@ -12,7 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpt.comm import Communicator, start
 from gpt.comm_torch import NcclCommunicator
-from gpt.kernels.peer_all_reduce import MAX_BYTES
+from gpt.kernels.peer_all_reduce import MAX_BYTES, MAX_WORD_BYTES, peer_all_reduce
 from gpt.runtime.peer_memory import LIMIT_VARIABLE, connect_peers
+
+# Some milliseconds, in which 100 calls can be queued.
+_SLEEP_CYCLES = 8_000_000
 
 
 def main() -> None:
@@ -50,21 +56,20 @@ def main() -> None:
         def nccl(x: torch.Tensor = x) -> None:
             dist.all_reduce(x, group=gpus.group)
 
-        def ours(x: torch.Tensor = x) -> None:
-            small_sum(x)
-
-        ways = {
-            "nccl, calls": repeat(nccl, args.sums),
-            "nccl, graph": graph(nccl, args.sums),
-            "peer memory, graph": graph(ours, args.sums),
-        }
-        rows += measure(ranks, ways, num_bytes, args)
+        ways = {"nccl, calls": repeat(nccl, args.sums), "nccl, graph": graph(nccl, args.sums)}
+        for name, word_bytes in {"words": MAX_WORD_BYTES, "parts": 0}.items():
+            if name == "words" and num_bytes > MAX_WORD_BYTES:
+                continue
+            ways[f"peer memory, {name}, graph"] = graph(
+                partial(peer_all_reduce, x, small_sum.peers, word_bytes=word_bytes), args.sums
+            )
+        rows += measure(ranks, ways, nccl, num_bytes, args)
     if ranks.rank == 0:
         append_csv(args.csv, rows)
     ranks.barrier()
 
 
-def repeat(step: Callable[[], None], count: int) -> Callable[[], None]:
+def repeat(step: Callable[[], object], count: int) -> Callable[[], None]:
     def run() -> None:
         for _ in range(count):
             step()
@@ -73,7 +78,7 @@ def repeat(step: Callable[[], None], count: int) -> Callable[[], None]:
     return run
 
 
-def graph(step: Callable[[], None], count: int) -> Callable[[], None]:
+def graph(step: Callable[[], object], count: int) -> Callable[[], None]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -85,22 +90,49 @@ def graph(step: Callable[[], None], count: int) -> Callable[[], None]:
     return captured.replay
 
 
+def slowest_us(ranks: Communicator, run: Callable[[], None], align: Callable[[], object]) -> float:
+    """The slowest rank's time of `run` on its GPU.
+
+    Ranks leave a barrier up to a millisecond apart, and launching takes its time: every GPU is kept busy until its work
+    is queued, and a sum, `align`, makes all of them begin together.
+    """
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    ranks.barrier()
+    torch.cuda._sleep(_SLEEP_CYCLES)
+    align()
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(max(ranks.gather_objects(begin.elapsed_time(end) * 1e3)))
+
+
+def sum_us(
+    ranks: Communicator, step: Callable[[], object], *, on_gpu: bool, count: int = 100, rounds: int = 5
+) -> float:
+    """The median time of a sum among `count` in a row, on a GPU in a CUDA graph."""
+    if on_gpu:
+        run = graph(step, count)
+        return Sample([slowest_us(ranks, run, step) for _ in range(rounds + 1)][1:]).median / count
+    repeat(step, 3)
+    begin = time.perf_counter()
+    repeat(step, count)
+    return (time.perf_counter() - begin) / count * 1e6
+
+
 def measure(
-    ranks: Communicator, ways: dict[str, Callable[[], None]], num_bytes: int, args: argparse.Namespace
+    ranks: Communicator,
+    ways: dict[str, Callable[[], None]],
+    align: Callable[[], object],
+    num_bytes: int,
+    args: argparse.Namespace,
 ) -> list[dict[str, object]]:
     """us per sum of each way, in turn; of each repetition the slowest rank's."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.repeat + 1):
         for name, run in ways.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize()
-            ranks.barrier()
-            begin.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            us = begin.elapsed_time(end) * 1e3 / args.sums
-            times[name].append(max(ranks.gather_objects(us)))
+            times[name].append(slowest_us(ranks, run, align) / args.sums)
     rows: list[dict[str, object]] = []
     nccl_version = ".".join(map(str, torch.cuda.nccl.version()))
     peer = Sample(times["nccl, calls"][1:]).median
@@ -123,7 +155,7 @@ def measure(
             }
         )
         if ranks.rank == 0:
-            print(f"{num_bytes // 1024:5d} KB  {name:<20} {us} us, {algbw:7.2f} GB/s", flush=True)
+            print(f"{num_bytes // 1024:5d} KB  {name:<26} {us} us, {algbw:7.2f} GB/s", flush=True)
     return rows
 
 

@@ -14,11 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from common import append_csv, describe_versions
 
 MODELS = {"gpt2-medium": (16, 1024), "gpt2-xl": (25, 1600)}  # heads, width
@@ -85,6 +87,7 @@ def all_cases(models: Iterable[str], products: Iterable[str], batch_sizes: Itera
             yield from row_kernels(model, num_tokens)
         for batch_size in batch_sizes:
             yield attention_case(model, batch_size)
+            yield from plugin_attention_cases(model, batch_size)
 
 
 def product_shape(model: str, product: str) -> tuple[int, int]:
@@ -249,6 +252,44 @@ def attention_case(model: str, batch_size: int) -> Case:
 
     cached = 2 * batch_size * num_heads * past * HEAD_SIZE
     return Case("attention", model, f"{past} tokens", batch_size, 2 * cached, 2 * cached, make)
+
+
+def plugin_attention_cases(model: str, batch_size: int) -> Iterator[Case]:
+    """The attention of TensorRT plugins beside PyTorch's: a step as in `attention_case`, and prompts of half the
+    slots."""
+    num_heads = MODELS[model][0]
+
+    def make(past: int, num_tokens: int, ours: bool) -> tuple[int, dict[str, Launch]]:
+        from gpt.kernels import cached_attention
+
+        shape = (2, batch_size, num_heads, NUM_SLOTS, HEAD_SIZE)
+        copies = min(64, num_copies(2 * batch_size * num_heads * NUM_SLOTS * HEAD_SIZE * 2))
+        caches = half(copies, *shape)
+        qkv = half(batch_size, num_tokens, 3 * num_heads, HEAD_SIZE)
+        out = half(batch_size, num_tokens, num_heads, HEAD_SIZE)
+        lengths = torch.full((batch_size,), past, dtype=torch.int32, device="cuda")
+        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)
+
+        def launch(copy: int, config: Any) -> None:
+            keys, values = caches[copy]
+            cached_attention.cached_attention(qkv, lengths, keys, values, out, scale=0.125, config=config)
+
+        def torch_launch(copy: int) -> None:
+            keys, values = (cache[:, :, :past] for cache in caches[copy]) if past else (k, v)
+            F.scaled_dot_product_attention(q, keys, values, is_causal=past == 0)
+
+        if not ours:
+            return copies, {"": torch_launch}
+        configs = [cached_attention.default_config(HEAD_SIZE, 2, prompts=prompts) for prompts in (False, True)]
+        return copies, {parameters(config): partial(launch, config=config) for config in configs}
+
+    for past, num_tokens in ((NUM_SLOTS * 3 // 4, 1), (0, NUM_SLOTS // 2)):
+        num_bytes = 4 * batch_size * num_heads * (past + num_tokens) * HEAD_SIZE
+        pairs = num_tokens * past + num_tokens * (num_tokens + 1) // 2
+        operations = 4 * batch_size * num_heads * HEAD_SIZE * pairs
+        for name, ours in (("cached_attention", True), ("torch attention", False)):
+            maker = partial(make, past, num_tokens, ours)
+            yield Case(name, model, f"{past} + {num_tokens} tokens", batch_size, num_bytes, operations, maker)
 
 
 def parameters(config: object) -> str:

@@ -1,9 +1,10 @@
 """What each quantisation does to a model: perplexity, agreement, ROUGE-1 and bytes beside float32, one CSV row a mode.
 
-    python3 hf_gpt_convert.py -i MODEL -o ft -sq 0.5 -t float32 --calib-data calibration.jsonl
-    python3 benchmarks/bench_quality.py ft/1-gpu texts.jsonl --name gpt2-tiny
+    python3 hf_gpt_convert.py -i assets/gpt2-tiny -o ft -sq 0.5 -t float32 --calib-data assets/calibration.txt
+    python3 benchmarks/bench_quality.py ft/1-gpu assets/articles.jsonl --name gpt2-tiny --texts_name "bundled articles"
 
-The checkpoint is one made with -sq, which has all scales.  Texts as for `build.py --check_quality`.
+The checkpoint is one made with -sq, which has all scales.  Texts as for `build.py --check_quality`.  ROUGE-1's loss is
+the mean over the texts, with the interval that holds 95 of 100 drawings of as many texts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from gpt.engine.weights import engine_bytes, engine_tensors
 from gpt.mapping import Mapping
 from gpt.quant import QuantConfig
 from gpt.runtime.torch_session import TorchSession
-from gpt.text.quality import compare, read_rows, rouge1, windows_of
+from gpt.text.quality import compare, compare_rouge1, read_rows, summary_scores, windows_of
 from gpt.text.tokenizer import load_tokenizer
 
 MODES = {
@@ -50,10 +51,11 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("texts", type=Path)
     parser.add_argument("--name", required=True, help="of the model, for the table")
+    parser.add_argument("--texts_name", required=True, help="of the texts, for the table")
     parser.add_argument("--dtype", default="float16", help="of the engines")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--max_windows", type=int, default=48, help="of 256 tokens each")
-    parser.add_argument("--max_summaries", type=int, default=60)
+    parser.add_argument("--max_summaries", type=int, default=400)
     parser.add_argument("--csv", type=Path, default=RESULTS / "quant_quality.csv")
     args = parser.parse_args()
     checkpoint = Checkpoint.open(args.checkpoint)
@@ -62,30 +64,35 @@ def main() -> None:
     reference = open_session(checkpoint, "float32", QuantConfig())
     windows = windows_of([row.whole for row in rows], tokenizer, reference.model, reference.build, args.max_windows)
     summarised = [row for row in rows if row.reference is not None][: args.max_summaries]
-    float_rouge = rouge1(reference, summarised, tokenizer) if summarised else None
+    float_scores = summary_scores(reference, summarised, tokenizer)
     for mode in args.modes:
         session = open_session(checkpoint, args.dtype, MODES[mode])
         found = compare(session, reference, windows)
-        rouge = rouge1(session, summarised, tokenizer) if summarised else None
+        rouge1 = compare_rouge1(summary_scores(session, summarised, tokenizer), float_scores) if summarised else None
         row: dict[str, object] = {
             "device": describe_device(),
             "versions": describe_versions("torch"),
             "model": args.name,
             "dtype": args.dtype,
             "mode": mode,
+            "texts": args.texts_name,
             "tokens": found.num_tokens,
             "float_perplexity": round(found.float_perplexity, 4),
             "perplexity": round(found.perplexity, 4),
             "rise_percent": round(found.perplexity_rise_percent, 4),
             "same_top1_percent": round(found.same_top1_percent, 2),
             "kl": round(found.kl, 6),
-            "rouge1": None if rouge is None else round(rouge, 2),
-            "float_rouge1": None if float_rouge is None else round(float_rouge, 2),
             "summaries": len(summarised),
+            "rouge1": rouge1 and round(rouge1.engine, 2),
+            "float_rouge1": rouge1 and round(rouge1.float_model, 2),
+            "rouge1_loss": rouge1 and round(rouge1.loss.mean, 2),
+            "rouge1_loss_low": rouge1 and round(rouge1.loss.low, 2),
+            "rouge1_loss_high": rouge1 and round(rouge1.loss.high, 2),
             "weight_bytes": engine_bytes(session.model, Mapping(), args.dtype, MODES[mode]),
             "cache_bytes_per_token": session.build.kv_cache_bytes(session.model, 1, 1),
         }
-        print({key: row[key] for key in ("mode", "rise_percent", "same_top1_percent", "rouge1")}, flush=True)
+        shown = ("mode", "rise_percent", "same_top1_percent", "rouge1", "rouge1_loss_low", "rouge1_loss_high")
+        print({key: row[key] for key in shown}, flush=True)
         append_csv(args.csv, [row])
 
 

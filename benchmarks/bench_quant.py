@@ -5,6 +5,9 @@
 Random GPT-2 of 12 x 768 with 8192 tokens, 128 in, 64 out, batch 1, greedy, unless told otherwise.  All modes and the
 peer take turns, round by round; ratios are of one round.  The peer (`pip install ctranslate2` in an environment of its
 own) runs in a second process with as many threads, which waits while it is not its turn.
+
+Two clocks: the wall's, and the processor time of the process (`cpu`), which with one thread is the same on a quiet
+machine and does not count, on a busy one, the time in which others ran.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 THIS = Path(__file__).resolve()
+QUANTITIES = ("prefill_ms", "token_ms", "prefill_cpu_ms", "token_cpu_ms")
+Run = Callable[[], dict[str, float]]  # one measurement of each quantity
 
 
 def main() -> None:
@@ -45,7 +50,7 @@ def main() -> None:
 def measure_all(args: argparse.Namespace) -> None:
     from common import RESULTS, Sample, append_csv, describe_device, describe_versions
 
-    runs: dict[str, Callable[[], tuple[float, float]]] = our_runs(args)
+    runs = our_runs(args)
     with contextlib.ExitStack() as stack:
         if args.peer_python:
             runs["CTranslate2 int8"] = stack.enter_context(peer(args))
@@ -53,10 +58,10 @@ def measure_all(args: argparse.Namespace) -> None:
             run()  # warms up
         rounds = [{name: run() for name, run in runs.items()} for _ in range(args.repeat)]
     rows: list[dict[str, object]] = []
-    for position, quantity in enumerate(("prefill_ms", "token_ms")):
+    for quantity in QUANTITIES:
         for name in runs:
-            ms = Sample([times[name][position] for times in rounds])
-            to_float = Sample([times[name][position] / times["bfloat16"][position] for times in rounds])
+            ms = Sample([times[name][quantity] for times in rounds])
+            to_float = Sample([times[name][quantity] / times["bfloat16"][quantity] for times in rounds])
             row: dict[str, object] = {
                 "device": describe_device(),
                 "versions": describe_versions("torch"),
@@ -74,17 +79,21 @@ def measure_all(args: argparse.Namespace) -> None:
                 "over_bfloat16_min": round(min(to_float.values), 3),
                 "over_bfloat16_max": round(max(to_float.values), 3),
                 "over_peer": "",
+                "over_peer_min": "",
+                "over_peer_max": "",
             }
             if args.peer_python:
-                to_peer = Sample([times[name][position] / times["CTranslate2 int8"][position] for times in rounds])
+                to_peer = Sample([times[name][quantity] / times["CTranslate2 int8"][quantity] for times in rounds])
                 row["over_peer"] = round(to_peer.median, 3)
+                row["over_peer_min"] = round(min(to_peer.values), 3)
+                row["over_peer_max"] = round(max(to_peer.values), 3)
             print(f"{quantity} {name}: {ms} ms, over bfloat16 {to_float}, over peer {row['over_peer']}", flush=True)
             rows.append(row)
     append_csv(args.csv or RESULTS / "quant_cpu.csv", rows)
 
 
-def our_runs(args: argparse.Namespace) -> dict[str, Callable[[], tuple[float, float]]]:
-    """(prefill, per later token) in ms, by mode."""
+def our_runs(args: argparse.Namespace) -> dict[str, Run]:
+    """By mode."""
     import torch
 
     sys.path.insert(0, str(THIS.parent.parent))
@@ -117,7 +126,7 @@ def our_runs(args: argparse.Namespace) -> dict[str, Callable[[], tuple[float, fl
     }
     prompt = torch.randint(0, args.vocab_size, (1, args.input_len), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def runner(quant: QuantConfig) -> Callable[[], tuple[float, float]]:
+    def runner(quant: QuantConfig) -> Run:
         build = BuildConfig(
             dtype="bfloat16",
             max_input_len=args.input_len,
@@ -134,18 +143,20 @@ def our_runs(args: argparse.Namespace) -> dict[str, Callable[[], tuple[float, fl
     return {name: runner(modes[name]) for name in wanted}
 
 
-def timed(run: Callable[[int], object], num_tokens: int) -> tuple[float, float]:
-    """(prefill, per later token) in ms, from one run of one token and one of many."""
+def timed(run: Callable[[int], object], num_tokens: int) -> dict[str, float]:
+    """The QUANTITIES, a later token's from one run of one token and one of many."""
+    clocks = (time.perf_counter, time.process_time)
     times = []
     for length in (1, num_tokens):
-        begin = time.perf_counter()
+        begin = [clock() for clock in clocks]
         run(length)
-        times.append((time.perf_counter() - begin) * 1e3)
-    return times[0], (times[1] - times[0]) / (num_tokens - 1)
+        times.append([(clock() - start) * 1e3 for clock, start in zip(clocks, begin, strict=True)])
+    later = [(many - one) / (num_tokens - 1) for one, many in zip(*times, strict=True)]
+    return dict(zip(QUANTITIES, (times[0][0], later[0], times[0][1], later[1]), strict=True))
 
 
 @contextlib.contextmanager
-def peer(args: argparse.Namespace) -> Iterator[Callable[[], tuple[float, float]]]:
+def peer(args: argparse.Namespace) -> Iterator[Run]:
     """The peer's process; each call runs it once."""
     sizes = ("n_layer", "n_embd", "n_head", "vocab_size", "input_len", "output_len", "threads")
     command = [args.peer_python, str(THIS), "--serve_peer"]
@@ -153,12 +164,11 @@ def peer(args: argparse.Namespace) -> Iterator[Callable[[], tuple[float, float]]
         command += [f"--{name}", str(getattr(args, name))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
-        def run() -> tuple[float, float]:
+        def run() -> dict[str, float]:
             if process.stdin is None or process.stdout is None:
                 raise RuntimeError("no pipes")
             print("go", file=process.stdin, flush=True)
-            prefill, token = process.stdout.readline().split()
-            return float(prefill), float(token)
+            return dict(zip(QUANTITIES, map(float, process.stdout.readline().split()), strict=True))
 
         yield run
         if process.stdin is not None:
@@ -182,7 +192,7 @@ def serve_peer(args: argparse.Namespace) -> None:
             )
 
         for _ in sys.stdin:
-            print(*timed(run, args.output_len), flush=True)
+            print(*timed(run, args.output_len).values(), flush=True)
 
 
 def save_peer_model(args: argparse.Namespace, folder: str) -> None:

@@ -1,4 +1,4 @@
-"""The plots of bench_gpu.py's CSV files: latency over batch, share of the limit, kernels of one step."""
+"""The plots of the GPU benchmarks' CSV files: latency over batch and over ranks, shares, kernels of one step."""
 
 from __future__ import annotations
 
@@ -116,6 +116,37 @@ def draw_kernels(path: Path, rows: Sequence[Row]) -> list[Path]:
         axes.tick_params(axis="y", labelsize=7)
         files.append(save(figure, path, f"{case}_{batch}"))
     return files
+
+
+def draw_ranks(path: Path) -> Path:
+    """Two panels: ms per token over the number of ranks, with the limit of the memory dashed, and the sums' share of a
+    step; a line per model and batch.  Of several rows of the same measurement the last counts."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    # An engine's folder may name its ranks last: starcoder_4.
+    latest = {
+        (row["model"].removesuffix("_" + row["ranks"]), int(row["batch_size"]), int(row["ranks"])): row for row in rows
+    }
+    figure = new_figure(8.5, 3.8)
+    times, shares = figure.subplots(1, 2)
+    for place, line in enumerate(sorted({key[:2] for key in latest})):
+        found = {n: row for (name, batch, n), row in sorted(latest.items()) if (name, batch) == line}
+        ranks, mine, colour = list(found), list(found.values()), f"C{place}"
+        label = f"{line[0]}, batch {line[1]}"
+        times.plot(ranks, numbers(mine, "token_ms"), color=colour, marker="o", markersize=4, label=label)
+        times.plot(ranks, numbers(mine, "limit_ms"), color=colour, linestyle="--", linewidth=1)
+        shared = {n: 100 * float(row["sums_share"]) for n, row in found.items() if row["sums_share"]}
+        shares.plot(list(shared), list(shared.values()), color=colour, marker="o", markersize=4, label=label)
+    all_ranks = sorted({n for _, _, n in latest})
+    for axes in (times, shares):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(all_ranks, list(map(str, all_ranks)))
+        axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    times.set_yscale("log")
+    times.set(xlabel="ranks", ylabel="ms per token", title="A step, and the limit of the memory")
+    shares.set(xlabel="ranks", ylabel="% of a step", title="What sums over the ranks cost")
+    add_legend(figure, [times])
+    return save(figure, path, "ranks")
 
 
 def shorten(name: str, width: int = 60) -> str:

@@ -9,7 +9,8 @@ Sums on the CPU are taken in float32 at least: float16 and bfloat16 tensors are 
 adds in the tensor's own dtype, rounding at each hop.  A gather gives every rank the same bytes.
 
 A rank that fails calls `abort`, which ends the others; a rank that is killed is noticed by mpirun or srun, which ends
-them too; a rank that hangs is noticed by the others, which wait no longer than GPT_RANK_TIMEOUT seconds (600).
+them too; a rank that hangs is noticed by the others, which wait no longer than GPT_RANK_TIMEOUT seconds (600): in one
+exchange on a CPU, in one step on a GPU.
 """
 
 from __future__ import annotations
@@ -32,10 +33,26 @@ TIMEOUT_VARIABLE = "GPT_RANK_TIMEOUT"
 _DEFAULT_TIMEOUT_S = 600.0
 
 
+class SmallSum(Protocol):
+    """Sums small tensors over GPUs that share memory; larger ones are left to `all_reduce`."""
+
+    limit_bytes: int
+
+    def __call__(
+        self, tensor: torch.Tensor, stream: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    ) -> bool:
+        """Replaces a contiguous `tensor` by its sum, or adds the sum and `bias` [last axis] to the float32 `stream` of
+        its shape, and returns True; or leaves everything as it is and returns False.  The same on all ranks, which
+        call it with the same shapes and dtypes."""
+        ...
+
+
 class Communicator(Protocol):
     """One rank's side.  Every rank makes the same calls in the same order.
 
-    local_rank, local_size: among the ranks of this machine.  stage: what the rank is at, for messages about failures.
+    local_rank, local_size: among the ranks of this machine.  stage: what the rank is at, for messages about failures;
+    on GPUs a stage that is not one of IDLE_STAGES may not last longer than one wait.
+    small_sum: what `all_reduce` uses for small tensors, where there is something better for them.
     """
 
     rank: int
@@ -43,6 +60,7 @@ class Communicator(Protocol):
     local_rank: int
     local_size: int
     stage: str
+    small_sum: SmallSum | None
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor` (floating point, one shape on all ranks) by the sum over the ranks."""
@@ -87,6 +105,7 @@ class NullCommunicator:
 
     def __init__(self) -> None:
         self.stage = ""
+        self.small_sum: SmallSum | None = None
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         pass
@@ -113,6 +132,10 @@ class NullCommunicator:
         pass
 
 
+# Stages that may last: nobody waits for this rank's part of a step.
+IDLE_STAGES = ("", "waiting for prompts")
+
+
 class Watch:
     """Ends the job when a wait for the other ranks takes too long.  `with watch("all-reduce"): ...`"""
 
@@ -136,6 +159,11 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self._since = None
+
+    def follow(self, stage: str) -> None:
+        """For waits that nobody sees begin and end: a stage takes no longer than one of them may."""
+        self._what = "this step"
+        self._since = None if stage in IDLE_STAGES else time.monotonic()
 
     def _run(self) -> None:
         while True:

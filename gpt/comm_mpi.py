@@ -6,7 +6,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from gpt.comm import POLL_S, Watch, summable
+from gpt.comm import POLL_S, SmallSum, Watch, summable
 from gpt.console import log
 from gpt.errors import ConfigError
 from gpt.launch import Launch, check_wire, singletons
@@ -42,7 +42,9 @@ class MpiCommunicator:
         if warning and launch.rank == 0:
             log.warning(warning)
         if not MPI.Is_initialized():
-            MPI.Init_thread()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the same
+                MPI.Init_thread()
         world = MPI.COMM_WORLD
         if world.Get_size() != launch.size:
             raise singletons(launch, world.Get_size(), library)
@@ -53,6 +55,7 @@ class MpiCommunicator:
         self.rank, self.size = world.Get_rank(), world.Get_size()
         self.local_rank, self.local_size = local.Get_rank(), local.Get_size()
         self.stage = ""
+        self.small_sum: SmallSum | None = None
         self._watch = Watch(self)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:

@@ -9,10 +9,10 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from gpt.comm import POLL_S, Communicator, Watch, summable, time_limit_s
+from gpt.comm import POLL_S, Communicator, SmallSum, Watch, summable, time_limit_s
 from gpt.errors import ConfigError, GptError
 from gpt.launch import Launch
 
@@ -33,6 +33,7 @@ class GlooCommunicator:
         host, port = _meeting_point()
         self.rank, self.size = launch.rank, launch.size
         self.stage = ""
+        self.small_sum: SmallSum | None = None
         try:
             self._store = dist.TCPStore(host, port, launch.size, launch.rank == 0, timeout=_time_limit())
             dist.init_process_group(
@@ -166,8 +167,9 @@ class NcclCommunicator:
         self._dist = dist
         self.rank, self.size = control.rank, control.size
         self.local_rank, self.local_size = control.local_rank, control.local_size
-        # Sums a small contiguous tensor and says so, where the GPUs reach each other's memory.
-        self.small_sum: Callable[[torch.Tensor], bool] | None = None
+        self.small_sum: SmallSum | None = None  # where the GPUs reach each other's memory
+        # NCCL sees no hang of a graph, and nobody that of a sum through shared memory.
+        self._watch = Watch(self)
         if dist.is_initialized():
             self.group = dist.new_group(backend="nccl", timeout=_time_limit(), device_id=device)
             return
@@ -213,6 +215,7 @@ class NcclCommunicator:
     @stage.setter
     def stage(self, text: str) -> None:
         self._control.stage = text
+        self._watch.follow(text)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         total = tensor.contiguous()
@@ -230,12 +233,15 @@ class NcclCommunicator:
         return torch.cat(parts, dim)
 
     def broadcast_object(self, value: Any) -> Any:
+        self._watch.follow("")  # rank 0 may take its time before
         return self._control.broadcast_object(value)
 
     def gather_objects(self, value: Any) -> list[Any]:
+        self._watch.follow("")
         return self._control.gather_objects(value)
 
     def barrier(self) -> None:
+        self._watch.follow("")
         self._control.barrier()
 
     def roll_call(self, limit_s: float) -> list[int]:

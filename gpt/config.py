@@ -299,7 +299,8 @@ class BuildConfig:
     accumulation, 2 fp32 accumulation.  `tokens_per_block` and `max_num_tokens`, of a step, belong to `paged_kv_cache`.
     `embedding_sharding_dim` is 0 by vocabulary, 1 by hidden size.  `seed` is set for random weights only.  `quant` says
     what is quantised.  For TensorRT: `batch_buckets` are the numbers of sequences, beams counted, that generation is
-    compiled for one by one, beside the largest; none: one profile for all numbers.
+    compiled for one by one, beside the largest; none: one profile for all numbers.  `plugins`: those that the plan has,
+    of attention, gemm, layernorm and lookup.
     """
 
     dtype: str = "float16"
@@ -332,6 +333,7 @@ class BuildConfig:
     timing_cache: str | None = None
     seed: int | None = None
     quant: QuantConfig = FLOAT
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         canonical_dtype(self.dtype)
@@ -375,11 +377,16 @@ class BuildConfig:
     def fused_attention(self) -> bool:
         return self.gpt_attention_plugin is not None or self.context_fmha > 0
 
+    @property
+    def cache_in_place(self) -> bool:
+        """TensorRT updates a quantised cache in place by a plugin only."""
+        return self.backend != "tensorrt" or self.quant.kv_cache is None or "attention" in self.plugins
+
     def kv_cache_bytes(self, model: ModelConfig, batch_size: int, num_slots: int) -> int:
         """Bytes of one rank's cache, [L, 2, B, G/R, T, D] in the engine's dtype, or one byte each where quantised."""
         heads = max(1, model.n_kv_head // self.world_size)
         itemsize = 1 if self.quant.kv_cache else ITEMSIZE[self.dtype]
-        copies = 2 if self.quant.kv_cache and self.backend == "tensorrt" else 1  # its steps do not write in place
+        copies = 1 if self.cache_in_place else 2
         return copies * 2 * model.n_layer * batch_size * heads * num_slots * model.head_size * itemsize
 
     def builder_config(self, model: ModelConfig) -> dict[str, Any]:
@@ -441,7 +448,7 @@ class BuildConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BuildConfig:
         known = _known_fields(cls, values)
-        for name in ("targets", "batch_buckets"):
+        for name in ("targets", "batch_buckets", "plugins"):
             known[name] = tuple(known.get(name, ()))
         known["quant"] = QuantConfig(**_known_fields(QuantConfig, known.get("quant", {})))
         return cls(**known)

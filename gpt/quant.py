@@ -185,11 +185,11 @@ def row_scales(x: torch.Tensor, largest: float) -> torch.Tensor:
     return x.float().abs().amax(-1, keepdim=True).clamp_min(SMALLEST_ROW_MAX) / largest
 
 
-def to_int8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """round(x / scale), saturated at -128 and 127."""
+def to_int8(x: torch.Tensor, scale: torch.Tensor | float, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """round(x / scale), saturated at -128 and 127: int8, or the same integers in `dtype`."""
     import torch
 
-    return (x.float() * (1 / scale)).round_().clamp_(-128, 127).to(torch.int8)
+    return (x.float() * (1 / scale)).round_().clamp_(-128, 127).to(dtype or torch.int8)
 
 
 def to_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from tiny_models import tiny_gpt2
 from trt_models import MODELS, build_config, define
 
 import check
+import hf_gpt_convert
 from gpt.checkpoint.store import Checkpoint
 from gpt.engine import trt_graph, trt_library
 from gpt.engine.diff import compare
 from gpt.engine.folder import EngineInfo
+from gpt.runtime.trace import compare_engines
 
 pytestmark = pytest.mark.tensorrt
 
@@ -86,6 +89,18 @@ class TestDiff:
         assert "first difference: context, layers.1.mlp" in out.splitlines()[-1]
         assert re.search(r"context, layers\.1\.attention +\d\.\d\de-\d\d$", out, re.MULTILINE)
         assert main("--diff", "--bound", "10", engines["plan"].folder, other.folder)[0] == 0
+
+    def test_rounding_to_integers_in_half_precision_is_no_difference(self, tmp_path: Path) -> None:
+        """Of a trained model: its inputs have outliers, which make steps large."""
+        assets = Path(__file__).resolve().parent.parent / "assets"
+        calibration = ["-sq", "0.5", "--calib-data", str(assets / "calibration.txt"), "--calib-size", "2"]
+        source = ["-i", str(assets / "gpt2-tiny"), "-o", str(tmp_path), "-t", "float16"]
+        assert hf_gpt_convert.main([*source, *calibration]) == 0
+        flags = ["--use_smooth_quant", "--per_token", "--per_channel", *LIMITS]
+        reference = build_engine(tmp_path / "1-gpu", tmp_path / "torch", *flags)
+        plan = replace(reference, build=replace(reference.build, backend="tensorrt"))
+        comparison = compare_engines(plan, reference)
+        assert comparison.first is None, list(comparison.lines())
 
     def test_weights_are_gone(self, checkpoint: Path, tmp_path: Path, main: Main) -> None:
         moved = tmp_path / "1-gpu"

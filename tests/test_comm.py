@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
+import threading
 
 import pytest
 import torch
 from ranks import PROGRAMS, mpirun, without_mpi
 
 from gpt import comm
-from gpt.comm import NullCommunicator, describe_rank, summable, time_limit_s
-from gpt.comm_torch import first_host
+from gpt.comm import NullCommunicator, Watch, describe_rank, summable, time_limit_s
+from gpt.comm_torch import NcclCommunicator, first_host
 from gpt.errors import ConfigError
 from gpt.launch import Launch, launch_command, read_launch, singletons
 
@@ -108,6 +109,55 @@ def test_a_time_limit_is_a_positive_number(text: str, monkeypatch: pytest.Monkey
         time_limit_s()
     monkeypatch.setenv("GPT_RANK_TIMEOUT", "2.5")
     assert time_limit_s() == 2.5
+
+
+class Recorder(NullCommunicator):
+    """Whose end is an event."""
+
+    size = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = threading.Event()
+
+    def abort(self, code: int) -> None:
+        self.ended.set()
+        threading.Event().wait()  # as the real ones do not return
+
+
+@pytest.mark.parametrize(
+    ("stages", "ends"),
+    [
+        (["waiting for prompts", "new token 0", "new token 1"], True),
+        (["new token 0", "new token 1", ""], False),
+        (["new token 0", "waiting for prompts"], False),
+    ],
+)
+def test_a_step_on_gpus_takes_no_longer_than_a_wait(
+    stages: list[str], ends: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPT_RANK_TIMEOUT", "0.2")
+    monkeypatch.setattr(Watch, "interval_s", 0.05)
+    control = Recorder()
+    gpus = NcclCommunicator.__new__(NcclCommunicator)  # without NCCL
+    gpus._control, gpus.rank, gpus.size = control, 0, 2
+    gpus._watch = Watch(gpus)
+    for stage in stages:
+        gpus.stage = stage
+    assert control.ended.wait(1.0) == ends
+    assert (
+        "rank 0, new token 1: no answer from the other ranks for 0.2 s in this step" in capsys.readouterr().err
+    ) == ends
+
+
+def test_exchanges_of_gpu_ranks_end_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = NcclCommunicator.__new__(NcclCommunicator)
+    gpus._control, gpus._watch = NullCommunicator(), Watch(NullCommunicator())
+    for exchange in (lambda: gpus.broadcast_object(1), lambda: gpus.gather_objects(1), gpus.barrier):
+        gpus.stage = "step 3"
+        assert gpus._watch._since is not None
+        exchange()
+        assert gpus._watch._since is None
 
 
 @pytest.mark.mpi

@@ -18,7 +18,11 @@ def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 33])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_product(dtype: torch.dtype, num_rows: int, with_bias: bool) -> None:
+@pytest.mark.parametrize("instructions", [{"amx_bf16"}, set()], ids=["amx", "no amx"])
+def test_product(
+    dtype: torch.dtype, num_rows: int, with_bias: bool, instructions: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt.engine.linear.cpu_has", instructions.__contains__)
     x, weight = random(num_rows, 96, dtype=dtype, seed=0), random(51, 96, dtype=dtype, seed=1)
     bias = random(51, dtype=dtype, seed=2) if with_bias else None
     y = linear(x, weight, bias)

@@ -58,10 +58,23 @@ def test_the_largest_batch() -> None:
     model = ModelConfig(vocab_size=96, n_positions=64, n_embd=48, n_head=4, n_layer=3, n_kv_head=4, inter_size=96)
     plan = Plan.make(model, BuildConfig(max_batch_size=10, max_input_len=8, max_output_len=8))
     one = (plan.needed.kv_cache + plan.needed.activations) / 10
+    assert plan.largest_batch(plan.needed.weights) == 0
     for batch in (0, 1, 7, 10):
         assert plan.largest_batch(int(plan.needed.weights + (batch + 0.5) * one)) == batch
     assert plan.largest_batch(plan.needed.weights + int(100 * one)) == 10
     assert plan.largest_batch(plan.needed.weights // 2) == 0
+
+
+def test_a_gpu_rounds_sizes_up() -> None:
+    """Rows to a batch that has a graph, slots to a multiple of 128; the rest of a GPU is not the engine's."""
+    model = ModelConfig(vocab_size=96, n_positions=512, n_embd=48, n_head=4, n_layer=3, n_kv_head=4, inter_size=96)
+    build_config = BuildConfig(max_batch_size=50, max_input_len=100, max_output_len=100)
+    plan = Plan.make(model, build_config)
+    cache = build_config.kv_cache_bytes(model, 64, 256)
+    assert plan.gpu_bytes == plan.needed.weights + plan.needed.activations + cache + (1536 << 20)
+    enough = plan.needed.weights + plan.needed.activations + cache
+    assert [plan.largest_batch(enough - less, on_gpu=True) for less in (0, 1)] == [50, 49]
+    assert plan.largest_batch(enough) == 50
 
 
 def test_start_commands() -> None:

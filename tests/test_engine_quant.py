@@ -302,6 +302,10 @@ def test_check_quality(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[s
         assert text in told
     assert ("ROUGE-1" in told) == (kind == "jsonl")
     report = json.loads((tmp_path / "e" / "quality.json").read_text())
+    if kind == "jsonl":
+        rouge1 = report["rouge1"]
+        assert rouge1["loss"]["mean"] == pytest.approx(rouge1["float_model"] - rouge1["engine"])  # equal texts
+        assert rouge1["float_model"] > 20
     found = report["agreement"]
     assert abs(found["perplexity"] / found["float_perplexity"] - 1) < 0.01
     assert found["same_top1_percent"] > 95

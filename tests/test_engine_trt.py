@@ -207,9 +207,9 @@ class TestCheckBuild:
             ({"dtype": "float16", "fused": True}, "fused IAttention"),
             ({"dtype": "float16", "context_fmha": 1}, "fused IAttention"),
             ({"context_fmha": 2}, "chooses its accumulation itself"),
-            ({"gemm_plugin": "float32"}, "GEMM plugin"),
-            ({"layernorm_plugin": "float32"}, "Layernorm plugin"),
-            ({"lookup_plugin": "float32"}, "Lookup plugin"),
+            ({"gemm_plugin": "float32"}, "the library's own layers do gemm"),
+            ({"layernorm_plugin": "float32"}, "the library's own layers do layernorm"),
+            ({"lookup_plugin": "float32"}, "the library's own layers do lookup"),
             ({"packed": True}, "Remove Padding Enabled"),
         ],
     )

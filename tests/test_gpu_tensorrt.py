@@ -16,7 +16,17 @@ from engines import build_engine, convert, open_session, random_prompts, relativ
 from ranks import PROGRAMS, without_mpi
 from test_engine_trt_quantized import MODES, Quant, quantized_weights, step_inputs
 from test_runtime_ranks import CASES, build_case
-from trt_acceptance import Open, Report, Weights, cases, check_buckets, check_limits, check_logits, check_speed
+from trt_acceptance import (
+    PLUGINS,
+    Open,
+    Report,
+    Weights,
+    cases,
+    check_buckets,
+    check_limits,
+    check_logits,
+    check_speed,
+)
 from trt_models import MODELS, RANK, build_config
 
 from gpt.config import BuildConfig, ModelConfig
@@ -24,7 +34,7 @@ from gpt.engine import trt_io
 from gpt.engine.trt_builder import NetworkBuild, build_plan, library_info
 from gpt.engine.trt_evaluator import NetworkEvaluator
 from gpt.engine.trt_layers import to_torch_dtype
-from gpt.engine.trt_library import error_recorder, load_for_build
+from gpt.engine.trt_library import error_recorder, has_plugins, load_for_build
 from gpt.engine.trt_runtime import create_context, load_engine
 from gpt.mapping import Mapping
 from gpt.runtime.generate import generate
@@ -63,6 +73,9 @@ def open_on_gpu(tmp_path: Path) -> Open:
 
 @pytest.mark.parametrize(("name", "layout", "dtype"), list(cases()))
 def test_logits(name: str, layout: str, dtype: str, report: Report, open_on_gpu: Open) -> None:
+    if layout == PLUGINS and not has_plugins(load_for_build(())):
+        report.add("logits", f"{name}, {layout}, {dtype}: not with this library", passed=True)
+        return
     check_logits(report, open_on_gpu, name, layout, dtype)
 
 
@@ -92,15 +105,19 @@ def test_bundled_model(report: Report, tmp_path: Path) -> None:
     assert same == 4, both
 
 
+@pytest.mark.parametrize("plugins", [(), ("attention", "gemm", "layernorm")], ids=["native", "plugins"])
 @pytest.mark.parametrize("mode", [*MODES, "cache"])
-def test_quantized(mode: str, report: Report, tmp_path: Path) -> None:
-    """The library's kernels beside the evaluation of the very network they come from."""
+def test_quantized(mode: str, plugins: tuple[str, ...], report: Report, tmp_path: Path) -> None:
+    """The library's kernels, or ours inside it, beside the evaluation of the very network they come from."""
+    if plugins and (not has_plugins(load_for_build(())) or "fp8" in mode):
+        report.add("quantized", f"{mode}: no plugins", passed=True)
+        return
     quant = replace(MODES.get(mode, Quant()), kv_cache="int8" if mode == "cache" else None)
     if quant.weights == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         report.add("quantized", f"{mode}: not on this card", passed=True)
         return
     model = replace(MODELS["gpt2"], n_embd=192, inter_size=256)
-    build = build_config("float16", quant=quant.config)
+    build = build_config("float16", quant=quant.config, plugins=plugins)
     held = {
         name: tensor.half()
         if tensor.dtype == torch.float32 and "scale" not in name and "smoother" not in name
@@ -120,7 +137,7 @@ def test_quantized(mode: str, report: Report, tmp_path: Path) -> None:
     )
     found = execute(path, inputs, {"logits": tuple(expected["logits"].shape)})
     error = relative_error(found["logits"].cpu(), expected["logits"])
-    report.add("quantized", mode, passed=error < 2e-2, error=error, bound=2e-2)
+    report.add("quantized", f"{mode} {' '.join(plugins)}", passed=error < 2e-2, error=error, bound=2e-2)
     assert error < 2e-2  # integers may round to either side, which one step of 127 bounds
 
 

@@ -10,8 +10,10 @@ import torch
 
 from gpt import quant
 from gpt.config import BuildConfig, ModelConfig
+from gpt.engine import int8_product
+from gpt.engine.int8_product import FbgemmProduct, OneDnnProduct, PlainProduct, integer_product
 from gpt.engine.kv_cache import KEYS, VALUES, KvCache
-from gpt.engine.quant_linear import IntegerProduct, QuantizedRows, int_mm, quantized_linears
+from gpt.engine.quant_linear import QuantizedRows, quantized_linears
 from gpt.errors import ConfigError
 from gpt.mapping import Mapping
 from gpt.quant import QuantConfig
@@ -173,17 +175,36 @@ def test_rows_find_their_own_scale() -> None:
 # Products.
 
 
+# oneDNN and FBGEMM are used, and exact, where the processor has the instructions.
+PRODUCTS = [PlainProduct, *(product for product in (OneDnnProduct, FbgemmProduct) if product.is_fast())]
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize(("rows", "num_out", "num_in"), SHAPES)
-def test_integer_sums_are_exact(rows: int, num_out: int, num_in: int) -> None:
+def test_integer_sums_are_exact(
+    rows: int, num_out: int, num_in: int, product: type[PlainProduct | OneDnnProduct | FbgemmProduct]
+) -> None:
     """Extremes included: -128 and 127 on both sides must not saturate on the way."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-128, 128, (rows, num_in), dtype=torch.int8, generator=generator)
     weight = torch.randint(-128, 128, (num_out, num_in), dtype=torch.int8, generator=generator)
     x[0], weight[0], weight[1] = 127, 127, -128
     expected = x.long() @ weight.long().t()
-    assert torch.equal(int_mm(x, weight).long(), expected)
-    product = IntegerProduct(weight, torch.ones(num_out))
-    assert torch.equal(product(x).long(), expected)  # below 2^24, which float32 holds
+    y = product(weight, torch.ones(num_out))(x.to(product.takes))
+    assert torch.equal(y.long(), expected)  # below 2^24, which float32 holds
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"),
+    [({"avx512_vnni", "amx_int8"}, OneDnnProduct), ({"avx512_vnni"}, FbgemmProduct), (set(), PlainProduct)],
+)
+def test_the_product_follows_the_processor(
+    instructions: set[str], expected: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN without AMX would multiply int8 in a plain loop, FBGEMM without VNNI would saturate."""
+    monkeypatch.setattr(int8_product, "cpu_has", instructions.__contains__)
+    weight = torch.ones(4, 8, dtype=torch.int8)
+    assert isinstance(integer_product(weight.t().contiguous().t(), torch.ones(4)), expected)
 
 
 def weights_of(
@@ -262,11 +283,11 @@ def test_int8_activations_equal_the_plain_ones() -> None:
     x = random(9, 48, seed=5)
     rows = quantized_linears(layer, mode, torch.float32)["l"].prepare(x)
     scale = x.abs().amax(1, keepdim=True) / 127
-    assert torch.equal(values_of(rows), (x * (1 / scale)).round().to(torch.int8))
+    assert torch.equal(values_of(rows).to(torch.int8), (x * (1 / scale)).round().to(torch.int8))
 
 
 def test_the_digits_of_weight_only_products() -> None:
-    """Two int8 numbers per value, exact to half a unit of 1/127^2 of the row's largest."""
+    """Two int8 numbers per value, exact to half a unit of 1 / 127 / 254 of the row's largest."""
     layer, _ = weights_of(QuantConfig("int8"), 8, 200, torch.float32)
     x = random(5, 200, seed=6)
     x[3] = 0
@@ -274,8 +295,9 @@ def test_the_digits_of_weight_only_products() -> None:
     rows = quantized_linears(layer, QuantConfig("int8"), torch.float32)["l"].prepare(x)
     high, low = values_of(rows).double().chunk(2)
     largest = x.double().abs().amax(1, keepdim=True)
-    back = (high + low / 127) / 127 * largest
-    assert ((back - x.double()).abs() <= largest * 0.51 / 127**2).all()
+    assert high.abs().max() == low.abs().max() == 127
+    back = (high + low / 254) / 127 * largest
+    assert ((back - x.double()).abs() <= largest * 0.51 / 127 / 254).all()
 
 
 # The cache.

@@ -10,13 +10,15 @@ import torch
 from engines import random_prompts, relative_error
 
 from gpt.checkpoint.random_weights import RandomWeights
+from gpt.comm import NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.cuda_w8a8 import W8a8Linear
+from gpt.engine.kv_cache import batch_bucket
 from gpt.engine.weights import engine_tensors
 from gpt.kernels.launch import INTERPRETED
 from gpt.mapping import Mapping
 from gpt.quant import ACTIVATION_SCALES, QuantConfig, dequantize_weight, unpack_int4
-from gpt.runtime.cuda_session import CudaSession, batch_bucket, kernels_know
+from gpt.runtime.cuda_session import CudaSession, kernels_know
 from gpt.runtime.torch_session import TorchSession
 
 MODEL = ModelConfig(vocab_size=67, n_positions=40, n_embd=32, n_head=4, n_layer=2, n_kv_head=4, inter_size=48)
@@ -160,6 +162,23 @@ def test_running_ahead_chooses_the_same(lengths: list[int], kernel_device: torch
         assert torch.tensor(largest).allclose(logits.amax(-1), rtol=1e-4, atol=1e-5)
         num_steps -= 1
     assert num_steps == 0
+
+
+def test_sums_can_go_through_another_communicator(kernel_device: torch.device) -> None:
+    """What was recorded with the old one is forgotten."""
+    oracle, session = make_pair(MODEL, "float32", kernel_device)
+    prompts = random_prompts([3], MODEL.vocab_size)
+    ids = begin(oracle, prompts).argmax(-1)
+    begin(session, prompts)
+    session.generation(ids.to(kernel_device))
+    assert isinstance(session, CudaSession)
+    comm = NullCommunicator()
+    session.exchange_through(comm)
+    assert session.ops.comm is session._decode_ops.comm is comm
+    assert session._decoders == {}
+    begin(session, prompts)
+    expected, logits = oracle.generation(ids), session.generation(ids.to(kernel_device)).cpu()
+    assert relative_error(logits, expected) < BOUNDS["float32"]
 
 
 def test_a_larger_batch_follows_a_smaller_one(kernel_device: torch.device) -> None:

@@ -65,8 +65,9 @@ CASES = {
 }
 
 
-def build_case(name: str, world_size: int, base: Path) -> Path:
-    case, out = CASES[name], base / f"{name}-{world_size}"
+def build_case(name: str, world_size: int, base: Path, case: Case | None = None) -> Path:
+    """case: one that is not among CASES."""
+    case, out = case or CASES[name], base / f"{name}-{world_size}"
     flags = [*case.flags, *LIMITS, "--world_size", str(world_size)]
     if case.hf is None:
         build_engine(None, out, *SIZES, "--dtype", "float32", "--random_seed", "5", *flags)

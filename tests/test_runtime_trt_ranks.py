@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines import relative_error
+from engines import build_engine, relative_error
 from ranks import PROGRAMS, mpirun
+from test_engine_quant import INT8_BOUND, WEIGHT_ONLY_BOUND
 from test_runtime_ranks import CASES, FP32_BOUND, LIMITS, SIZES, build_case
 from trt_matrix import record
 from trt_models import MODELS, build_config, context_inputs, define, layers_of
@@ -57,6 +58,19 @@ def test_networks_together_are_the_model(name: str, world_size: int, results: di
         assert parts["tokens"] == whole["tokens"]
 
 
+def test_networks_with_plugins_together_are_the_model(results: dict[int, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """A rank's heads, a product's part without its bias, an embedding cut either way."""
+    names = [name for name in CASES if CASES[name].bound == FP32_BOUND]
+    folders = [build_case(name, 2, tmp_path) for name in names]
+    done = mpirun(2, PROGRAMS / "logits.py", "tensorrt packed plugins", tmp_path / "out.pt", *folders)
+    assert done.returncode == 0, done.stderr
+    for name, parts in zip(names, torch.load(tmp_path / "out.pt"), strict=True):
+        whole = results[1][list(CASES).index(name)]
+        pairs = zip(parts["logits"], whole["logits"], strict=True)
+        assert max(relative_error(ours, expected) for ours, expected in pairs) < FP32_BOUND, name
+        assert parts["tokens"] == whole["tokens"], name
+
+
 def rank_build(name: str, world_size: int) -> BuildConfig:
     """What the networks of a case were built with."""
     flags, layout = CASES[name].flags, LAYOUTS[world_size]
@@ -69,6 +83,33 @@ def rank_build(name: str, world_size: int) -> BuildConfig:
         embedding_sharding_dim=int("--embedding_sharding_dim" in flags),
         max_prompt_embedding_table_size=6 * ("--max_prompt_embedding_table_size" in flags),
     )
+
+
+QUANTIZED = {
+    "int8": (["--use_weight_only"], WEIGHT_ONLY_BOUND),
+    "int4": (["--use_weight_only", "--weight_only_precision", "int4"], WEIGHT_ONLY_BOUND),
+    "smooth": (["--use_smooth_quant", "--per_token", "--per_channel", "--int8_kv_cache"], INT8_BOUND),
+}
+
+
+def test_quantised_networks_together_are_the_ranks_of_torch(tmp_path: Path) -> None:
+    """Plans of both ranks, and their networks evaluated in two processes beside the torch executor in as many."""
+    flags = [*SIZES, *LIMITS, "--multi_query_mode", "--dtype", "float32", "--random_seed", "5", "--world_size", "2"]
+    folders, builds = [], []
+    for name, (quant, _) in QUANTIZED.items():
+        folders.append(build_engine(None, tmp_path / name, *flags, *quant).folder)
+        plans = build_engine(None, tmp_path / f"plans of {name}", *flags, *quant, "--backend", "tensorrt")
+        builds.append(plans.build)
+        assert [plans.engine_path(rank).stat().st_size > 0 for rank in (0, 1)] == [True, True]
+    found = []
+    for device in ("cpu", LAYOUTS[2]):
+        result = mpirun(2, PROGRAMS / "logits.py", device, tmp_path / "out.pt", *folders)
+        assert result.returncode == 0, result.stderr
+        found.append(torch.load(tmp_path / "out.pt"))
+    for (name, (_, bound)), config, torch_ranks, networks in zip(QUANTIZED.items(), builds, *found, strict=True):
+        errors = [relative_error(*pair) for pair in zip(networks["logits"], torch_ranks["logits"], strict=True)]
+        assert max(errors) < bound, name
+        record("multi_query", config, built="default", error=max(errors))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

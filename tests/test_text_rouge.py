@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpt.text.rouge import ROUGE_KEYS, aggregate, score_texts
+from gpt.text.rouge import ROUGE_KEYS, aggregate, paired_loss, score_texts
 
 
 def _f(matches: int, reference: int, prediction: int) -> float:
@@ -54,3 +54,16 @@ def test_aggregate_leaves_the_global_generator_alone() -> None:
     rows = [dict.fromkeys(ROUGE_KEYS, 50.0)]
     assert aggregate(rows) == pytest.approx(rows[0])
     assert np.random.random(3).tolist() == expected.tolist()  # noqa: NPY002
+
+
+def test_paired_losses() -> None:
+    """Texts lose or gain a point: the scatter between texts, which is far larger, cancels; the interval is that of the
+    mean of n values, 1.96 deviations over the root of n."""
+    generator = np.random.RandomState(1)
+    before = generator.uniform(0, 100, 300)
+    losses = generator.choice([-1.0, 1.0], 300, p=[0.4, 0.6])
+    loss = paired_loss(before.tolist(), (before - losses).tolist())
+    assert loss.mean == pytest.approx(losses.mean())
+    half = 1.96 * losses.std() / 300**0.5
+    assert (loss.low, loss.high) == pytest.approx((loss.mean - half, loss.mean + half), abs=0.1 * half)
+    assert str(paired_loss([2, 2], [1, 1])) == "+1.00 (+1.00 to +1.00)"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trt_acceptance
 from test_gpu_tensorrt import pytestmark as group
-from trt_acceptance import Report, Weights, cases, check_buckets, check_limits, check_logits, check_speed
+from trt_acceptance import PLUGINS, Report, Weights, cases, check_buckets, check_limits, check_logits, check_speed
 from trt_models import MODELS, RANK
 
 from gpt.config import BuildConfig, ModelConfig
@@ -37,6 +37,7 @@ def read(report: Report) -> dict[str, object]:
 
 def test_checks_pass_and_are_reported(report: Report) -> None:
     check_logits(report, open_stand_in, "multi_query", "fused packed", "bfloat16")
+    check_logits(report, open_stand_in, "rotary_swiglu_grouped", PLUGINS, "float16")
     check_buckets(report, open_stand_in)
     check_limits(report, open_stand_in)
     check_speed(report, open_stand_in, replace(MODELS["gpt2"], n_positions=160), "float32", 2)
@@ -44,7 +45,7 @@ def test_checks_pass_and_are_reported(report: Report) -> None:
     assert content["passed"] is True
     rows = content["rows"]
     assert isinstance(rows, list)
-    assert [row["check"] for row in rows] == ["logits", "buckets", "limits", *["speed"] * 3]
+    assert [row["check"] for row in rows] == ["logits", "logits", "buckets", "limits", *["speed"] * 3]
     assert len(rows[0]["errors"]) == 9
 
 
@@ -57,4 +58,4 @@ def test_a_failed_check_is_reported(report: Report, monkeypatch: pytest.MonkeyPa
 
 def test_the_group_is_left_out_here() -> None:
     assert [mark.name for mark in group] == ["gpu", "tensorrt"]
-    assert len(list(cases())) == 36
+    assert len(list(cases())) == 48

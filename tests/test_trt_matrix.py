@@ -20,14 +20,16 @@ def test_rows_of_one_combination_are_one_line(tmp_path: Path, monkeypatch: pytes
     record("gpt2", build, error=1e-4)
     record("gpt2", build, built="ada", error=3e-4)
     record("gpt2", build_config(world_size=2, use_parallel_embedding=True), error=2e-7)
+    record("gpt2", build_config(plugins=("attention", "lookup")), error=3e-7)
     record_refusal(ConfigError("no", found=["b: not allowed", "a: too long"]))
     record_refusal(ConfigError("unknown target", found="hopper"))
     lines = list(table([json.loads(line) for line in path.read_text().splitlines()], "1.2.3"))
     assert "TensorRT-RTX 1.2.3" in lines[0]
     assert lines[3:] == [
         "| gpt2 | float32 | plain | padded | 2 ranks, embedding by vocabulary | - | 2.0e-07 |",
+        "| gpt2 | float32 | plugin | padded | plugins attention lookup | - | 3.0e-07 |",
         "| gpt2 | float16 | fused | padded | prompt tuning | ampere, ada | 3.0e-04 |",
-        "\n2 combinations, 1 of them built and compared.",
+        "\n3 combinations, 1 of them built and compared.",
         "\n## Refused before building, or by the library, with the reason that is shown\n",
         "- a: too long",
         "- b: not allowed",

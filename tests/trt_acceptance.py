@@ -30,7 +30,13 @@ from gpt.runtime.torch_session import TorchSession
 BOUNDS = {"float32": 5e-3, "float16": 5e-3, "bfloat16": 2e-2}
 Weights = Dict[str, torch.Tensor]
 Open = Callable[[ModelConfig, BuildConfig, Weights], Session]
-LAYOUTS = {"plain padded": (False, False), "fused padded": (True, False), "fused packed": (True, True)}
+PLUGINS = "plugins packed"  # of a library that has them
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "plain padded": {},
+    "fused padded": {"fused": True},
+    "fused packed": {"fused": True, "packed": True},
+    PLUGINS: {"packed": True, "plugins": ("attention", "layernorm", "lookup")},
+}
 
 
 @dataclass
@@ -56,8 +62,7 @@ def cases() -> Iterator[tuple[str, str, str]]:
 
 def check_logits(report: Report, open_session: Open, name: str, layout: str, dtype: str) -> None:
     """Prompts of four lengths and eight generation steps."""
-    fused, packed = LAYOUTS[layout]
-    model, build = MODELS[name], build_config(dtype, fused=fused, packed=packed)
+    model, build = MODELS[name], build_config(dtype, **LAYOUTS[layout])
     weights = random_weights(model, dtype)
     begin = time.perf_counter()
     session = open_session(model, build, weights)

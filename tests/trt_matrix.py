@@ -25,7 +25,8 @@ Made by `tests/trt_matrix.py` from a run of the tests marked `tensorrt`, with Te
 make it again stands there. *Built for*: plans that the library's ahead-of-time compiler accepted, `default` being its
 own choice of cards. *Compared*: the largest relative L2 distance of the evaluated network from the torch executor (for
 quantised products, and networks of weights rounded at random, from the same arithmetic written plainly); all are below
-the bounds of the tests, which are in `tests/`. No plan was executed: see [tensorrt.md](tensorrt.md).
+the bounds of the tests, which are in `tests/`. Networks with plugins are those of the library `tensorrt`, compared over
+a stand-in for it. No plan was executed: see [tensorrt.md](tensorrt.md).
 
 The models are small ones of each architecture: GPT-2 (learned positions, GELU, biases, tied head), rotary SwiGLU with
 grouped key/value heads, rotary RMSNorm with scaled positions and GEGLU, and multi-query as in SantaCoder and StarCoder.
@@ -47,11 +48,12 @@ def record(model: str, build: Any, *, built: str = "", error: float | None = Non
         said.append(f"{build.world_size} ranks" + (f", embedding {embedding}" if build.use_parallel_embedding else ""))
     said += ["prompt tuning"] * (build.max_prompt_embedding_table_size > 0)
     said += ["batch buckets"] * bool(build.batch_buckets)
+    said += [f"plugins {' '.join(build.plugins)}"] * bool(build.plugins)
     said += [build.quant.describe()] * bool(build.quant.describe())
     row = {
         "model": model,
         "type": build.dtype,
-        "attention": "fused" if build.fused_attention else "plain",
+        "attention": "plugin" if "attention" in build.plugins else "fused" if build.fused_attention else "plain",
         "input": "packed" if build.remove_input_padding else "padded",
         "options": ", ".join(said),
         "built": built,

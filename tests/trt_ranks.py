@@ -15,7 +15,7 @@ from gpt.runtime.trt_session import TrtSession
 
 
 def stand_in_session(info: EngineInfo, layout: str) -> TrtSession:
-    """layout: words, of which "packed" and "fused" mean something."""
+    """layout: words, of which "packed", "fused" and "plugins" mean something."""
     ranks = join_ranks(info)
     mapping = Mapping.of_build(info.build, ranks.rank)
     build = dataclasses.replace(
@@ -23,6 +23,7 @@ def stand_in_session(info: EngineInfo, layout: str) -> TrtSession:
         backend="tensorrt",
         remove_input_padding="packed" in layout,
         gpt_attention_plugin=info.build.dtype if "fused" in layout else None,
+        plugins=("attention", "gemm", "layernorm", "lookup") if "plugins" in layout else (),
     )
     weights = load_torch_weights(info, mapping, torch.device("cpu"))
     engine = stand_in_engine(info.model, build, mapping, weights)

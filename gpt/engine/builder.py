@@ -41,7 +41,7 @@ def build_engine(model: ModelConfig, build: BuildConfig, checkpoint: Checkpoint 
     """
     begin = time.perf_counter()
     source: WeightSource = checkpoint if checkpoint is not None else RandomWeights(model, build.seed or 0)
-    notes, library = _prepare_backend(model, build)
+    build, notes, library = _prepare_backend(model, build)
     for note in (*notes, *quantization_notes(build.quant, checkpoint)):
         log.info(note)
     needed = estimate(model, build, Mapping.of_build(build))
@@ -64,13 +64,14 @@ def build_engine(model: ModelConfig, build: BuildConfig, checkpoint: Checkpoint 
     return output_dir / CONFIG_NAME
 
 
-def _prepare_backend(model: ModelConfig, build: BuildConfig) -> tuple[list[str], dict[str, str]]:
-    """What the backend makes of the options, and which library it is."""
+def _prepare_backend(model: ModelConfig, build: BuildConfig) -> tuple[BuildConfig, list[str], dict[str, str]]:
+    """The options with what the backend adds, what it makes of them, and which library it is."""
     if build.backend == "tensorrt":
         from gpt.engine import trt_builder
 
-        return trt_builder.check_build(model, build), trt_builder.library_info(build.targets)
-    return torch_notes(build), {"name": "torch", "version": torch.__version__}
+        build = trt_builder.with_plugins(model, build)
+        return build, trt_builder.check_build(model, build), trt_builder.library_info(build.targets)
+    return build, torch_notes(build), {"name": "torch", "version": torch.__version__}
 
 
 def torch_notes(build: BuildConfig) -> list[str]:

@@ -3,7 +3,8 @@
 `gpt.network.gpt.forward` runs once per captured graph.  Operations that a kernel can take along (norms, biases,
 activations, gates, residual sums, rotation) return a description instead of a result; the operation that needs the
 value launches the kernel for all of it.  For one sequence a layer is five launches: norm and QKV, attention, dense and
-residual, norm and FC1, FC2 and residual.  For several, norms and residual sums share a launch of their own.
+residual, norm and FC1, FC2 and residual.  For several, norms and residual sums share a launch of their own.  Among
+GPUs that share memory, the sum over the ranks takes bias and residual sum along.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class _Rotated:
 
 @dataclass
 class _Sum:
-    """A finished product and the bias that is still to be added."""
+    """A finished product, of which every rank has a part, and the bias that is still to be added to the ranks' sum."""
 
     value: torch.Tensor
     bias: torch.Tensor | None = None
@@ -192,7 +193,7 @@ class DecodeOps:
         if isinstance(b, _Product):
             self._add_product(stream, b)
         elif isinstance(b, _Sum):
-            stream.parts, stream.bias = b.value[None], b.bias
+            self._add_sum(stream, b)
         else:
             raise TypeError(f"nothing adds {type(b).__name__} to the residual stream")
         return stream
@@ -234,6 +235,13 @@ class DecodeOps:
         multiply: Any = int4.int4_skinny if weight.dtype == torch.uint8 else skinny
         multiply(h, weight, parts, config=skinny_config, scale=scale)
         stream.parts, stream.bias = parts, bias
+
+    def _add_sum(self, stream: _Stream, part: _Sum) -> None:
+        """In one kernel where the GPUs share memory."""
+        if self.comm.small_sum is not None and self.comm.small_sum(part.value, stream.x, part.bias):
+            return
+        self.comm.all_reduce(part.value)
+        stream.parts, stream.bias = part.value[None], part.bias
 
     def layer_norm(self, x: Value, name: str, epsilon: float, feeds: str | None = None) -> Value:
         return self._normed(x, Norm(self._norms[name + ".weight"], self._norms[name + ".bias"], epsilon))
@@ -296,8 +304,10 @@ class DecodeOps:
 
     def all_reduce(self, x: Value) -> Value:
         value = self.value(x)
+        if isinstance(x, _Product):
+            return _Sum(value)  # with what it is added to
         self.comm.all_reduce(value)
-        return _Sum(value) if isinstance(x, _Product) else value
+        return value
 
     def all_gather(self, x: Value) -> Value:
         return self.comm.all_gather(self.value(x), -1)
@@ -327,8 +337,6 @@ class DecodeOps:
         """The tensor a description stands for."""
         if isinstance(x, torch.Tensor):
             return x
-        if isinstance(x, _Sum) and x.bias is None:
-            return x.value
         if not isinstance(x, _Product):
             raise TypeError(f"{type(x).__name__} has no value of its own")
         if x.name in self.products:

@@ -40,11 +40,11 @@ def estimate(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> Estima
     weights = engine_bytes(model, mapping, build.dtype, build.quant)
     num_rows = build.max_batch_size * build.max_beam_width
     num_tokens = build.max_batch_size * build.max_input_len
-    widest = (
-        model.n_embd * 2
-        + max(model.qkv_size, model.inter_size * (2 if model.activation.gated else 1)) // build.world_size
-    )
-    activations = num_tokens * widest * ITEMSIZE[build.dtype] + 4 * num_rows * model.padded_vocab_size()
+    widest = max(model.qkv_size, model.inter_size * (2 if model.activation.gated else 1)) // build.world_size
+    # Of a prompt's token: the residual stream in float32, its normalised form, a product's sum over the ranks, and the
+    # widest row before and after what follows it.
+    token_bytes = 4 * model.n_embd + 2 * (model.n_embd + widest) * ITEMSIZE[build.dtype]
+    activations = num_tokens * token_bytes + 4 * num_rows * model.padded_vocab_size()
     if build.backend == "tensorrt":
         from gpt.engine.trt_builder import estimate_build_bytes, estimate_plan_bytes
 

@@ -108,6 +108,7 @@ def _inspect_engine(path: Path, *, checksums: bool, values: bool) -> Inspection:
 def _options(build: BuildConfig) -> list[str]:
     plugins = ("gpt_attention", "gemm", "layernorm", "lookup")
     chosen = [f"{name} plugin" for name in plugins if getattr(build, f"{name}_plugin") is not None]
+    chosen += [f"compiled into the plan: {', '.join(build.plugins)}"] * bool(build.plugins)
     chosen += [build.quant.describe()] * bool(build.quant.describe())
     chosen += ["context fmha"] * (build.context_fmha > 0) + ["packed prompts"] * build.remove_input_padding
     return chosen

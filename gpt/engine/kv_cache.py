@@ -9,10 +9,28 @@ import torch
 
 from gpt.config import BuildConfig, ModelConfig
 from gpt.dtypes import torch_dtype
+from gpt.engine.attention_math import attention_dtype
 from gpt.mapping import Mapping
 from gpt.quant import to_fp8, to_int8
 
 KEYS, VALUES = 0, 1
+
+# On a GPU slots of the cache and rows of a batch are rounded up, so that requests of about the same size share a graph.
+_SLOTS = 128
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
+
+
+def cache_slots(max_seq_len: int) -> int:
+    """Slots of a GPU's cache for sequences of so many tokens."""
+    return -(-max_seq_len // _SLOTS) * _SLOTS
+
+
+def batch_bucket(batch_size: int) -> int:
+    """The number of rows a batch is padded to on a GPU."""
+    for size in _BATCH_BUCKETS:
+        if batch_size <= size:
+            return size
+    return -(-batch_size // 64) * 64
 
 
 @dataclass(frozen=True)
@@ -22,7 +40,8 @@ class KvCache:
     blocks: [L, 2, num_blocks, G/R, tokens_per_block, D], K before V, in the engine's dtype, int8 or float8_e4m3fn.  A
     contiguous cache is one block per sequence, as long as the longest.
 
-    scales: float32 [L, 2], the value of one step of K and V in a quantised cache.  dtype: what `decode` returns.
+    scales: float32 [L, 2], the value of one step of K and V in a quantised cache.  dtype: what `decode` makes of its
+    values.
     """
 
     blocks: torch.Tensor
@@ -48,7 +67,7 @@ class KvCache:
         stored = {None: dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[build.quant.kv_cache]
         # Through bytes: PyTorch does not fill FP8 everywhere.
         blocks = torch.zeros((*shape[:-1], shape[-1] * stored.itemsize), dtype=torch.uint8, device=device).view(stored)
-        return cls(blocks, scales, dtype)
+        return cls(blocks, scales, attention_dtype(dtype, device))
 
     def encode(self, values: torch.Tensor, layer: int, part: int | None = None) -> torch.Tensor:
         """What the cache keeps of K (part 0), of V (part 1), or of both, [N, 2, G, D]."""

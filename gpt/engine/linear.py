@@ -1,8 +1,9 @@
 """x @ weight.T + bias, by the fastest call PyTorch has for the shape, dtype and device.
 
-Measured on a CPU with AMX (2 cores, torch 2.13.0, the 48 products of a 12 x 768 model): in bfloat16, 2 to 16 rows take
-10 ms with the weight as the left operand and 15 ms as the right one, which oneDNN reorders at each call, and a single
-row is fastest as a matrix-vector product.  benchmarks/bench_linear.py measures the alternatives again.
+Measured for the 48 products of a 12 x 768 model in bfloat16.  With AMX (2 cores, torch 2.13.0) 2 to 16 rows take 10 ms
+with the weight as the left operand and 15 ms as the right one, which oneDNN reorders at each call, and a single row is
+fastest as a matrix-vector product.  Without AMX that takes a third longer than with the weight as the right operand,
+the fastest way for up to 8 rows.  benchmarks/bench_linear.py measures the alternatives again.
 """
 
 from __future__ import annotations
@@ -10,14 +11,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from gpt.engine.cpu import cpu_has
+
+_FEW_ROWS = 8
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [N, in], weight [out, in], bias [out] or None, one dtype -> contiguous [N, out]."""
     if x.is_cuda or x.dtype == torch.float16:
         return F.linear(x, weight, bias)
-    if x.shape[0] == 1:
+    amx = x.dtype == torch.bfloat16 and cpu_has("amx_bf16")
+    if x.shape[0] == 1 and (amx or x.dtype == torch.float32):
         y = torch.mv(weight, x[0])[None]
-    elif x.dtype == torch.float32:
+    elif x.dtype == torch.float32 or (x.shape[0] <= _FEW_ROWS and not amx):
         y = x @ weight.t()
     else:
         y = (weight @ x.t()).t().contiguous()

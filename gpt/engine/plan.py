@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from gpt.checkpoint.layout import tensors
 from gpt.config import BuildConfig, ModelConfig
 from gpt.console import human_bytes
 from gpt.engine.estimate import Estimate, available_memory_bytes, estimate
+from gpt.engine.kv_cache import batch_bucket, cache_slots
 from gpt.mapping import Mapping
 
 # MiB that nvidia-smi shows as a card's total.
@@ -46,12 +48,25 @@ class Plan:
         """Of the whole model, padding left out."""
         return sum(math.prod(tensor.shape) for tensor in tensors(self.model))
 
-    def largest_batch(self, memory_bytes: int) -> int:
-        """Sequences of full length that one rank has room for beside its weights, at most --max_batch_size; 0: the
-        weights alone do not fit."""
-        room = memory_bytes - self.needed.weights
-        per_sequence = (self.needed.kv_cache + self.needed.activations) / self.build.max_batch_size
-        return max(0, min(self.build.max_batch_size, int(room / per_sequence)))
+    @property
+    def gpu_bytes(self) -> int:
+        """What a rank takes of its GPU at the limits, with everything that is not the engine's own."""
+        return self._bytes(self.build.max_batch_size, on_gpu=True) + _OVERHEAD_BYTES
+
+    def _bytes(self, batch_size: int, *, on_gpu: bool) -> int:
+        """The engine's own, for so many sequences of full length."""
+        build, needed = self.build, self.needed
+        activations = needed.activations * batch_size // build.max_batch_size
+        rows, slots = batch_size * build.max_beam_width, build.max_seq_len
+        if on_gpu and build.backend == "torch":
+            rows, slots = batch_bucket(rows), cache_slots(slots)
+        return needed.weights + activations + build.kv_cache_bytes(self.model, rows, slots)
+
+    def largest_batch(self, memory_bytes: int, *, on_gpu: bool = False) -> int:
+        """Sequences of full length that one rank has room for beside its weights, at most --max_batch_size; 0: not even
+        one."""
+        sizes = range(1, self.build.max_batch_size + 1)
+        return bisect_right(sizes, memory_bytes, key=lambda size: self._bytes(size, on_gpu=on_gpu))
 
     def describe(self, engine_dir: Path, gpus_per_node: int) -> str:
         """The plan as text of several lines; each of them speaks of one rank unless it says otherwise."""
@@ -79,17 +94,19 @@ class Plan:
             ("building", needed.build_peak, ""),
         ):
             yield f"  {what:12} {human_bytes(value):>10}{note}"
+        overhead = f" with rounded sizes and about {human_bytes(_OVERHEAD_BYTES)} for CUDA, its libraries and NCCL"
+        yield f"  {'on a GPU':12} {human_bytes(self.gpu_bytes):>10}{overhead}"
         yield "sequences of full length that fit at once:"
         for card, mib in CARD_MEMORY_MIB.items():
-            yield f"  {card:12} {self._fit((mib << 20) - _OVERHEAD_BYTES)}"
+            yield f"  {card:12} {self._fit(self.largest_batch((mib << 20) - _OVERHEAD_BYTES, on_gpu=True))}"
         available = available_memory_bytes()
         if available is not None:
-            yield f"  {'this machine':12} {self._fit(available // build.world_size)} (CPU, all ranks)"
+            here = self._fit(self.largest_batch(available // build.world_size))
+            yield f"  {'this machine':12} {here} (CPU, all ranks)"
         yield "start it with:"
         yield from (f"  {line}" for line in start_commands(build.world_size, engine_dir, gpus_per_node))
 
-    def _fit(self, memory_bytes: int) -> str:
-        batch = self.largest_batch(memory_bytes)
+    def _fit(self, batch: int) -> str:
         if batch == self.build.max_batch_size:
             return f"all {batch}"
         return str(batch) if batch else "none"

@@ -3,9 +3,6 @@
 A product has two steps, so that a kernel may fuse the first with the normalisation before it and the second with what
 follows: `prepare` turns activations into what is multiplied, `multiply` does the rest.  Several products of one input
 (a gated MLP) share what was prepared.
-
-On a CPU with AVX-512 VNNI or AMX the integer products are oneDNN's, with int32 sums, through weights packed at load.
-`torch._int_mm` serves other CPUs and GPUs.  Its integer results are the same.
 """
 
 from __future__ import annotations
@@ -17,6 +14,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from gpt.engine.huge_pages import use_huge_pages
+from gpt.engine.int8_product import integer_product
 from gpt.quant import FP8_MAX, INT8_MAX, QuantConfig, dequantize_weight, row_scales, to_fp8, to_int8, unpack_int4
 
 
@@ -25,7 +24,8 @@ class QuantizedRows:
     """Activations as a product takes them.
 
     values: int8 [N, in] or float8_e4m3fn [N, in]; for weight-only products int8 [2 * N, in], the two digits
-    that `Int8Weights` writes.  scale: float32 [N, 1], or [] where all rows share one.
+    that `Int8Weights` writes; int8 as float32 where `IntegerProduct.takes` says so.  scale: float32 [N, 1], or [] where
+    all rows share one.
     """
 
     values: torch.Tensor
@@ -44,72 +44,30 @@ class QuantLinear(Protocol):
         ...
 
 
-class IntegerProduct:
-    """int8 x [N, in] times int8 weight [out, in], summed in int32: float32 [N, out] of the sums times a scale [out]."""
-
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor):
-        weight, self.scale = weight.contiguous(), scale.float().contiguous()  # packing looks at no strides
-        self.packed = self.weight = None
-        if weight.is_cuda or not has_int8_instructions():
-            self.weight = weight
-        else:
-            self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
-            self.zero_points = torch.zeros(len(scale), dtype=torch.int32)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight is not None:
-            return int_mm(x, self.weight) * self.scale
-        # x, its scale and zero point; weight, its scales and zero points; bias; the result's scale, zero point, dtype;
-        # nothing applied to it.
-        return torch.ops.onednn.qlinear_pointwise(
-            x, 1.0, 0, self.packed, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-
-
-def has_int8_instructions() -> bool:
-    """Whether oneDNN multiplies int8 exactly here.  Older processors add pairs of products in 16 bits, which
-    saturates."""
-    instructions = torch.cpu.get_capabilities()
-    return torch.backends.mkldnn.is_available() and any(instructions.get(name) for name in ("avx512_vnni", "amx_int8"))
-
-
-def int_mm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """int8 x [N, in] @ int8 weight [out, in].T: the sums, int32 [N, out], or the same in float64 for sizes that a GPU's
-    integer product does not take."""
-    if not x.is_cuda:
-        return torch._int_mm(x, weight.t())
-    num_rows, (num_out, num_in) = len(x), weight.shape
-    if num_out % 8 or num_in % 8:
-        return x.double() @ weight.double().t()
-    padded = F.pad(x, (0, 0, 0, max(0, 32 - num_rows)))  # more than 16 rows are asked for
-    return torch._int_mm(padded, weight.t())[:num_rows]
-
-
 class Int8Weights:
     """Weight-only int8 on a CPU: float activations, int8 instructions.
 
-    A row x is written in two digits of base 127: x = m / 127 * (high + low / 127), m its largest magnitude, high cut
-    off and low rounded.  What is lost is at most m / 2 / 127^2, 2^-15 of the largest.  Both digits are rows of one
-    integer product, which costs no more than one row while reading the weights is what takes the time.
+    A row x is written in two digits, x = m / 127 * (high + low / 254), m its largest magnitude, both rounded.  What is
+    lost is at most m / 2 / 127 / 254, 2^-16 of the largest.  Both digits are rows of one integer product, which costs
+    no more than one row while reading the weights is what takes the time.
     """
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor):
-        self._product = IntegerProduct(weight, scale.float() / INT8_MAX)
-        self._base = torch.tensor(float(INT8_MAX))
+        self._product = integer_product(weight, scale.float() / INT8_MAX)
+        self._high_steps, self._low_steps = torch.tensor(float(INT8_MAX)), torch.tensor(2.0 * INT8_MAX)
 
     def prepare(self, x: torch.Tensor) -> QuantizedRows:
         x = x.float()
         largest = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
-        rest = x * (self._base / largest)
-        high = rest.to(torch.int8)
-        low = rest.sub_(high).mul_(self._base).round_().to(torch.int8)
-        return QuantizedRows(torch.cat([high, low]), largest)
+        rest = x * (self._high_steps / largest)
+        high = rest.round()
+        low = rest.sub_(high).mul_(self._low_steps).round_()
+        return QuantizedRows(torch.cat([high, low]).to(self._product.takes), largest)
 
     def multiply(self, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = _rows(x)
         high, low = self._product(rows.values).chunk(2)  # [N, out] each
-        y = torch.add(high, low, alpha=1 / INT8_MAX)
-        return y.mul_(rows.scale) if bias is None else torch.addcmul(bias, y, rows.scale)
+        return _scaled(torch.add(high, low, alpha=0.5 / INT8_MAX), rows.scale, bias)
 
 
 # A product of more rows is faster with the weights widened once; measured, see docs/quantization.md.
@@ -177,18 +135,18 @@ class SmoothQuantLinear:
         smoother: torch.Tensor | None,
         dtype: torch.dtype,
     ):
-        self._product = IntegerProduct(weight, scale)
+        self._product = integer_product(weight, scale)
         self.input_scale, self.smoother = input_scale, smoother
         self._dtype = dtype if weight.is_cuda else torch.float32
 
     def prepare(self, x: torch.Tensor) -> QuantizedRows:
         x = x.float() if self.smoother is None else x / self.smoother
         scale = row_scales(x, INT8_MAX) if self.input_scale is None else self.input_scale
-        return QuantizedRows(to_int8(x, scale), scale)
+        return QuantizedRows(to_int8(x, scale, self._product.takes), scale)
 
     def multiply(self, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = _rows(x)
-        return _with_bias((self._product(rows.values) * rows.scale).to(self._dtype), bias)
+        return _scaled(self._product(rows.values), rows.scale, bias).to(self._dtype)
 
 
 class Fp8Linear:
@@ -226,8 +184,15 @@ def _floats(x: QuantizedRows | torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _scaled(y: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
+
+
 def _with_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return y if bias is None else y.add_(bias)
+
+
+_MORE_THAN_A_CACHE = 32 << 20  # bytes of weights that are read from memory at each step
 
 
 def quantized_linears(
@@ -238,7 +203,11 @@ def quantized_linears(
     weights: as `gpt.engine.weights.engine_tensors` makes them.  dtype: the engine's.
     """
     names = [name.removesuffix(".weight_scale") for name in weights if name.endswith(".weight_scale")]
-    return {name: _make(weights, name, quant, dtype) for name in names}
+    linears = {name: _make(weights, name, quant, dtype) for name in names}
+    on_cpu = [weights[name + ".weight"].nbytes for name in names if not weights[name + ".weight"].is_cuda]
+    if sum(on_cpu) >= _MORE_THAN_A_CACHE:
+        use_huge_pages()
+    return linears
 
 
 def _make(weights: Dict[str, torch.Tensor], name: str, quant: QuantConfig, dtype: torch.dtype) -> QuantLinear:

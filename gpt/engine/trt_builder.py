@@ -17,7 +17,13 @@ import torch
 from gpt.config import BuildConfig, ModelConfig
 from gpt.console import human_time, log, progress
 from gpt.engine import trt_io
-from gpt.engine.trt_check import check_build, compute_capabilities, estimate_build_bytes, estimate_plan_bytes
+from gpt.engine.trt_check import (
+    check_build,
+    compute_capabilities,
+    estimate_build_bytes,
+    estimate_plan_bytes,
+    with_plugins,
+)
 from gpt.engine.trt_layers import Layers
 from gpt.engine.trt_library import (
     TENSORRT_RTX,
@@ -28,7 +34,7 @@ from gpt.engine.trt_library import (
     load_for_build,
     logger,
 )
-from gpt.engine.trt_ops import define_network
+from gpt.engine.trt_network import define_network
 from gpt.engine.trt_weights import weights_in_file
 from gpt.errors import EngineError
 from gpt.files import whole_file
@@ -42,6 +48,7 @@ __all__ = [
     "estimate_plan_bytes",
     "is_available",
     "library_info",
+    "with_plugins",
 ]
 
 
@@ -120,6 +127,8 @@ class NetworkBuild:
         for wanted, flag in ((self.build.weight_streaming, "WEIGHT_STREAMING"), (self.build.refit, "REFIT")):
             if wanted:
                 config.set_flag(getattr(self.trt.BuilderFlag, flag))
+        if "attention" in self.build.plugins:  # it writes its cache in place
+            config.set_preview_feature(self.trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
         self._set_targets(config)
         for shapes in self.profiles:
             profile = self.builder.create_optimization_profile()

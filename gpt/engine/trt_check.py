@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine import trt_io
-from gpt.engine.trt_library import TENSORRT_RTX, library_name, load_for_build
+from gpt.engine.trt_library import TENSORRT_RTX, compute_capability, has_plugins, library_name, load_for_build
 from gpt.errors import ConfigError, Problems
 
 # GPU generations as people call them, in TensorRT-RTX's compute capabilities.  It has none for Hopper, 9.0.
@@ -31,6 +33,8 @@ _CARDS = {
 _FIRST_CAPABILITY = {"int4": (80, "ampere"), "fp8": (89, "ada")}
 _LARGEST_DIMENSION = 2**31 - 1
 MOST_PROFILES = 8  # more were not tried
+_FIRST_PLUGIN_CAPABILITY = 80
+_LARGEST_PLUGIN_HEAD = 256  # what fits the shared memory of a program
 # A line above the peaks measured with this builder in float16, of which some 320 MiB are there before it begins: 987
 # MiB for 237 MiB of weights, 1431 MiB for 676 MiB, 4224 MiB for 2970 MiB.
 _BASE_BYTES = 700 * 2**20
@@ -69,6 +73,33 @@ def describe_capability(capability: tuple[int, int]) -> str:
     return f"compute capability {capability[0]}.{capability[1]}"
 
 
+def plugins_of(trt: Any, model: ModelConfig, build: BuildConfig) -> tuple[str, ...]:
+    """`BuildConfig.plugins`: of the plugins that the flags ask for those that the library takes and that this
+    engine has work for."""
+    if _why_no_plugins(trt):
+        return ()
+    wanted = {
+        "attention": build.gpt_attention_plugin is not None and model.head_size <= _LARGEST_PLUGIN_HEAD,
+        "gemm": build.gemm_plugin is not None and build.quant.weights in ("int8", "int4"),
+        "layernorm": build.layernorm_plugin is not None,
+        "lookup": build.lookup_plugin is not None,
+    }
+    return tuple(name for name, is_wanted in wanted.items() if is_wanted)
+
+
+def _why_no_plugins(trt: Any) -> str:
+    if not has_plugins(trt):
+        return f"{library_name(trt)} takes none"
+    if compute_capability(trt) < _FIRST_PLUGIN_CAPABILITY:
+        return "Triton compiles them for compute capability 8.0 and above"
+    return "" if find_spec("triton") else "Triton, which compiles them, is not installed"
+
+
+def with_plugins(model: ModelConfig, build: BuildConfig) -> BuildConfig:
+    """`build` with the plugins of the library that builds for its targets.  Raises ConfigError where there is none."""
+    return replace(build, plugins=plugins_of(load_for_build(build.targets), model, build))
+
+
 def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
     """What is worth saying about this build, one line each.
 
@@ -85,7 +116,8 @@ def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
         )
     if build.builder_opt is not None and not 0 <= build.builder_opt <= 5:
         problems.add(f"builder_opt {build.builder_opt}: allowed 0 to 5")
-    if build.fused_attention and not _fused_head_size_builds(model.head_size, build.dtype):
+    native = build.fused_attention and "attention" not in build.plugins
+    if native and not _fused_head_size_builds(model.head_size, build.dtype):
         problems.add(
             f"head size {model.head_size} with fused attention in {build.dtype}: above 8 it must be a multiple of 8; "
             "without --use_gpt_attention_plugin and --enable_context_fmha any head size works, as does --dtype float32"
@@ -136,10 +168,7 @@ def _notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]:
         notes.append("Context FMHA: the fused attention layer works in both phases and chooses its accumulation itself")
     if build.gpt_attention_plugin not in (None, build.dtype):
         notes.append(f"Attention plugin: {build.gpt_attention_plugin} asked for, the engine's {build.dtype} selected")
-    plugins = {"GEMM": build.gemm_plugin, "Layernorm": build.layernorm_plugin, "Lookup": build.lookup_plugin}
-    for name, dtype in plugins.items():
-        if dtype is not None:
-            notes.append(f"{name} plugin: TensorRT's own layer, in {build.dtype}; it is used without the flag too")
+    notes += _plugin_notes(trt, model, build)
     if build.remove_input_padding:
         notes.append("Remove Padding Enabled: packed everywhere but inside attention")
     if build.timing_cache is not None and library_name(trt) == TENSORRT_RTX:
@@ -152,7 +181,27 @@ def _notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]:
     return notes
 
 
+def _plugin_notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]:
+    """One line for the plugins there are, one for each flag that gets the library's own layers, with the reason."""
+    flags = {
+        "attention": (build.gpt_attention_plugin, f"its kernel takes head sizes to {_LARGEST_PLUGIN_HEAD}"),
+        "gemm": (build.gemm_plugin, "it multiplies int8 and int4 weights"),
+        "layernorm": (build.layernorm_plugin, ""),
+        "lookup": (build.lookup_plugin, ""),
+    }
+    notes = []
+    if build.plugins:
+        notes.append(f"Plugins: {', '.join(build.plugins)}, Triton kernels compiled into the plan")
+    missing = [name for name, (dtype, _) in flags.items() if dtype is not None and name not in build.plugins]
+    reason = _why_no_plugins(trt)
+    if missing and reason:
+        return [f"Plugins: {reason}; the library's own layers do {', '.join(missing)}"]
+    return notes + [f"Plugins: {name} is done by the library's own layers: {flags[name][1]}" for name in missing]
+
+
 def _attention_note(model: ModelConfig, build: BuildConfig) -> str:
+    if "attention" in build.plugins:
+        return f"Attention: plugin, {build.quant.kv_cache or build.dtype} cache in place"
     cache = "cache in place"
     if build.quant.kv_cache:
         cache = "two int8 caches that steps go to and fro between, together as large as one in half precision"

@@ -87,7 +87,8 @@ def evaluate_layer(evaluation: Evaluation, layer: Any) -> list[torch.Tensor]:
     class_name, function = LAYERS[kind]
     layer.__class__ = getattr(evaluation.trt, class_name)
     inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
-    return [function(evaluation, layer, *(None if x is None else evaluation.values[x.name] for x in inputs))]
+    result = function(evaluation, layer, *(None if x is None else evaluation.values[x.name] for x in inputs))
+    return list(result) if isinstance(result, tuple) else [result]
 
 
 def _outputs(layer: Any) -> list[Any]:

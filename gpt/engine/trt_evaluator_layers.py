@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt.comm import Communicator
+from gpt.engine.trt_evaluator_plugins import PLUGINS
 from gpt.errors import EngineError
 
 
@@ -305,8 +306,15 @@ def _dist_collective(evaluation: Evaluation, layer: Any, x: torch.Tensor) -> tor
     return comm.all_gather(x, 0)
 
 
+def _plugin(evaluation: Evaluation, layer: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Which plugin it is, with which attributes, cannot be read from the layer and stands in its metadata."""
+    facts = json.loads(layer.metadata)
+    _demand(facts["plugin"] in PLUGINS, layer, f"plugin {facts['plugin']}")
+    return PLUGINS[facts["plugin"]](facts["attributes"], *inputs)
+
+
 # By the layer type's name: the class that shows its attributes, and what it computes.
-LAYERS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
+LAYERS: dict[str, tuple[str, Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]]] = {
     "CONSTANT": ("IConstantLayer", _constant),
     "GATHER": ("IGatherLayer", _gather),
     "ELEMENTWISE": ("IElementWiseLayer", _elementwise),
@@ -329,4 +337,5 @@ LAYERS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
     "ATTENTION_INPUT": ("IAttentionInputLayer", _attention_input),
     "ATTENTION_OUTPUT": ("IAttentionOutputLayer", _attention_output),
     "DIST_COLLECTIVE": ("IDistCollectiveLayer", _dist_collective),
+    "PLUGIN_V3": ("IPluginV3Layer", _plugin),
 }

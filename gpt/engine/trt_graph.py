@@ -15,6 +15,7 @@ from gpt.console import human_bytes
 from gpt.dtypes import torch_dtype
 from gpt.engine.trt_builder import NetworkBuild
 from gpt.engine.trt_library import load
+from gpt.engine.trt_plugin_stand_in import load_with_plugins
 from gpt.engine.weights import engine_layout
 from gpt.mapping import Mapping
 
@@ -67,7 +68,7 @@ def config_network(model: ModelConfig, build: BuildConfig, rank: int = 0) -> Net
     mapping = Mapping.of_build(build, rank)
     layout = engine_layout(model, mapping, build.dtype, build.quant)
     weights = {tensor.name: torch.zeros(tensor.shape, dtype=torch_dtype(tensor.dtype)) for tensor in layout}
-    return NetworkBuild(load(), model, build, mapping, weights)
+    return NetworkBuild(load_with_plugins() if build.plugins else load(), model, build, mapping, weights)
 
 
 def network_layers(network: Any) -> list[Layer]:
@@ -82,10 +83,11 @@ def network_layers(network: Any) -> list[Layer]:
 def _describe(layer: Any) -> Layer:
     inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
     outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
+    facts = json.loads(layer.metadata or "{}")
     return Layer(
         name=layer.name,
-        kind=layer.type.name,
-        operation=json.loads(layer.metadata or "{}").get("operation", ""),
+        kind=f"PLUGIN {facts['plugin']}" if "plugin" in facts else layer.type.name,
+        operation=facts.get("operation", ""),
         inputs=tuple(tensor.name for tensor in inputs if tensor is not None),
         outputs=tuple(_tensor(tensor) for tensor in outputs),
     )

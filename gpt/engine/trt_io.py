@@ -81,12 +81,12 @@ def cache_inputs(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> li
 
 
 def outputs(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> list[Port]:
-    """logits [B, V padded] float32 and present_<kind>_<l>, each in the memory of its past_<kind>_<l>, unless the cache
-    is quantised: the library's update in place takes floats."""
+    """logits [B, V padded] float32 and present_<kind>_<l>, each in the memory of its past_<kind>_<l> where the library
+    says so: its own update does, which takes no quantised cache."""
     logits = Port("logits", "float32", ("B", model.padded_vocab_size(mapping.world_size)))
     caches = cache_inputs(model, build, mapping)
-    in_place = build.quant.kv_cache is None
-    presents = [Port(present_name(p.name), p.dtype, p.shape, alias=p.name if in_place else None) for p in caches]
+    said = build.quant.kv_cache is None and "attention" not in build.plugins
+    presents = [Port(present_name(p.name), p.dtype, p.shape, alias=p.name if said else None) for p in caches]
     return [logits, *presents]
 
 

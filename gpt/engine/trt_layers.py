@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from gpt.dtypes import torch_dtype
+from gpt.engine.trt_plugin_kernels import Plugin
+from gpt.engine.trt_plugins import attributes, definition
 from gpt.errors import EngineError
 
 # Of a collective: all ranks in their order, and no rank that is special.
@@ -241,6 +243,18 @@ class Layers:
         layer.num_ranks = num_ranks  # it settles the shape
         facts = {"collective": operation, "reduction": reduction, "root": _NO_ROOT, "groups": list(_ALL_RANKS)}
         return self._add(layer, operation, facts=facts)
+
+    def plugin(self, plugin: Plugin, *inputs: Any) -> list[Any]:
+        """The outputs of a plugin.  Which one it is stands in the layer's metadata, as do outputs that live in inputs.
+
+        Raises EngineError where the library refuses the layer.
+        """
+        values = attributes(plugin)
+        layer = self.network.add_plugin(definition(self.trt, type(plugin))(*inputs, **values), aot=True)
+        self._check_taken(layer, plugin.name)
+        facts = {"plugin": plugin.name, "attributes": values, "aliases": plugin.aliases}
+        self._add(layer, plugin.name, facts=facts)
+        return [self._checked(layer.get_output(index), plugin.name) for index in range(plugin.num_outputs)]
 
     def name(self, x: Any, name: str) -> Any:
         """Gives the tensor `name`; a name in use is refused in silence by the library, and here with an error."""

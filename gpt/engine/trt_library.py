@@ -39,7 +39,7 @@ def load(names: Sequence[str] = (TENSORRT_RTX, TENSORRT)) -> Any:
         "TensorRT is not installed",
         found=reasons,
         allowed=[f"{name}: {_INSTALL[name]}" for name in names],
-        hint="install one of them, or use --backend torch, which needs neither",
+        hint=f"install {'it' if len(names) == 1 else 'one of them'}, or use --backend torch, which needs no TensorRT",
     )
 
 
@@ -139,3 +139,24 @@ def error_recorder(trt: Any) -> Any:
             self._codes.clear()
 
     return Recorder()
+
+
+def has_plugins(trt: Any) -> bool:
+    """Whether its networks take plugins that Python defines and that are compiled ahead: not TensorRT-RTX."""
+    return hasattr(trt, "IPluginV3QuickAOTBuild")
+
+
+def plugin_api(trt: Any) -> Any:
+    """The library's module `plugin`, which has to be imported by its name."""
+    return getattr(trt, "plugin", None) or importlib.import_module(f"{trt.__name__}.plugin")
+
+
+def compute_capability(trt: Any) -> int:
+    """What kernels in a plan are compiled for, 90 for 9.0: the GPU's, or what a stand-in for the library names."""
+    named = getattr(trt, "compute_capability", None)
+    if named is not None:
+        return int(named)
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor

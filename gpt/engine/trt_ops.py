@@ -19,7 +19,6 @@ from gpt.engine.torch_executor import rotary_tables
 from gpt.engine.trt_layers import Layers
 from gpt.engine.trt_quantized import QuantizedCache, QuantizedProducts
 from gpt.mapping import Mapping, Split
-from gpt.network.gpt import forward
 
 _ACTIVATION_LAYERS = {
     "gelu_erf": "GELU_ERF",
@@ -40,41 +39,6 @@ class Heads:
     v: Any
 
 
-def define_network(
-    layers: Layers,
-    model: ModelConfig,
-    build: BuildConfig,
-    mapping: Mapping,
-    weights: Dict[str, torch.Tensor],
-) -> None:
-    """Adds the whole network, inputs and outputs as in gpt.engine.trt_io.
-
-    weights: as `gpt.engine.weights.engine_tensors` makes them.
-    Raises EngineError with the library's messages where it refuses a layer.
-    """
-    layers.operation = "inputs"
-    ops = TrtOps(layers, model, build, mapping, weights)
-    logits: Any = forward(_Marked(ops), model, mapping)
-    layers.output(logits, "logits")
-
-
-class _Marked:
-    """`ops`, telling `Layers` which operation, with which tensor or layer, the layers to come belong to."""
-
-    def __init__(self, ops: TrtOps):
-        self._ops = ops
-
-    def __getattr__(self, operation: str) -> Any:
-        function = getattr(self._ops, operation)
-
-        def marked(*args: Any, **options: Any) -> Any:
-            subjects = [str(arg) for arg in args if isinstance(arg, (str, int))]
-            self._ops.layers.operation = " ".join([operation, *subjects])
-            return function(*args, **options)
-
-        return marked
-
-
 class TrtOps:
     """Ops over `layers`; the step is the network's own inputs, the cache its past_* inputs and present_* outputs."""
 
@@ -88,6 +52,7 @@ class TrtOps:
     ):
         self.layers = layers
         self.model = model
+        self.build = build
         self.mapping = mapping
         self.weights = weights
         self.dtype = torch_dtype(build.dtype)

@@ -8,6 +8,7 @@ Collectives go through one of our communicators, where the library takes NCCL's.
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Callable
 from collections.abc import Mapping as Dict
 from typing import Any
@@ -20,6 +21,7 @@ from gpt.engine.trt_builder import NetworkBuild
 from gpt.engine.trt_evaluator import NetworkEvaluator
 from gpt.engine.trt_layers import to_torch_dtype
 from gpt.engine.trt_library import load
+from gpt.engine.trt_plugin_stand_in import load_with_plugins
 from gpt.errors import EngineError
 from gpt.mapping import Mapping
 
@@ -33,7 +35,8 @@ def stand_in_engine(
     weights: Dict[str, torch.Tensor],
 ) -> EvaluatorEngine:
     """The network that `gpt.engine.trt_builder.build_plan` would compile, ready for a TrtSession on the CPU."""
-    return EvaluatorEngine(NetworkBuild(load(), model, build, mapping, weights))
+    trt = load_with_plugins() if build.plugins else load()
+    return EvaluatorEngine(NetworkBuild(trt, model, build, mapping, weights))
 
 
 class EvaluatorEngine:
@@ -52,6 +55,7 @@ class EvaluatorEngine:
         network = build.network
         self._keep_alive = build
         inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
+        self.input_names = inputs.keys()
         outputs = {network.get_output(i).name: network.get_output(i) for i in range(network.num_outputs)}
         self.tensors = inputs | outputs
         self._aliases = _cache_aliases(build.trt, network)
@@ -69,7 +73,7 @@ class EvaluatorEngine:
 
     def get_tensor_mode(self, name: str) -> Any:
         mode = self.trt.TensorIOMode
-        return mode.INPUT if self.tensors[name].is_network_input else mode.OUTPUT
+        return mode.INPUT if name in self.input_names else mode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> Any:
         return self.tensors[name].dtype
@@ -138,9 +142,7 @@ class EvaluatorContext:
 
     def infer_shapes(self) -> list[str]:
         """The inputs that have no shape yet."""
-        return [
-            name for name, tensor in self.engine.tensors.items() if tensor.is_network_input and name not in self._shapes
-        ]
+        return [name for name in self.engine.input_names if name not in self._shapes]
 
     def set_device_memory(self, address: int, size: int) -> None:
         self._memory = address, size
@@ -204,7 +206,12 @@ class EvaluatorContext:
 
 
 def _cache_aliases(trt: Any, network: Any) -> dict[str, str]:
-    """Output name -> input name of the cache updates, which work in place."""
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    updates = [layer for layer in layers if layer.type == trt.LayerType.KV_CACHE_UPDATE]
-    return {layer.get_output(0).name: layer.get_input(0).name for layer in updates}
+    """Output name -> input name of the cache updates, which work in place, and of the plugins that do."""
+    result = {}
+    for layer in (network.get_layer(index) for index in range(network.num_layers)):
+        if layer.type == trt.LayerType.KV_CACHE_UPDATE:
+            result[layer.get_output(0).name] = layer.get_input(0).name
+        elif layer.type == trt.LayerType.PLUGIN_V3:
+            for output, source in json.loads(layer.metadata)["aliases"].items():
+                result[layer.get_output(int(output)).name] = layer.get_input(source).name
+    return result

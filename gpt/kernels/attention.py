@@ -103,17 +103,17 @@ def _attention_kernel(
     qkv_row = qkv_ptr + row.to(tl.int64) * (H + 2 * G) * D
     query = qkv_row + (group * heads_per_group + heads)[:, None] * D
     in_query = in_group[:, None] & in_head[None, :]
-    q = _rotated(query, dims[None, :], in_query, past, cos_ptr, sin_ptr, ROTARY_DIM)  # [BLOCK_H, BLOCK_D]
+    q = rotated(query, dims[None, :], in_query, past, cos_ptr, sin_ptr, ROTARY_DIM)  # [BLOCK_H, BLOCK_D]
     q *= scale * 1.4426950408889634  # exponentials are taken to base 2
     if split == 0:
         new_key = qkv_row + (H + group) * D
         new_value = new_key + G * D
-        k_new = _rotated(new_key, dims, in_head, past, cos_ptr, sin_ptr, ROTARY_DIM)  # [BLOCK_D]
+        k_new = rotated(new_key, dims, in_head, past, cos_ptr, sin_ptr, ROTARY_DIM)  # [BLOCK_D]
         v_new = tl.load(new_value + dims, mask=in_head, other=0.0).to(tl.float32)
         own = past + tl.zeros((1,), tl.int32)
         place = _places(table_ptr, row, group, own, past + 1, table_width, G, TOKENS_PER_BLOCK, D)
-        k_stored = _stored(k_new, k_scale, keys_ptr, QUANTIZED)
-        v_stored = _stored(v_new, v_scale, values_ptr, QUANTIZED)
+        k_stored = stored(k_new, k_scale, keys_ptr, QUANTIZED)
+        v_stored = stored(v_new, v_scale, values_ptr, QUANTIZED)
         tl.store(keys_ptr + place + dims, k_stored, mask=in_head)
         tl.store(values_ptr + place + dims, v_stored, mask=in_head)
         # What later steps will read is what this one uses.
@@ -143,8 +143,8 @@ def _attention_kernel(
             BLOCK_T,
             BLOCK_D,
         )
-        inside = start + tl.arange(0, BLOCK_T) < end
-        largest, total, out = _attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H, qkv_ptr)
+        inside = (start + tl.arange(0, BLOCK_T) < end)[None, :]
+        largest, total, out = attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H, qkv_ptr)
         k = next_k
         v = next_v
     if NUM_SPLITS == 1:
@@ -203,7 +203,7 @@ def _places(
 
 
 @triton.jit
-def _rotated(ptr, dims, inside, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr):
+def rotated(ptr, dims, inside, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr):
     x = tl.load(ptr + dims, mask=inside, other=0.0).to(tl.float32)
     if ROTARY_DIM > 0:
         half: tl.constexpr = ROTARY_DIM // 2
@@ -218,7 +218,7 @@ def _rotated(ptr, dims, inside, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.const
 
 
 @triton.jit
-def _stored(x, scale, ptr, QUANTIZED: tl.constexpr):
+def stored(x, scale, ptr, QUANTIZED: tl.constexpr):
     if QUANTIZED:
         return to_steps(x * tl.div_rn(1.0, scale), ptr)
     else:
@@ -226,14 +226,15 @@ def _stored(x, scale, ptr, QUANTIZED: tl.constexpr):
 
 
 @triton.jit
-def _attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H: tl.constexpr, dtype_ptr):
-    """One block of the past joins the running softmax: q [BLOCK_H, D] float32, k and v [BLOCK_T, D]."""
+def attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H: tl.constexpr, dtype_ptr):
+    """A block of keys joins the running softmax: q [BLOCK_H, D] float32, k and v [BLOCK_T, D], `inside` what each query
+    sees, [BLOCK_H or 1, BLOCK_T]."""
     if BLOCK_H == 1:
         scores = tl.sum(k.to(tl.float32) * q, 1)[None, :] * k_scale  # [1, BLOCK_T]
     else:
         dtype: tl.constexpr = dtype_ptr.dtype.element_ty
         scores = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), input_precision="ieee") * k_scale  # [BLOCK_H, BLOCK_T]
-    scores = tl.where(inside[None, :], scores, float("-inf"))
+    scores = tl.where(inside, scores, float("-inf"))
     new_largest = tl.maximum(largest, tl.max(scores, 1))
     # A part without any token stays at -inf, and -inf - -inf is not a number.
     reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -406,7 +407,7 @@ def reference(
     for row, position in enumerate(positions.tolist()):
         heads = qkv[row].double()
         if rotary is not None:
-            heads = _rotate(heads, num_heads + num_kv_heads, rotary.cos[position], rotary.sin[position])
+            heads = rotate_heads(heads, num_heads + num_kv_heads, rotary.cos[position], rotary.sin[position])
         q, new_k, new_v = heads.split([num_heads, num_kv_heads, num_kv_heads])
         block, offset = table[row, position // tokens_per_block], position % tokens_per_block
         for cache, new, step in ((keys, new_k, steps[0]), (values, new_v, steps[1])):
@@ -423,7 +424,8 @@ def reference(
     return torch.stack(outputs), keys, values
 
 
-def _rotate(heads: torch.Tensor, num_rotated: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate_heads(heads: torch.Tensor, num_rotated: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The first `num_rotated` of heads [heads, D], by one position's cos and sin [rotary_dim / 2]."""
     size = 2 * cos.shape[0]
     first, second, rest = heads.split([size // 2, size // 2, heads.shape[1] - size], dim=1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=1)

@@ -227,7 +227,7 @@ def int4_gemv(
 
 
 @triton.jit
-def _int4_skinny_kernel(
+def int4_skinny_kernel(
     x_ptr,  # [M, K]
     weight_ptr,  # [N, K / 2] uint8
     gate_ptr,  # [N, K / 2] uint8
@@ -235,9 +235,9 @@ def _int4_skinny_kernel(
     gate_scale_ptr,  # the same
     bias_ptr,  # [N]
     gate_bias_ptr,  # [N]
-    out_ptr,  # [SPLIT_K, M, N]
     M,
     N,
+    out_ptr,  # [SPLIT_K, M, N]
     K: tl.constexpr,
     GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -340,7 +340,7 @@ def int4_skinny(
         raise ValueError(f"out: found {tuple(out.shape)}, expected {config.split_k} parts, contiguous")
     group = check_int4(x, weight, out[0] if out.dim() == 3 else out, bias, scale, gate)
     block_m = min(64, max(16, triton.next_power_of_2(num_tokens)))
-    _int4_skinny_kernel[(triton.cdiv(num_rows, config.block_n), config.split_k, triton.cdiv(num_tokens, block_m))](
+    int4_skinny_kernel[(triton.cdiv(num_rows, config.block_n), config.split_k, triton.cdiv(num_tokens, block_m))](
         x,
         weight,
         gate.weight if gate else weight,
@@ -348,9 +348,9 @@ def int4_skinny(
         gate.scale if gate else scale,
         bias if bias is not None else x,
         gate.bias if gate and gate.bias is not None else x,
-        out,
         num_tokens,
         num_rows,
+        out,
         K=num_columns,
         GROUP=group,
         ACTIVATION=activation,

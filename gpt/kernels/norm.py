@@ -14,7 +14,7 @@ from gpt.kernels.product import Norm
 
 
 @triton.jit
-def _embed_kernel(
+def embed_kernel(
     ids_ptr,  # [M] int32
     positions_ptr,  # [M] int32
     words_ptr,  # [V, E]
@@ -52,7 +52,7 @@ def embed(
     if ids.shape != (num_rows,) or positions.shape != (num_rows,):
         raise ValueError(f"found ids {tuple(ids.shape)}, positions {tuple(positions.shape)}, expected {num_rows} each")
     block = min(1024, next_power_of_2(width))
-    _embed_kernel[(num_rows, cdiv(width, block))](
+    embed_kernel[(num_rows, cdiv(width, block))](
         ids,
         positions,
         words,
@@ -67,7 +67,7 @@ def embed(
 
 
 @triton.jit
-def _add_norm_kernel(
+def add_norm_kernel(
     x_ptr,  # [M, E] float32
     parts_ptr,  # [PARTS, M, E]
     bias_ptr,  # [E]
@@ -89,7 +89,7 @@ def _add_norm_kernel(
     if NORM != "none":
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     wait_for_inputs(DEPENDENT)
-    x = tl.load(x_ptr + row * E + columns, mask=inside, other=0.0)
+    x = tl.load(x_ptr + row * E + columns, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
         for part in tl.static_range(PARTS):
             x += tl.load(parts_ptr + (part * M + row) * E + columns, mask=inside, other=0.0).to(tl.float32)
@@ -138,7 +138,7 @@ def add_norm(
     check_rows(x, norm, parts, bias)
     if out is not None and (out.shape != x.shape or not out.is_contiguous()):
         raise ValueError(f"out: found {tuple(out.shape)}, expected {tuple(x.shape)}, contiguous")
-    _add_norm_kernel[(num_rows,)](
+    add_norm_kernel[(num_rows,)](
         x,
         parts if parts is not None else x,
         bias if bias is not None else x,

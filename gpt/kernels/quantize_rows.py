@@ -19,7 +19,7 @@ LARGEST = {torch.int8: float(INT8_MAX), torch.float8_e4m3fn: FP8_MAX}
 
 
 @triton.jit
-def _quantize_rows_kernel(
+def quantize_rows_kernel(
     x_ptr,  # [M, K]
     parts_ptr,  # [PARTS, M, K]
     bias_ptr,  # [K]
@@ -105,7 +105,7 @@ def quantize_rows(
     if parts is not None and x.dtype != torch.float32:
         raise ValueError(f"x: found {x.dtype}, expected float32 where parts are added to it")
     padded = next_power_of_2(width)
-    _quantize_rows_kernel[(num_rows,)](
+    quantize_rows_kernel[(num_rows,)](
         x,
         parts if parts is not None else x,
         bias if bias is not None else x,

@@ -36,7 +36,7 @@ class SkinnyConfig:
 
 
 @triton.jit
-def _skinny_kernel(
+def skinny_kernel(
     x_ptr,  # [M, K]
     weight_ptr,  # [N, K]
     gate_ptr,  # [N, K]
@@ -44,12 +44,12 @@ def _skinny_kernel(
     gate_scale_ptr,  # [N]
     bias_ptr,  # [N]
     gate_bias_ptr,  # [N]
-    out_ptr,  # [SPLIT_K, M, N]
-    tile_max_ptr,  # [M, cdiv(N, BLOCK_N)] float32
-    tile_argmax_ptr,  # [M, cdiv(N, BLOCK_N)] int32
     M,
     N,
     num_valid,
+    out_ptr,  # [SPLIT_K, M, N]
+    tile_max_ptr,  # [M, cdiv(N, BLOCK_N)] float32
+    tile_argmax_ptr,  # [M, cdiv(N, BLOCK_N)] int32
     K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -175,7 +175,7 @@ def skinny(
     block_m = min(64, max(16, triton.next_power_of_2(num_tokens)))
     tile_max, tile_argmax = tiles or (out, out)
     grid = (triton.cdiv(num_rows, config.block_n), config.split_k, triton.cdiv(num_tokens, block_m))
-    _skinny_kernel[grid](
+    skinny_kernel[grid](
         x,
         weight,
         gate.weight if gate else weight,
@@ -183,12 +183,12 @@ def skinny(
         gate.scale if gate and gate.scale is not None else x,
         bias if bias is not None else x,
         gate.bias if gate and gate.bias is not None else x,
-        out,
-        tile_max,
-        tile_argmax,
         num_tokens,
         num_rows,
         num_rows if num_valid is None else num_valid,
+        out,
+        tile_max,
+        tile_argmax,
         K=num_columns,
         ACTIVATION=activation,
         HAS_BIAS=bias is not None,

@@ -31,7 +31,7 @@ from gpt.kernels.product import ACTIVATION_FUNCTIONS, expect
 from gpt.kernels.quantize_rows import LARGEST
 
 # Tiles of neighbouring rows that run at the same time share the weights they read.
-_GROUP_M = 8
+GROUP_M = 8
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,18 @@ class NextInput:
 
 
 @triton.jit
-def _w8a8_kernel(
-    x,  # [M, K] int8 or float8e4nv, pointer or descriptor
+def w8a8_kernel(
+    x_ptr,  # [M, K] int8 or float8e4nv, pointer or descriptor
     row_scale_ptr,  # [M] float32
-    weight,  # [N, K] of the same type and kind
+    weight_ptr,  # [N, K] of the same type and kind
     col_scale_ptr,  # [N] float32
     bias_ptr,  # [N]
-    out_ptr,  # [SPLIT_K, M, N]
     next_scale_ptr,  # [] float32
-    next_row_scale_ptr,  # [M] float32
     smoother_ptr,  # [N] float32
     M,
     N,
+    out_ptr,  # [SPLIT_K, M, N]
+    next_row_scale_ptr,  # [M] float32
     K: tl.constexpr,
     INTEGER: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -116,15 +116,15 @@ def _w8a8_kernel(
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype)
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         if DESCRIPTORS:
-            a = x.load([first_token, start])
-            b = weight.load([first_row, start])
+            a = x_ptr.load([first_token, start])
+            b = weight_ptr.load([first_row, start])
         elif K % BLOCK_K == 0:
-            a = tl.load(x + x_places + start)
-            b = tl.load(weight + weight_places + start)
+            a = tl.load(x_ptr + x_places + start)
+            b = tl.load(weight_ptr + weight_places + start)
         else:
             inside_k = (start + columns < K)[None, :]
-            a = tl.load(x + x_places + start, mask=inside_k, other=0.0)
-            b = tl.load(weight + weight_places + start, mask=inside_k, other=0.0)
+            a = tl.load(x_ptr + x_places + start, mask=inside_k, other=0.0)
+            b = tl.load(weight_ptr + weight_places + start, mask=inside_k, other=0.0)
         sums = tl.dot(a, tl.trans(b), sums, out_dtype=dtype)
     y = sums.to(tl.float32) * col_scale[None, :] * row_scale[:, None]
     if HAS_BIAS:
@@ -192,18 +192,18 @@ def w8a8(
         blocks = ([config.block_m, config.block_k], [config.block_n, config.block_k])
         operands = [TensorDescriptor.from_tensor(*each) for each in zip(operands, blocks, strict=True)]
     smoother = next_input.smoother if next_input else None
-    _w8a8_kernel[(num_programs, config.split_k)](
+    w8a8_kernel[(num_programs, config.split_k)](
         operands[0],
         row_scale,
         operands[1],
         col_scale,
         bias if bias is not None else col_scale,
-        out,
         next_input.scale if next_input else col_scale,
-        next_input.row_scale if next_input else col_scale,
         smoother if smoother is not None else col_scale,
         num_tokens,
         num_rows,
+        out,
+        next_input.row_scale if next_input else col_scale,
         K=num_columns,
         INTEGER=x.dtype == torch.int8,
         ACTIVATION=activation if out.dtype == torch.float32 else APPROXIMATIONS.get(activation, activation),
@@ -214,7 +214,7 @@ def w8a8(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        GROUP_M=_GROUP_M,
+        GROUP_M=GROUP_M,
         STAGES=config.num_stages,
         DESCRIPTORS=config.descriptors,
         num_warps=config.num_warps,

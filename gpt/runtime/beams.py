@@ -87,6 +87,7 @@ def generate_beams(
         if done:
             break
         begin = time.perf_counter()
+    session.comm.stage = ""
     for hypothesis in search.best():
         result.tokens.append(list(hypothesis.tokens))
         result.scores.append(hypothesis.score)

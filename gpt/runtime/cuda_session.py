@@ -14,7 +14,7 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
 from gpt.engine.cuda_prompt_ops import PromptOps
 from gpt.engine.cuda_w8a8 import W8a8Linear
-from gpt.engine.kv_cache import KvCache
+from gpt.engine.kv_cache import KvCache, batch_bucket, cache_slots
 from gpt.engine.step import PagedStep, Step
 from gpt.engine.tuning import Tuning
 from gpt.kernels.choose import choose_greedy
@@ -27,9 +27,6 @@ from gpt.runtime.recording import record
 from gpt.runtime.torch_session import TorchSession
 from gpt.runtime.virtual_tokens import VirtualTokens
 
-# Slots of the cache and rows of a batch are rounded up, so that requests of about the same size share a graph.
-_SLOTS = 128
-_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 # Steps that may be under way while the host still reads older tokens.
 _LEAD = 3
 
@@ -87,7 +84,7 @@ class CudaSession(TorchSession):
             mapping,
             weights,
             tuning or Tuning(self.device),
-            max_seq_len=build.max_seq_len + _SLOTS,
+            max_seq_len=build.max_seq_len + cache_slots(1),
             comm=self.comm,
             products={name: each for name, each in self.ops.linears.items() if isinstance(each, W8a8Linear)},
         )
@@ -96,6 +93,12 @@ class CudaSession(TorchSession):
         self._prompts = PromptGraphs(self._forward_whole) if self.graphs else None
         self._active: _Decoder | None = None  # the one that holds the positions of the batch
         self._num_generated = 0  # since it does
+
+    def exchange_through(self, comm: Communicator) -> None:
+        super().exchange_through(comm)
+        self._decode_ops.comm = comm
+        self._forget("batch")
+        self._forget("paged")
 
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)
@@ -294,16 +297,3 @@ class CudaSession(TorchSession):
         decoder.inputs.ids.copy_(saved[0])
         decoder.inputs.positions.copy_(saved[1])
         return graph
-
-
-def cache_slots(max_seq_len: int) -> int:
-    """Slots of a cache for sequences of so many tokens."""
-    return -(-max_seq_len // _SLOTS) * _SLOTS
-
-
-def batch_bucket(batch_size: int) -> int:
-    """The number of rows a batch is padded to."""
-    for size in _BATCH_BUCKETS:
-        if batch_size <= size:
-            return size
-    return -(-batch_size // 64) * 64

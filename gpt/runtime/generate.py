@@ -131,6 +131,7 @@ def generate(
         if not any(rows.running):
             break
         begin = time.perf_counter()
+    session.comm.stage = ""
     for row, alive in enumerate(rows.running):
         if alive and on_end is not None:
             on_end(row)

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from gpt.kernels.peer_all_reduce import PeerBuffers
 
 LIMIT_VARIABLE = "GPT_PEER_SUM_BYTES"
-# Up to here two GPUs that read each other's memory are faster than NCCL (benchmarks/bench_allreduce.py). More
-# ranks read more than NCCL moves, and were not measured: there NCCL does it all unless the variable says otherwise.
-_DEFAULT_LIMIT_BYTES = {2: 1 << 20}
+# Up to here GPUs that read each other's memory are faster than NCCL: measured for two (benchmarks/bench_allreduce.py).
+# Eight read seven times as much, 16 us of NVLink for 1 MiB, about what NCCL needs in all.
+_MAX_RANKS = 8
+_DEFAULT_LIMIT_BYTES = {2: 1 << 20, 4: 1 << 20}
+_OTHER_LIMIT_BYTES = 1 << 19
 
 
 class PeerSum:
@@ -26,17 +28,18 @@ class PeerSum:
     def __init__(self, peers: PeerBuffers, limit_bytes: int):
         from gpt.kernels.peer_all_reduce import can_sum, peer_all_reduce
 
-        self._peers = peers
+        self.peers = peers
         self._can_sum = can_sum
         self._sum = peer_all_reduce
         self.limit_bytes = limit_bytes
 
-    def __call__(self, tensor: torch.Tensor) -> bool:
-        """Replaces a contiguous `tensor` by its sum and returns True, or leaves it as it is and returns False: the same
-        on all ranks, which call it with the same shape and dtype."""
+    def __call__(
+        self, tensor: torch.Tensor, stream: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    ) -> bool:
+        """See gpt.comm.SmallSum."""
         if tensor.nbytes > self.limit_bytes or not self._can_sum(tensor):
             return False
-        self._sum(tensor, self._peers)
+        self._sum(tensor, self.peers, stream, bias)
         return True
 
 
@@ -65,7 +68,8 @@ def connect_peers(ranks: Communicator, group: torch.distributed.ProcessGroup, de
 def _limit_bytes(num_ranks: int) -> int:
     from gpt.kernels.peer_all_reduce import MAX_BYTES
 
-    text = os.environ.get(LIMIT_VARIABLE, str(_DEFAULT_LIMIT_BYTES.get(num_ranks, 0)))
+    default = _DEFAULT_LIMIT_BYTES.get(num_ranks, _OTHER_LIMIT_BYTES) if num_ranks <= _MAX_RANKS else 0
+    text = os.environ.get(LIMIT_VARIABLE, str(default))
     if not text.isdecimal() or int(text) > MAX_BYTES:
         raise ConfigError(
             f"{LIMIT_VARIABLE} is no number of bytes", found=repr(text), allowed=f"0 (NCCL sums all) to {MAX_BYTES}"
@@ -100,7 +104,7 @@ def _share_memory(ranks: Communicator, group: torch.distributed.ProcessGroup, de
     import torch
     from torch.distributed import _symmetric_memory as symmetric_memory
 
-    from gpt.kernels.peer_all_reduce import MAX_PIECES, PeerBuffers, buffer_bytes
+    from gpt.kernels.peer_all_reduce import NUM_EPOCHS, PeerBuffers, buffer_bytes
 
     num_bytes = buffer_bytes(ranks.size)
     own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -110,7 +114,7 @@ def _share_memory(ranks: Communicator, group: torch.distributed.ProcessGroup, de
     buffers = tuple(
         own if rank == ranks.rank else handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(ranks.size)
     )
-    epochs = torch.zeros(MAX_PIECES, dtype=torch.int32, device=device)
+    epochs = torch.zeros((2, NUM_EPOCHS), dtype=torch.int32, device=device)
     torch.cuda.synchronize(device)
     ranks.barrier()  # all flags are zero before the first one is written
     return PeerBuffers(ranks.rank, buffers, epochs, handle)

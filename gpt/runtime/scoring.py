@@ -59,6 +59,7 @@ def score(
         session.comm.stage = f"prompt {number}"
         part = None if virtual is None else virtual.of_prompts([number])
         scores.append(_score(session, prompt, part, num_top_logprobs))
+    session.comm.stage = ""
     return scores
 
 

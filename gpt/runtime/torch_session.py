@@ -55,6 +55,10 @@ class TorchSession:
         self._positions = torch.empty(0)
         self._beginnings = SharedBeginnings([])
 
+    def exchange_through(self, comm: Communicator) -> None:
+        """What the network's sums go through from now on, for measuring what they cost."""
+        self.ops.comm = comm
+
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)
         cache = self.cache

@@ -23,8 +23,10 @@ from gpt.runtime.torch_session import TorchSession
 NUM_STEPS = 2  # of generation, after the prompts
 # Relative L2 of two executors: the order of additions in float32, and the rounding of every result in half precision.
 _BOUNDS = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
-# Where values are rounded to integers, those in the middle between two go to either side: one step of one number.
-_ROUNDED_BOUND = 2e-2
+# Where values are rounded to integers, those in the middle between two go to either side: one step of one number.  In
+# half precision, which the executors round to at different places, that is many numbers: with the bundled model, whose
+# engines differ by 3e-7 in float32, up to 4.5e-2.
+_ROUNDED_BOUNDS = {"float32": 2e-2, "float16": 6e-2, "bfloat16": 6e-2}
 
 
 def default_prompts(model: ModelConfig, max_input_len: int) -> list[list[int]]:
@@ -53,7 +55,7 @@ def compare_engines(a: EngineInfo, b: EngineInfo, *, bound: float | None = None)
 
 def _bound(build: BuildConfig) -> float:
     rounds = build.quant.activations or build.quant.kv_cache
-    return max(_BOUNDS[build.dtype], _ROUNDED_BOUND if rounds else 0.0)
+    return (_ROUNDED_BOUNDS if rounds else _BOUNDS)[build.dtype]
 
 
 def trace_engine(info: EngineInfo, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:

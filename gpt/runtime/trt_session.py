@@ -33,7 +33,7 @@ class TrtSession:
     so far; smaller ones use their first rows, so that addresses, and CUDA graphs with them, outlive a batch.  With
     batch buckets a step generates for all rows of the bucket; what is in the rows behind the batch is never looked at.
 
-    An int8 cache is not updated in place: there are two of it, and steps go to and fro.
+    An int8 cache is updated in place by a plugin only: without it there are two, and steps go to and fro.
 
     Each profile has an execution context of its own; they never run at once and share their working memory.
     """
@@ -63,7 +63,7 @@ class TrtSession:
         self._inputs = trt_io.step_inputs(model, build)
         self._caches = trt_io.cache_inputs(model, build, mapping)
         self._outputs = trt_io.outputs(model, build, mapping)
-        self._in_place = build.quant.kv_cache is None
+        self._in_place = build.cache_in_place
         _check_engine(engine, trt, self._inputs + self._caches, self._outputs)
         self._recorder = error_recorder(trt)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None

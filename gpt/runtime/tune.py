@@ -30,8 +30,8 @@ def tune_engine(info: EngineInfo, batch_sizes: Sequence[int]) -> Path:
             allowed=f"1 to {info.build.max_batch_size}",
         )
     from gpt.engine.autotune import autotune  # with Triton, which comes with PyTorch for CUDA
+    from gpt.engine.kv_cache import batch_bucket, cache_slots
     from gpt.engine.tuning import tuning_path
-    from gpt.runtime.cuda_session import batch_bucket, cache_slots
 
     device = torch.device("cuda")
     rows = [batch_bucket(size) for size in batch_sizes]

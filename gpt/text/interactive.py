@@ -128,6 +128,8 @@ class Conversation:
             self._answer_all(batches) if self._config.decoding.num_results > 1 else self._answer_one(batches)
         except KeyboardInterrupt:
             self._print("\n(stopped)\n")
+        finally:
+            self._session.comm.stage = ""  # what comes next may take its time
         if batches:
             print(f"({describe_speed(batches)})", file=sys.stderr, flush=True)
 

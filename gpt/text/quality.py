@@ -28,7 +28,7 @@ from gpt.text.dataset import FILE_SUFFIXES, rows_of_file
 from gpt.text.evaluation import prompt_text
 from gpt.text.pipeline import choose_end_id, choose_tokenizer, require_tokenizer, without_end
 from gpt.text.plots import plot_agreement
-from gpt.text.rouge import aggregate, score_texts
+from gpt.text.rouge import Loss, Scores, aggregate, paired_loss, score_texts
 from gpt.text.tokenizer import Tokenizer
 
 REPORT_NAME, PLOT_NAME = "quality.json", "quality.svg"
@@ -60,14 +60,22 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Rouge1:
+    """Of an engine's and of the float model's summaries of the same texts."""
+
+    engine: float
+    float_model: float
+    loss: Loss
+
+
+@dataclass(frozen=True)
 class Quality:
-    """The whole comparison.  rouge1, float_rouge1: None where the texts have no references.  Bytes: of one rank's
-    weights, and of the cache of one token, of the engine and of the same engine unquantised."""
+    """The whole comparison.  rouge1: None where the texts have no references.  Bytes: of one rank's weights, and of the
+    cache of one token, of the engine and of the same engine unquantised."""
 
     mode: str
     agreement: Agreement
-    rouge1: float | None
-    float_rouge1: float | None
+    rouge1: Rouge1 | None
     weight_bytes: int
     float_weight_bytes: int
     cache_bytes_per_token: int
@@ -84,7 +92,8 @@ class Quality:
             ("KL divergence, nats", f"{found.kl:.2e}", ""),
         ]
         if self.rouge1 is not None:
-            rows.append(("ROUGE-1", f"{self.rouge1:.2f}", f"{self.float_rouge1:.2f} (float32)"))
+            rows.append(("ROUGE-1", f"{self.rouge1.engine:.2f}", f"{self.rouge1.float_model:.2f} (float32)"))
+            rows.append(("  loss, 95 % interval", str(self.rouge1.loss), ""))
         rows += [
             ("weights", human_bytes(self.weight_bytes), human_bytes(self.float_weight_bytes)),
             ("cache per token", f"{self.cache_bytes_per_token} B", f"{self.float_cache_bytes_per_token} B"),
@@ -108,14 +117,13 @@ def check_quality(engine_dir: Path, checkpoint: Checkpoint, texts: Path) -> str:
     windows = windows_of([row.whole for row in rows], tokenizer, info.model, info.build, _MAX_WINDOWS)
     agreement = compare(engine, reference, windows)
     summarised = [row for row in rows if row.reference is not None][:_MAX_SUMMARIES]
-    scores = [rouge1(session, summarised, tokenizer) if summarised else None for session in (engine, reference)]
+    scores = [summary_scores(session, summarised, tokenizer) for session in (engine, reference)]
     build, model = info.build, info.model
     plain = dataclasses.replace(build, quant=FLOAT)
     quality = Quality(
         mode=build.quant.describe() or build.dtype,
         agreement=agreement,
-        rouge1=scores[0],
-        float_rouge1=scores[1],
+        rouge1=compare_rouge1(*scores) if summarised else None,
         weight_bytes=engine_bytes(model, Mapping(), build.dtype, build.quant),
         float_weight_bytes=engine_bytes(model, Mapping(), build.dtype),
         cache_bytes_per_token=build.kv_cache_bytes(model, 1, 1),
@@ -241,8 +249,8 @@ def _forced(session: TorchSession, batch: torch.Tensor, prompt_len: int) -> Iter
         yield session.generation(batch[:, position])[:, None]
 
 
-def rouge1(session: TorchSession, rows: Sequence[Row], tokenizer: Tokenizer) -> float:
-    """ROUGE-1 of greedy continuations of the rows' prompts, of which the end is kept where they are too long."""
+def summary_scores(session: TorchSession, rows: Sequence[Row], tokenizer: Tokenizer) -> list[Scores]:
+    """Of greedy continuations of the rows' prompts, of which the end is kept where they are too long."""
     model, build = session.model, session.build
     room = min(build.max_seq_len, model.n_positions if model.learned_positions else build.max_seq_len)
     num_new = min(_SUMMARY_TOKENS, build.max_output_len, room - 1)
@@ -254,4 +262,10 @@ def rouge1(session: TorchSession, rows: Sequence[Row], tokenizer: Tokenizer) -> 
     for first in progress(range(0, len(prompts), step), what="ROUGE", unit="batch"):
         result = generate(session, prompts[first : first + step], max_new_tokens=num_new, end_id=end_id)
         texts += [tokenizer.decode(without_end(tokens, end_id)) for tokens in result.tokens]
-    return aggregate(score_texts([row.reference or "" for row in rows], texts))["rouge1"]
+    return score_texts([row.reference or "" for row in rows], texts)
+
+
+def compare_rouge1(engine: Sequence[Scores], float_model: Sequence[Scores]) -> Rouge1:
+    """engine, float_model: the scores of the same texts, not empty."""
+    loss = paired_loss(*([row["rouge1"] for row in scores] for scores in (float_model, engine)))
+    return Rouge1(aggregate(engine)["rouge1"], aggregate(float_model)["rouge1"], loss)

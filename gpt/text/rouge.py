@@ -7,9 +7,24 @@ close to but not exactly the mean of its members.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 ROUGE_KEYS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 Scores = dict[str, float]
+_RESAMPLINGS = 10_000
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How many points predictions score less than others of the same texts: the mean, and from where to where it is in
+    95 of 100 drawings of as many texts with replacement."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
 
 
 def score_texts(references: Sequence[str], predictions: Sequence[str]) -> list[Scores]:
@@ -35,3 +50,13 @@ def aggregate(scores: Sequence[Scores]) -> Scores:
         return {key: float(score.mid.fmeasure) for key, score in aggregator.aggregate().items()}
     finally:
         np.random.set_state(state)  # noqa: NPY002
+
+
+def paired_loss(before: Sequence[float], after: Sequence[float]) -> Loss:
+    """before, after: the scores of each text, not empty.  The seed of the drawings is fixed."""
+    import numpy as np
+
+    losses = np.subtract(before, after)
+    drawn = np.random.default_rng(0).integers(len(losses), size=(_RESAMPLINGS, len(losses)))
+    low, high = np.percentile(losses[drawn].mean(1), (2.5, 97.5))
+    return Loss(float(losses.mean()), float(low), float(high))
