@@ -33,10 +33,12 @@ def test_each_token_goes_to_its_place(
             values = heads[token, first : first + groups].cpu()
             steps = FORMULAS[stored](values, scales[part])
             expected[part, place // SLOTS, :, place % SLOTS] = steps.float()
-    found = blocks.to(kernel_device)
+    whole = torch.zeros(2, BLOCKS + 2, *blocks.shape[2:]).to(device=kernel_device, dtype=blocks.dtype)
+    found = whole[:, 1:-1]
     on_device = torch.tensor(places, dtype=torch.int32, device=kernel_device)
     store_cache(heads, on_device, found, scales.to(kernel_device) if stored else None)
     assert torch.equal(found.float().cpu(), expected)
+    assert not whole[:, [0, -1]].float().any()
 
 
 @pytest.mark.parametrize("change", ["places", "blocks", "scales"])

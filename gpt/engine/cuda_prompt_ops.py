@@ -10,6 +10,7 @@ import torch
 
 from gpt.engine.cuda_w8a8 import W8a8Linear, w8a8_linears
 from gpt.engine.kv_cache import KvCache
+from gpt.engine.linear import library_linear
 from gpt.engine.quant_linear import QuantizedRows, QuantLinear
 from gpt.engine.step import ContextStep, Step
 from gpt.engine.torch_attention import TorchAttention
@@ -98,9 +99,9 @@ class PromptOps(TorchOps):
             if isinstance(following, W8a8Linear):
                 return product.multiply_for(following, rows, vector, activation or "none")
             return product.multiply(rows, vector, activation or "none")
-        if product is not None or activation != "gelu_tanh" or vector is None or self.dtype == torch.float32:
+        if product is not None:
             return super().linear(x, name, activation=activation, bias=bias)
-        return torch._addmm_activation(vector, x, self.weights[name + ".weight"].t(), use_gelu=True)
+        return library_linear(x, self.weights[name + ".weight"], vector, activation or "none")
 
     def gather_last(self, x: Any) -> torch.Tensor:
         return super().gather_last(_value(x))

@@ -148,7 +148,7 @@ def add_norm(
         num_rows,
         norm.epsilon if norm else 0.0,
         E=width,
-        PARTS=0 if parts is None else parts.numel() // x.numel(),
+        PARTS=0 if parts is None else len(parts),
         HAS_BIAS=bias is not None,
         NORM="none" if norm is None else "rmsnorm" if norm.bias is None else "layernorm",
         PADDED_E=next_power_of_2(width),

@@ -18,7 +18,7 @@ def _store_cache_kernel(
     places_ptr,  # [N] int32
     scales_ptr,  # [2] float32
     blocks_ptr,  # [2, B, G, T, D]
-    part_size,  # B * G * T * D
+    part_stride,  # from K's blocks to V's
     NUM_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -38,7 +38,7 @@ def _store_cache_kernel(
     source = token * (NUM_HEADS + 2 * GROUPS) + NUM_HEADS + rows
     x = tl.load(heads_ptr + source[:, None] * HEAD_SIZE + columns, mask=inside, other=0.0)
     slot = (place // TOKENS_PER_BLOCK * GROUPS + rows % GROUPS) * TOKENS_PER_BLOCK + place % TOKENS_PER_BLOCK
-    target = (slot * HEAD_SIZE + rows // GROUPS * part_size)[:, None] + columns
+    target = (slot * HEAD_SIZE + rows // GROUPS * part_stride)[:, None] + columns
     if QUANTIZES:
         scale = tl.load(scales_ptr + rows // GROUPS, mask=in_rows, other=1.0)
         steps = to_steps(x.to(tl.float32) * tl.div_rn(1.0, scale)[:, None], blocks_ptr)
@@ -53,7 +53,8 @@ def store_cache(
     """Writes the K and V of each token to its place.
 
     heads [N, H + 2G, D], queries first.  places [N] int32: block * T + slot.  blocks [2, B, G, T, D], K before V, of
-    heads' type, or int8 or float8_e4m3fn with scales [2] float32, the value of one step of K and of V.
+    heads' type, or int8 or float8_e4m3fn with scales [2] float32, the value of one step of K and of V; each of the two
+    contiguous, as in the part of a cache that one sequence has.
 
     Raises ValueError for shapes and types that do not fit.
     """
@@ -62,7 +63,8 @@ def store_cache(
     stored = heads.dtype if scales is None else blocks.dtype
     expect("heads", heads, (num_tokens, num_heads, head_size), heads.dtype)
     expect("places", places, (num_tokens,), torch.int32)
-    expect("blocks", blocks, (2, num_blocks, groups, tokens_per_block, head_size), stored)
+    for name, part in zip(("K's blocks", "V's blocks"), blocks, strict=True):
+        expect(name, part, (num_blocks, groups, tokens_per_block, head_size), stored)
     if scales is not None:
         expect("scales", scales, (2,), torch.float32)
     padded = next_power_of_2(head_size)
@@ -72,7 +74,7 @@ def store_cache(
         places,
         scales if scales is not None else places,
         blocks,
-        num_blocks * groups * tokens_per_block * head_size,
+        blocks.stride(0),
         NUM_HEADS=num_heads - 2 * groups,
         GROUPS=groups,
         HEAD_SIZE=head_size,
