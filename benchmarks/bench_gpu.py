@@ -39,9 +39,15 @@ if TYPE_CHECKING:
     from gpu_measure import Budget, Ceilings, Timing
     from gpu_systems import Setup, System
 
-SYSTEMS = ("ours", "hf_static", "hf_eager", "vllm", "ctranslate2", "hf_compile")
+# This project's engines with int8 and FP8 products: flags of build.py.
+QUANTISED = {
+    "ours_smoothquant": "--use_smooth_quant --per_token --per_channel",
+    "ours_smoothquant_static": "--use_smooth_quant --per_channel",
+    "ours_fp8": "--enable_fp8",
+}
+SYSTEMS = ("ours", *QUANTISED, "hf_static", "hf_eager", "vllm", "ctranslate2", "hf_compile")
 PEERS = ("vllm", "ctranslate2")
-KINDS = ("decode", "throughput", "prefill", "profile", "load")
+KINDS = ("decode", "throughput", "prefill", "profile", "prompt_profile", "load")
 # What starting a piece of work costs before its first number, roughly: with less left it is not begun.
 START_SECONDS = {"hf_compile": 100.0, "vllm": 90.0, "load": 60.0}
 LARGE = ("gpt2-xl",)
@@ -64,8 +70,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--throughput", action="store_true", help="a large batch with long prompts (1.5B)")
     parser.add_argument("--prefill", action="store_true", help="long prompts' step against a product (1.5B)")
     parser.add_argument("--profile", action="store_true", help="time of each kernel in one of our steps")
+    parser.add_argument("--prompt_profile", action="store_true", help="the same of long prompts' step (1.5B)")
     parser.add_argument("--load", action="store_true", help="run.py as a process, to its first token (1.5B)")
-    parser.add_argument("--case", nargs="+", metavar="NAME", help="models; none of the five flags above: all five")
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="models; none of the six flags above: all six")
     parser.add_argument("--system", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all installed")
     parser.add_argument("--batch_size", type=positive_int, nargs="+", help="of --decode and --profile")
     parser.add_argument("--input_len", type=positive_int, default=128, help="of --decode and --profile")
@@ -136,6 +143,8 @@ def plan(args: argparse.Namespace) -> Iterator[Work]:
             if kind not in kinds or not takes_part(system, kind):
                 continue
             defaults = {"decode": PUBLISHED, "profile": PROFILED}.get(kind, LARGE)
+            if system in QUANTISED:
+                defaults = LARGE
             if system == "hf_compile" and kind == "decode":
                 defaults = ("gpt2-xl", "gpt2-medium")
             for case in (CASES[name] for name in args.case or defaults):
@@ -145,14 +154,19 @@ def plan(args: argparse.Namespace) -> Iterator[Work]:
                 shapes = {
                     "throughput": (Shape(*args.throughput_shape),),
                     "prefill": (Shape(*args.prefill_shape, 1),),
+                    "prompt_profile": (Shape(*args.prefill_shape, 1),),
                     "load": (Shape(1, args.input_len, 2),),
                 }.get(kind, tuple(Shape(batch, args.input_len, args.output_len) for batch in batches))
                 yield Work(kind, system, case, shapes)
 
 
 def takes_part(system: str, kind: str) -> bool:
-    if kind in ("profile", "load"):
+    if kind == "load":
         return system == "ours"
+    if kind in ("profile", "prompt_profile"):
+        return system.startswith("ours")
+    if system in QUANTISED:
+        return kind in ("decode", "prefill")
     return not (kind == "prefill" and system in ("hf_static", "hf_compile"))  # their prompts' step is eager
 
 
@@ -192,7 +206,7 @@ class Bench:
         for shape in work.shapes:
             if self._is_over(work, 0.0):
                 return
-            if work.kind == "profile":
+            if work.kind in ("profile", "prompt_profile"):
                 self._profile(work, setup, system, shape)
             else:
                 self._time(work, setup, system, shape, base_bytes)
@@ -213,7 +227,7 @@ class Bench:
 
         folder = scratch / "engine"
         flags = build_flags(work.case, self.args.dtype, self.args.seed, list(work.shapes))
-        more = shlex.split(self.args.build_flags)
+        more = shlex.split(self.args.build_flags + " " + QUANTISED.get(work.system, ""))
         build.run_build([*flags, *more, "--output_dir", str(folder), "--log_level", self.args.log_level])
         return Setup(open_engine(folder), self.args.device, scratch)
 
@@ -240,7 +254,7 @@ class Bench:
         model, build = setup.info.model, setup.info.build
         first, token = Sample(timing.first_token_ms), Sample(timing.token_ms)
         flops = prefill_flops(model, shape)
-        weight_bytes = engine_bytes(model, Mapping(), build.dtype)
+        weight_bytes = engine_bytes(model, Mapping(), build.dtype, build.quant)
         cache_bytes = build.kv_cache_bytes(model, shape.batch_size, shape.num_slots)
         found: dict[str, object] = {
             "first_token_ms": round(first.median, 3),
@@ -353,6 +367,8 @@ def make_system(name: str, setup: Setup) -> System:
 
     if name == "hf_compile":
         return HfStatic(setup, compiled=True)
+    if name in QUANTISED:
+        return Ours(setup)
     kinds = {"ours": Ours, "hf_static": HfStatic, "hf_eager": HfEager, "vllm": Vllm, "ctranslate2": CTranslate2}
     system: System = kinds[name](setup)
     return system

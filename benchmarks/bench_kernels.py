@@ -30,8 +30,7 @@ HEAD_SIZE = 64
 NUM_SLOTS = 256
 COLD_BYTES = 160 << 20  # more than any card's second-level cache
 PROMPT_TOKENS = 8192
-# int8_gemm's tiles for prompts; int4_gemv's block_n, block_k, warps.
-PROMPT_TILES = ((128, 256, 128, 8, 3), (128, 128, 128, 8, 4), (128, 256, 64, 8, 4), (128, 128, 128, 4, 3))
+# int4_gemv's block_n, block_k, warps.
 INT4_TILES = ((4, 2048, 4), (8, 2048, 4), (4, 1024, 2), (8, 1024, 2), (2, 4096, 4))
 
 Launch = Callable[[int], object]  # of the copy to work on
@@ -79,12 +78,10 @@ def main(argv: list[str] | None = None) -> int:
 def all_cases(models: Iterable[str], products: Iterable[str], batch_sizes: Iterable[int]) -> Iterator[Case]:
     """Those that matter most first."""
     shapes = [(model, product) for model in models for product in products]
-    for model, product in shapes:
-        yield from integer_products(model, product, PROMPT_TOKENS)
     for batch_size in batch_sizes:
         for model, product in shapes:
             yield from weight_products(model, product, batch_size)
-            yield from integer_products(model, product, batch_size)
+            yield integer_product(model, product, batch_size)
     for model in models:
         for num_tokens in (*batch_sizes, PROMPT_TOKENS):
             yield from row_kernels(model, num_tokens)
@@ -173,39 +170,23 @@ def weight_launches(
     return copies, {parameters(config): bind(config) for config in configs}
 
 
-def integer_products(model: str, product: str, num_tokens: int) -> Iterator[Case]:
-    """int8 times int8, and at the size of prompts PyTorch's float16 product."""
+def integer_product(model: str, product: str, num_tokens: int) -> Case:
+    """int8 times int8; bench_w8a8.py has the sizes of prompts."""
     num_rows, num_columns = product_shape(model, product)
-    operations = 2 * num_tokens * num_rows * num_columns
-    out_bytes = 2 * num_tokens * num_rows
-    prompts = num_tokens == PROMPT_TOKENS
 
     def make() -> tuple[int, dict[str, Launch]]:
-        from gpt.kernels import w8a8
+        from gpt.kernels.w8a8 import default_config, w8a8
 
-        copies = 2 if prompts else num_copies(num_rows * num_columns)
+        copies = num_copies(num_rows * num_columns)
         x, weights = random_int8(num_tokens, num_columns), random_int8(copies, num_rows, num_columns)
         row_scale, col_scale = (torch.rand(size, device="cuda") * 1e-4 for size in (num_tokens, num_rows))
         out = half(num_tokens, num_rows)
-        configs = [w8a8.default_config(num_tokens, num_rows, num_columns, out.device, splits=False)]
-        if prompts:
-            configs += [w8a8.Int8Config(*tile) for tile in PROMPT_TILES]
+        config = default_config(num_tokens, num_rows, num_columns, out.device, splits=False)
+        launch: Launch = lambda copy: w8a8(x, row_scale, weights[copy], col_scale, out, config=config)  # noqa: E731
+        return copies, {parameters(config): launch}
 
-        def bind(config: w8a8.Int8Config) -> Launch:
-            return lambda copy: w8a8.int8_gemm(x, row_scale, weights[copy], col_scale, out, config=config)
-
-        return copies, {parameters(config): bind(config) for config in configs}
-
-    num_bytes = (num_rows + num_tokens) * num_columns + out_bytes
-    yield Case("int8_gemm", model, product, num_tokens, num_bytes, operations, make)
-    if prompts:
-
-        def make_float() -> tuple[int, dict[str, Launch]]:
-            x, weights = half(num_tokens, num_columns), half(2, num_rows, num_columns)
-            return 2, {"": lambda copy: F.linear(x, weights[copy])}
-
-        num_bytes = 2 * (num_rows + num_tokens) * num_columns + out_bytes
-        yield Case("torch float16", model, product, num_tokens, num_bytes, operations, make_float)
+    num_bytes = (num_rows + num_tokens) * num_columns + 2 * num_tokens * num_rows
+    return Case("w8a8", model, product, num_tokens, num_bytes, 2 * num_tokens * num_rows * num_columns, make)
 
 
 def row_kernels(model: str, num_tokens: int) -> Iterator[Case]:
@@ -215,7 +196,7 @@ def row_kernels(model: str, num_tokens: int) -> Iterator[Case]:
     def make(integers: bool) -> tuple[int, dict[str, Launch]]:
         from gpt.kernels.norm import add_norm
         from gpt.kernels.product import Norm
-        from gpt.kernels.w8a8 import quantize_rows
+        from gpt.kernels.quantize_rows import quantize_rows
 
         copies = num_copies(num_tokens * width * 8) if num_tokens > 64 else 8
         x, parts = torch.zeros((copies, num_tokens, width), device="cuda"), half(copies, 1, num_tokens, width)
@@ -229,7 +210,7 @@ def row_kernels(model: str, num_tokens: int) -> Iterator[Case]:
         return copies, {"": lambda copy: add_norm(x[copy], out, norm, parts=parts[copy])}
 
     def make_wide() -> tuple[int, dict[str, Launch]]:
-        from gpt.kernels.w8a8 import quantize_rows
+        from gpt.kernels.quantize_rows import quantize_rows
 
         copies = num_copies(num_tokens * width * 8) if num_tokens > 64 else 8
         x, out = half(copies, num_tokens, 4 * width), random_int8(num_tokens, 4 * width)

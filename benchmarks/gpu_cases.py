@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from gpt.config import BuildConfig, ModelConfig
-from gpt.dtypes import ITEMSIZE
 from gpt.engine.weights import engine_layout
 from gpt.mapping import Mapping
 
@@ -93,9 +92,10 @@ def step_bytes(model: ModelConfig, build: BuildConfig, shape: Shape) -> int:
     Step i of the N - 1 steps behind the prompt's reads input_len + i slots: input_len + N / 2 on average.
     """
     tables = {"model.wpe"} if model.tied_head else {"model.wpe", "model.wte"}
-    numbers = sum(math.prod(t.shape) for t in engine_layout(model, Mapping()) if t.name not in tables)
+    weights = engine_layout(model, Mapping(), build.dtype, build.quant)
+    num_bytes = sum(tensor.num_bytes for tensor in weights if tensor.name not in tables)
     slots = shape.input_len + shape.output_len // 2
-    return numbers * ITEMSIZE[build.dtype] + build.kv_cache_bytes(model, shape.batch_size, slots)
+    return num_bytes + build.kv_cache_bytes(model, shape.batch_size, slots)
 
 
 def prefill_flops(model: ModelConfig, shape: Shape) -> int:

@@ -150,12 +150,15 @@ class KernelTime:
 
 def profile_step(system: System, shape: Shape, prompts: Prompts, device: str) -> list[KernelTime]:
     """Time of each kernel in an average step, the longest first: a profiled run of all tokens minus one of a single
-    token, over the steps between."""
+    token, over the steps between.  With a single token to generate, of the prompts' step."""
     system.prepare(shape)
     system.generate(prompts, shape.output_len)
     system.generate(prompts, 1)
-    long, short = (kernels_of(partial(system.generate, prompts, n), device) for n in (shape.output_len, 1))
-    steps = shape.output_len - 1
+    short = kernels_of(partial(system.generate, prompts, 1), device)
+    if shape.output_len == 1:
+        long, short, steps = short, defaultdict(lambda: (0, 0.0)), 1
+    else:
+        long, steps = kernels_of(partial(system.generate, prompts, shape.output_len), device), shape.output_len - 1
     found = [
         KernelTime(name, (calls - short[name][0]) / steps, (us - short[name][1]) / steps)
         for name, (calls, us) in long.items()

@@ -15,13 +15,22 @@ if TYPE_CHECKING:
 Row = dict[str, str]
 LABELS = {
     "ours": "this project",
+    "ours_smoothquant": "this project, SmoothQuant per token and channel",
+    "ours_smoothquant_static": "this project, SmoothQuant per channel",
+    "ours_fp8": "this project, FP8",
     "hf_eager": "transformers, eager",
     "hf_static": "transformers, static cache in a CUDA graph",
     "hf_compile": "transformers, static cache + compile",
     "vllm": "vLLM",
     "ctranslate2": "CTranslate2",
 }
-_COLOURS = dict(zip(LABELS, ("#0072b2", "#999999", "#e69f00", "#d55e00", "#009e73", "#cc79a7"), strict=True))
+_COLOURS = dict(
+    zip(
+        LABELS,
+        ("#0072b2", "#56b4e9", "#332288", "#88ccee", "#999999", "#e69f00", "#d55e00", "#009e73", "#cc79a7"),
+        strict=True,
+    )
+)
 _NUM_KERNELS = 12
 # What rows of one measurement have in common.
 _SAME = ("kind", "case", "dtype", "batch_size", "input_len", "output_len", "system", "run", "kernel")
@@ -114,10 +123,14 @@ def draw_share(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def draw_kernels(path: Path, rows: Sequence[Row]) -> list[Path]:
-    """One file per model and batch: the kernels of a step by time, the smaller ones in one bar."""
+    """One file per kind of step, model, batch and system: the kernels by time, the smaller ones in one bar."""
+
+    def key(row: Row) -> tuple[str, str, str, str]:
+        return row["kind"], row["case"], row["batch_size"], row["system"]
+
     files = []
-    for case, batch in dict.fromkeys((row["case"], row["batch_size"]) for row in rows):
-        mine = [row for row in rows if (row["case"], row["batch_size"]) == (case, batch)]
+    for kind, case, batch, system in dict.fromkeys(map(key, rows)):
+        mine = [row for row in rows if key(row) == (kind, case, batch, system)]
         last = max(row["run"] for row in mine)
         mine = [row for row in mine if row["run"] == last]
         bars = [(shorten(row["kernel"]), float(row["us_per_step"])) for row in mine[:_NUM_KERNELS]]
@@ -125,11 +138,13 @@ def draw_kernels(path: Path, rows: Sequence[Row]) -> list[Path]:
         bars += [(f"{len(mine) - _NUM_KERNELS} others", rest)] if rest else []
         figure = new_figure(7.5, 0.9 + 0.28 * len(bars))
         axes = figure.subplots()
-        axes.barh([name for name, _ in bars][::-1], [us for _, us in bars][::-1], color=_COLOURS["ours"])
+        axes.barh([name for name, _ in bars][::-1], [us for _, us in bars][::-1], color=_COLOURS[system])
         total = sum(us for _, us in bars)
-        axes.set(xlabel="µs per step", title=f"{case}, batch {batch}: {total:.0f} µs in kernels")
+        what, mark = ("prompts of batch", "_prompts") if kind == "prompt_profile" else ("batch", "")
+        mark += "" if system == "ours" else f"_{system}"
+        axes.set(xlabel="µs per step", title=f"{LABELS[system]}\n{case}, {what} {batch}: {total:.0f} µs in kernels")
         axes.tick_params(axis="y", labelsize=7)
-        files.append(save(figure, path, f"{case}_{batch}"))
+        files.append(save(figure, path, f"{case}_{batch}{mark}"))
     return files
 
 

@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,8 @@ def test_same_ids_as_transformers(result: Result) -> None:
 
 
 def test_kernels_of_a_step(result: Result) -> None:
-    for case in ("tiny", "tiny-mq"):
-        mine = [row for row in result.kernels if row["case"] == case]
+    for kind, case in product(("profile", "prompt_profile"), ("tiny", "tiny-mq")):
+        mine = [row for row in result.kernels if (row["kind"], row["case"]) == (kind, case)]
         assert sum(float(row["share"]) for row in mine) == pytest.approx(1.0, abs=1e-2)
         times = [float(row["us_per_step"]) for row in mine]
         assert times == sorted(times, reverse=True)
@@ -123,7 +124,8 @@ def test_plots_are_drawn_from_the_files_alone(result: Result, tmp_path: Path) ->
     for path in result.folder.glob("*.svg"):
         path.unlink()
     files = [str(result.folder / name) for name in ("gpu.csv", "kernels.csv")]
-    names = {"gpu_latency.svg", "gpu_share.svg", "kernels_tiny_1.svg", "kernels_tiny-mq_1.svg"}
+    steps = product(("tiny", "tiny-mq"), ("1", "2_prompts"))
+    names = {"gpu_latency.svg", "gpu_share.svg", *(f"kernels_{case}_{step}.svg" for case, step in steps)}
     assert bench_gpu.main(["--plot", *files]) == 0
     assert {path.name for path in result.folder.glob("*.svg")} == names
     assert bench_gpu.main(["--plot", *files, "--plot_dir", str(tmp_path)]) == 0

@@ -272,7 +272,9 @@ class PlainSession(TorchSession):
             self.ops.attention = rounded  # type: ignore[method-assign]
 
     def linear(self, held: Dict[str, torch.Tensor], quant: Quant) -> Callable[..., torch.Tensor]:
-        def product(x: torch.Tensor, name: str, *, activation: str | None = None, bias: bool = True) -> torch.Tensor:
+        def product(
+            x: torch.Tensor, name: str, *, activation: str | None = None, bias: bool = True, feeds: str | None = None
+        ) -> torch.Tensor:
             y = plainly(x, held, name, quant).float()
             if bias and f"{name}.bias" in held:
                 y += held[f"{name}.bias"]

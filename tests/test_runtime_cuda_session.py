@@ -13,15 +13,16 @@ from engines import random_prompts, relative_error
 from gpt.checkpoint.random_weights import RandomWeights
 from gpt.comm import NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
+from gpt.engine.cuda_w8a8 import W8a8Linear
 from gpt.engine.kv_cache import batch_bucket
 from gpt.engine.step import AheadStep
 from gpt.engine.weights import engine_tensors
 from gpt.kernels.launch import INTERPRETED
 from gpt.mapping import Mapping
-from gpt.quant import dequantize_weight, unpack_int4
+from gpt.quant import ACTIVATION_SCALES, QuantConfig, dequantize_weight, unpack_int4
 from gpt.runtime.batcher import generate_paged
 from gpt.runtime.batching_config import BatchingConfig
-from gpt.runtime.cuda_session import CudaSession
+from gpt.runtime.cuda_session import CudaSession, kernels_know
 from gpt.runtime.generate import generate
 from gpt.runtime.sampling import SamplingConfig
 from gpt.runtime.torch_session import TorchSession
@@ -52,7 +53,8 @@ def make_weights(model: ModelConfig, build: BuildConfig) -> dict[str, torch.Tens
     for name, tensor in engine_tensors(model, build, Mapping(), RandomWeights(model, 1, torch.device("cpu"))):
         spread = tensor.float().std() if tensor.dim() > 1 else 1.0
         noise = torch.randn(tensor.shape, generator=generator) * spread * 0.3
-        weights[name] = tensor if "kv_scale" in name else (tensor.float() + noise).to(tensor.dtype)
+        whole = "scale" in name or tensor.itemsize == 1
+        weights[name] = tensor if whole else (tensor.float() + noise).to(tensor.dtype)
     return weights
 
 
@@ -135,6 +137,39 @@ def test_quantised_weights(weights: str, batch: str, kernel_device: torch.device
         # The prompt's integer products of TorchOps differ a little from float ones, and the cache remembers it.
         assert relative_error(logits, expected) < 1e-3
         ids = expected.argmax(-1)
+
+
+# With a cache of the same type.
+QUANTISED_PRODUCTS = {
+    f"{weights} {activations}{' per channel' if per_channel else ''}": QuantConfig(
+        weights=weights, activations=activations, per_channel=per_channel, kv_cache=weights
+    )
+    for weights, activations, per_channel in (
+        *(("int8", activations, channel) for activations in ACTIVATION_SCALES for channel in (False, True)),
+        *(("fp8", activations, False) for activations in ACTIVATION_SCALES),
+    )
+}
+
+
+@pytest.mark.parametrize(("name", "batch"), [("learned", "one"), ("rope gated", "three")])
+@pytest.mark.parametrize("quant", QUANTISED_PRODUCTS.values(), ids=QUANTISED_PRODUCTS)
+def test_quantised_products(quant: QuantConfig, name: str, batch: str, kernel_device: torch.device) -> None:
+    """The oracle is TorchOps, whose formulas are the same."""
+    model = replace(MODELS[name], inter_size=64)
+    build = replace(make_build("float32"), quant=quant)
+    tensors = make_weights(model, build)
+    oracle = TorchSession(model, build, Mapping(), tensors)
+    on_device = {name: tensor.to(kernel_device) for name, tensor in tensors.items()}
+    session = CudaSession(model, build, Mapping(), on_device, kernel_device)
+    assert all(isinstance(product, W8a8Linear) for product in session.ops.linears.values())
+    prompts = random_prompts(BATCHES[batch], model.vocab_size)
+    expected, logits = begin(oracle, prompts), begin(session, prompts)
+    # Another order of a norm's sum can put a value on the other side of a half: one step of 127.
+    bound = BOUNDS["float32" if INTERPRETED else "float16"]
+    for _ in range(2 if INTERPRETED else 10):
+        assert relative_error(logits, expected) < bound
+        ids = expected.argmax(-1)
+        expected, logits = oracle.generation(ids), session.generation(ids.to(kernel_device)).cpu()
 
 
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
@@ -288,6 +323,21 @@ def test_logits_that_are_no_numbers_reach_the_caller(kernel_device: torch.device
     (tokens, largest), *_ = session.run_ahead(torch.tensor([4], device=kernel_device), 1)
     assert largest[0] != largest[0]
     assert 0 <= tokens[0] < MODEL.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("quant", "older"),
+    [
+        (QuantConfig(), True),
+        (QuantConfig("int8", "per_token", kv_cache="int8"), True),
+        (QuantConfig(kv_cache="fp8"), False),
+        (QuantConfig("fp8", "per_tensor"), False),
+    ],
+)
+def test_fp8_wants_a_newer_card(quant: QuantConfig, older: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, expected in (((8, 6), older), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert kernels_know(quant, torch.device("cuda")) == expected
 
 
 def test_batches_share_buckets() -> None:

@@ -88,7 +88,9 @@ class _RecordingOps(TorchOps):
         super().__init__(model, Ranks(), weights)
         self.record = record
 
-    def linear(self, x: torch.Tensor, name: str, *, activation: str | None = None, bias: bool = True) -> torch.Tensor:
+    def linear(
+        self, x: torch.Tensor, name: str, *, activation: str | None = None, bias: bool = True, feeds: str | None = None
+    ) -> torch.Tensor:
         y = x @ self.weights[name + ".weight"]
         if bias and name + ".bias" in self.weights:
             y += self.weights[name + ".bias"]

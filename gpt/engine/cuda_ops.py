@@ -19,8 +19,10 @@ import torch.nn.functional as F
 
 from gpt.comm import Communicator, NullCommunicator
 from gpt.config import ModelConfig
+from gpt.engine.cuda_w8a8 import W8a8Linear
 from gpt.engine.kv_cache import KvCache
 from gpt.engine.linear import library_linear, wide_linear
+from gpt.engine.quant_linear import QuantizedRows
 from gpt.engine.torch_executor import rotary_tables
 from gpt.engine.tuning import Tuning
 from gpt.kernels import int4
@@ -73,14 +75,14 @@ class _Stream:
 class _Normed:
     stream: _Stream
     norm: Norm
-    value: torch.Tensor | None = None
+    value: torch.Tensor | QuantizedRows | None = None
 
 
 @dataclass
 class _Product:
     """activation(input @ weight.T + bias) * (input @ gate.T + its bias)."""
 
-    input: _Normed | _Parts | torch.Tensor
+    input: _Normed | _Parts | QuantizedRows | torch.Tensor
     name: str
     activation: str
     bias: bool
@@ -123,14 +125,15 @@ class _Scratch:
         return self.tensor
 
 
-Value = _Words | _Places | _Stream | _Normed | _Product | _Rotated | _Sum | _Parts | torch.Tensor
+Value = _Words | _Places | _Stream | _Normed | _Product | _Rotated | _Sum | _Parts | QuantizedRows | torch.Tensor
 
 
 class DecodeOps:
     """Ops for one token of each of B sequences; see gpt.network.ops.
 
     weights: as the engine holds them, on one CUDA device (on a CPU with Triton's interpreter).  `tiles` is what the
-    head found: the largest logit of each of its tiles, [B, tiles] float32, and its token id, int32.
+    head found: the largest logit of each of its tiles, [B, tiles] float32, and its token id, int32.  products: those
+    that quantise their inputs, by name.
     """
 
     def __init__(
@@ -142,7 +145,9 @@ class DecodeOps:
         *,
         max_seq_len: int,
         comm: Communicator | None = None,
+        products: Dict[str, W8a8Linear] | None = None,
     ):
+        self.products = products or {}
         self.model = model
         self.mapping = mapping
         self.weights = weights
@@ -216,6 +221,11 @@ class DecodeOps:
         return self._embedded(x, None)
 
     def _add_product(self, stream: _Stream, product: _Product) -> None:
+        if product.name in self.products:
+            quantized = self.products[product.name]
+            rows = self._rows(product.input, quantized)
+            stream.parts, stream.bias = quantized.parts(rows), self._bias(product)
+            return
         weight, scale, bias = self._weight(product.name, product.bias)
         num_rows, num_columns = _shape(weight)
         if self._batch_size == 1:
@@ -251,8 +261,14 @@ class DecodeOps:
     def _normed(self, x: Value, norm: Norm) -> _Normed:
         return _Normed(x if isinstance(x, _Stream) else self._stream(x), norm)
 
-    def linear(self, x: Value, name: str, *, activation: str | None = None, bias: bool = True) -> Value:
-        if not isinstance(x, (_Normed, _Parts, torch.Tensor)):
+    def linear(
+        self, x: Value, name: str, *, activation: str | None = None, bias: bool = True, feeds: str | None = None
+    ) -> Value:
+        if isinstance(x, _Product) and x.name in self.products and x.gate is None:
+            quantized = self.products[x.name]
+            rows = self._rows(x.input, quantized)
+            x = quantized.multiply_for(self.products[name], rows, self._bias(x), x.activation)
+        elif not isinstance(x, (_Normed, _Parts, torch.Tensor)):
             x = self.value(x)
         return _Product(x, name, activation or "none", bias)
 
@@ -273,7 +289,8 @@ class DecodeOps:
         num_slots = self.inputs.table.shape[1] * cache.tokens_per_block
         config = self.tuning.attention(self._batch_size, self.num_heads, self.num_kv_heads, num_slots)
         parts = self._scratch.get(scratch_size(self._batch_size, self.num_heads, head_size, config), self.device)
-        in_parts = parts is not None and self._batch_size == 1 and head_size & (head_size - 1) == 0
+        takes_parts = self._batch_size == 1 and not self.products
+        in_parts = parts is not None and takes_parts and head_size & (head_size - 1) == 0
         out = self._empty(self.num_heads * head_size, self.dtype)
         decode_attention(
             self.value(qkv).view(self._batch_size, -1, head_size),
@@ -331,6 +348,8 @@ class DecodeOps:
             return x
         if not isinstance(x, _Product):
             raise TypeError(f"{type(x).__name__} has no value of its own")
+        if x.name in self.products:
+            return self._quantized_value(x)
         weight, scale, bias = self._weight(x.name, x.bias)
         gate = None
         if x.gate is not None:
@@ -339,6 +358,30 @@ class DecodeOps:
         out = self._empty(weight.shape[0], self.dtype)
         self._multiply(x.input, weight, out, bias=bias, scale=scale, activation=x.activation, gate=gate)
         return out
+
+    def _quantized_value(self, x: _Product) -> torch.Tensor:
+        quantized = self.products[x.name]
+        rows = self._rows(x.input, quantized)
+        y = quantized.multiply(rows, self._bias(x), x.activation)
+        if x.gate is not None:
+            y.mul_(self.products[x.gate].multiply(rows, self.weights.get(x.gate + ".bias") if x.bias else None))
+        return y
+
+    def _rows(self, x: Value, product: W8a8Linear) -> QuantizedRows:
+        """What a product that quantises its input multiplies; a pending sum enters the residual stream first."""
+        if isinstance(x, QuantizedRows):
+            return x
+        if not isinstance(x, _Normed):
+            return product.prepare(self.value(x))
+        if x.value is None:
+            x.value = product.prepare(x.stream.x, x.norm, x.stream.parts, x.stream.bias)
+            x.stream.parts = x.stream.bias = None
+        if not isinstance(x.value, QuantizedRows):
+            raise TypeError("one norm feeds float and quantised products")
+        return x.value
+
+    def _bias(self, product: _Product) -> torch.Tensor | None:
+        return self.weights.get(product.name + ".bias") if product.bias else None
 
     def _multiply(
         self,
@@ -433,6 +476,8 @@ class DecodeOps:
             x.value = self._empty(x.norm.weight.shape[0], self.dtype)
             add_norm(x.stream.x, x.value, x.norm, parts=x.stream.parts, bias=x.stream.bias)
             x.stream.parts = x.stream.bias = None
+        if isinstance(x.value, QuantizedRows):
+            raise TypeError("one norm feeds float and quantised products")
         return x.value
 
     def _weight(self, name: str, bias: bool) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:

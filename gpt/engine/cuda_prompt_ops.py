@@ -1,37 +1,114 @@
-"""The operations of a prompt step on a GPU: PyTorch's libraries for products and attention, kernels in between."""
+"""The operations of a prompt step on a GPU: PyTorch's libraries for float products and attention, kernels else."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from gpt.engine.cuda_w8a8 import W8a8Linear, w8a8_linears
+from gpt.engine.kv_cache import KvCache
 from gpt.engine.linear import library_linear
+from gpt.engine.quant_linear import QuantizedRows, QuantLinear
+from gpt.engine.step import ContextStep, Step
+from gpt.engine.torch_attention import TorchAttention
 from gpt.engine.torch_executor import TorchOps
 from gpt.kernels.norm import add_norm
 from gpt.kernels.product import Norm
+from gpt.kernels.store_cache import store_cache
+from gpt.quant import QuantConfig
+
+
+@dataclass
+class _Sum:
+    """The residual stream x [N, E] float32, to which `part` [N, E] still has to be added."""
+
+    x: torch.Tensor
+    part: torch.Tensor | None
+
+    def value(self) -> torch.Tensor:
+        if self.part is not None:
+            self.x.add_(self.part)
+            self.part = None
+        return self.x
+
+
+class _PromptAttention(TorchAttention):
+    """TorchAttention that writes the K and V of whole prompts by one kernel per layer."""
+
+    def begin(self, step: Step, cache: KvCache) -> None:
+        super().begin(step, cache)
+        if isinstance(step, ContextStep):
+            self._places = _places(step, cache)
+
+    def _keep(self, step: ContextStep, heads: torch.Tensor, layer: int) -> None:
+        scales = self.cache.scales
+        store_cache(heads, self._places, self.cache.blocks[layer], None if scales is None else scales[layer])
+
+
+def _places(step: ContextStep, cache: KvCache) -> torch.Tensor:
+    """[N] int32: row * tokens_per_block + slot of each token."""
+    batch_size, device = len(step.lengths), cache.blocks.device
+    rows = torch.arange(batch_size, dtype=torch.int32, device=device)[:, None] * cache.tokens_per_block
+    width = len(step.ids) // batch_size if step.padded else max(step.lengths)
+    places = rows + torch.arange(width, dtype=torch.int32, device=device)  # [B, S]
+    if step.padded:
+        return places.flatten()
+    return torch.cat([row[:length] for row, length in zip(places, step.lengths, strict=True)])
 
 
 class PromptOps(TorchOps):
-    """TorchOps with norms that write the products' dtype in one pass, and cuBLASLt's own GELU behind a product."""
+    """TorchOps with residual sum and norm in one pass that writes what products take, cuBLASLt's own GELU behind a
+    float product, and kernels for int8 and FP8 products."""
 
-    def layer_norm(self, x: torch.Tensor, name: str, epsilon: float, feeds: str | None = None) -> Any:
-        if feeds in self.linears:
-            return super().layer_norm(x, name, epsilon, feeds)
-        return self._norm(x, Norm(self._norms[name + ".weight"], self._norms[name + ".bias"], epsilon))
+    _attention_class = _PromptAttention
 
-    def rms_norm(self, x: torch.Tensor, name: str, epsilon: float, feeds: str | None = None) -> Any:
-        if feeds in self.linears:
-            return super().rms_norm(x, name, epsilon, feeds)
-        return self._norm(x, Norm(self._norms[name + ".weight"], None, epsilon))
+    def _make_linears(self, weights: Dict[str, torch.Tensor], quant: QuantConfig) -> Dict[str, QuantLinear]:
+        return w8a8_linears(weights, self.dtype) if quant.activations else super()._make_linears(weights, quant)
 
-    def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    def add(self, a: Any, b: torch.Tensor) -> Any:
+        return _Sum(_value(a), b)
+
+    def layer_norm(self, x: Any, name: str, epsilon: float, feeds: str | None = None) -> Any:
+        return self._norm(x, Norm(self._norms[name + ".weight"], self._norms[name + ".bias"], epsilon), feeds)
+
+    def rms_norm(self, x: Any, name: str, epsilon: float, feeds: str | None = None) -> Any:
+        return self._norm(x, Norm(self._norms[name + ".weight"], None, epsilon), feeds)
+
+    def _norm(self, x: Any, norm: Norm, feeds: str | None) -> QuantizedRows | torch.Tensor:
+        parts = None
+        if isinstance(x, _Sum):
+            parts, x.part, x = None if x.part is None else x.part[None], None, x.x
+        product = self.linears.get(feeds) if feeds else None
+        if isinstance(product, W8a8Linear):
+            return product.prepare(x, norm, parts)
         y = torch.empty(x.shape, dtype=self.dtype, device=x.device)
-        add_norm(x, y, norm)
+        add_norm(x, y, norm, parts=parts)
         return y
 
-    def linear(self, x: Any, name: str, *, activation: str | None = None, bias: bool = True) -> torch.Tensor:
-        if name in self.linears:
-            return super().linear(x, name, activation=activation, bias=bias)
+    def linear(
+        self, x: Any, name: str, *, activation: str | None = None, bias: bool = True, feeds: str | None = None
+    ) -> Any:
+        product = self.linears.get(name)
         vector = self.weights.get(name + ".bias") if bias else None
+        if isinstance(product, W8a8Linear):
+            rows = product.prepare(x) if isinstance(x, torch.Tensor) else x
+            following = self.linears.get(feeds) if feeds else None
+            if isinstance(following, W8a8Linear):
+                return product.multiply_for(following, rows, vector, activation or "none")
+            return product.multiply(rows, vector, activation or "none")
+        if product is not None:
+            return super().linear(x, name, activation=activation, bias=bias)
         return library_linear(x, self.weights[name + ".weight"], vector, activation or "none")
+
+    def gather_last(self, x: Any) -> torch.Tensor:
+        return super().gather_last(_value(x))
+
+    def name(self, x: Any, name: str) -> Any:
+        return x if self.trace is None else super().name(_value(x), name)
+
+
+def _value(x: Any) -> torch.Tensor:
+    return x.value() if isinstance(x, _Sum) else x

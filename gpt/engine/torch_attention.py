@@ -56,28 +56,35 @@ class TorchAttention:
             return self._generation(self.step, heads, layer, scale)
         if isinstance(self.step, PagedStep):
             return self.paged(heads, layer, scale)
+        self._keep(self.step, heads, layer)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return self._context(self.step, q, k, v, layer, scale)
+        return self._context(self.step, q, k, v, scale)
+
+    def _keep(self, step: ContextStep, heads: torch.Tensor, layer: int) -> None:
+        """Writes the prompts' K and V into the cache."""
+        cache = self.cache.blocks[layer]
+        new = heads[:, self.num_heads :].unflatten(1, (2, self.num_kv_heads))  # [N, 2, G, D]
+        new = self.cache.encode(new, layer).transpose(0, 1)
+        if step.padded:
+            batch_size = len(step.lengths)
+            rows = new.unflatten(1, (batch_size, -1)).transpose(2, 3)  # [2, B, G, S, D]
+            cache[:, :batch_size, :, : rows.shape[3]] = rows
+            return
+        for row, part in enumerate(new.split(step.lengths, dim=1)):
+            cache[:, row, :, : part.shape[1]] = part.transpose(1, 2)
 
     def _context(
-        self, step: ContextStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float
+        self, step: ContextStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Prompts attend to themselves, unquantised; the cache is written and not read.  q [N, H, D], k and v [N, G, D]
-        -> [N, H*D]."""
-        cache, encode = self.cache.blocks[layer], self.cache.encode
+        """Prompts attend to themselves, unquantised; the cache is not read.  q [N, H, D], k and v [N, G, D] ->
+        [N, H*D]."""
         if step.padded:
             batch_size = len(step.lengths)
             q, k, v = (t.unflatten(0, (batch_size, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, S, D]
-            num_slots = k.shape[2]
-            cache[0, :batch_size, :, :num_slots] = encode(k, layer, KEYS)
-            cache[1, :batch_size, :, :num_slots] = encode(v, layer, VALUES)
             return self.attend(q, k, v, scale, None, causal=True).transpose(1, 2).flatten(2).flatten(0, 1)
         outputs = []
-        parts = zip(*(t.split(step.lengths) for t in (q, k, v)), strict=True)
-        for row, (length, part) in enumerate(zip(step.lengths, parts, strict=True)):
+        for part in zip(*(t.split(step.lengths) for t in (q, k, v)), strict=True):
             q_row, k_row, v_row = (t.transpose(0, 1)[None] for t in part)  # [1, heads, P, D]
-            cache[0, row, :, :length] = encode(k_row[0], layer, KEYS)
-            cache[1, row, :, :length] = encode(v_row[0], layer, VALUES)
             outputs.append(self.attend(q_row, k_row, v_row, scale, None, causal=True)[0].transpose(0, 1).flatten(1))
         return torch.cat(outputs)
 

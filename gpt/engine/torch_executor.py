@@ -12,7 +12,7 @@ from gpt.comm import Communicator, NullCommunicator
 from gpt.config import ModelConfig
 from gpt.engine.kv_cache import KvCache
 from gpt.engine.linear import linear, wide_linear
-from gpt.engine.quant_linear import quantized_linears
+from gpt.engine.quant_linear import QuantLinear, quantized_linears
 from gpt.engine.step import ContextStep, GenerationStep, Step
 from gpt.engine.torch_attention import TorchAttention
 from gpt.kernels.product import ACTIVATION_FUNCTIONS
@@ -31,6 +31,8 @@ class TorchOps:
     softmax written out in float32.  trace: where named intermediate results are kept, when given.  The session calls
     `begin` before each run.
     """
+
+    _attention_class = TorchAttention
 
     def __init__(
         self,
@@ -51,13 +53,16 @@ class TorchOps:
         self.dtype = weights["model.wte"].dtype
         # A few vectors, kept wide because what they scale is wide: see `embedding`.
         self._norms = {name: tensor.float() for name, tensor in weights.items() if "layernorm." in name}
-        self.linears = quantized_linears(weights, quant, self.dtype)
+        self.linears = self._make_linears(weights, quant)
         # Beside quantised weights, whose products are wide.
         self._biases = {n: weights[n + ".bias"].float() for n in self.linears if n + ".bias" in weights}
-        self.attend = TorchAttention(self.num_heads, self.num_kv_heads, fused=fused)
+        self.attend = self._attention_class(self.num_heads, self.num_kv_heads, fused=fused)
         self.trace: dict[str, torch.Tensor] | None = None
         self.step: Step
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def _make_linears(self, weights: Dict[str, torch.Tensor], quant: QuantConfig) -> Dict[str, QuantLinear]:
+        return quantized_linears(weights, quant, self.dtype)
 
     def begin(self, step: Step, cache: KvCache) -> None:
         """Takes the inputs of the next `forward`."""
@@ -116,7 +121,9 @@ class TorchOps:
         quantized = self.linears.get(feeds) if feeds else None
         return y.to(self.dtype) if quantized is None else quantized.prepare(y)
 
-    def linear(self, x: Any, name: str, *, activation: str | None = None, bias: bool = True) -> torch.Tensor:
+    def linear(
+        self, x: Any, name: str, *, activation: str | None = None, bias: bool = True, feeds: str | None = None
+    ) -> torch.Tensor:
         quantized = self.linears.get(name)
         if quantized is None:
             y = linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias") if bias else None)

@@ -173,7 +173,9 @@ class TrtOps:
         """Normalised values in the engine's dtype, or as they are for a product that rounds them to integers."""
         return y if self.products.rounds_inputs_of(feeds) else self.layers.cast(y, self.dtype)
 
-    def linear(self, x: Any, name: str, *, activation: str | None = None, bias: bool = True) -> Any:
+    def linear(
+        self, x: Any, name: str, *, activation: str | None = None, bias: bool = True, feeds: str | None = None
+    ) -> Any:
         quantized = self.products.has(name)
         y = self.products(x, name) if quantized else self._product(x, self.weights[name + ".weight"], name)
         if bias:

@@ -15,11 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from gpt.quant import INT8_MAX
+
 if TYPE_CHECKING:
     from gpt.kernels.aot import KernelCall
     from gpt.kernels.cached_attention import CachedAttentionConfig
     from gpt.kernels.skinny import SkinnyConfig
-    from gpt.kernels.w8a8 import Int8Config
+    from gpt.kernels.w8a8 import W8a8Config
 
 # Triton's names of types by TensorRT's.  int4 weights travel as bytes.
 TRITON_TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "i8", "INT32": "i32"}
@@ -192,7 +194,7 @@ class QuantizeRows(Plugin):
 
     def call(self, types: Sequence[str], tactic: int) -> KernelCall:
         from gpt.kernels.aot import KernelCall
-        from gpt.kernels.w8a8 import quantize_rows_kernel
+        from gpt.kernels.quantize_rows import quantize_rows_kernel
 
         padded = _power_of_2(self.width)
         return KernelCall(
@@ -208,6 +210,7 @@ class QuantizeRows(Plugin):
                 "NORM": self.kind,
                 "SMOOTHED": self.smoothed,
                 "STATIC": self.static,
+                "LARGEST": float(INT8_MAX),
                 "PADDED_K": padded,
                 "DEPENDENT": False,
             },
@@ -241,30 +244,35 @@ class Int8Gemm(Product):
     name = "int8_gemm"
     inputs = ("x", "row_scale", "weight", "col_scale", "bias")
 
-    def _config(self, tactic: int) -> Int8Config:
-        from gpt.kernels.w8a8 import Int8Config
+    def _config(self, tactic: int) -> W8a8Config:
+        from gpt.kernels.w8a8 import W8a8Config
 
-        return Int8Config(16, 32, 256, 4, 3) if tactic < 2 else Int8Config(64, 128, 64, 4, 3)
+        return W8a8Config(16, 32, 256, 4, 3) if tactic < 2 else W8a8Config(64, 128, 64, 4, 3)
 
     def call(self, types: Sequence[str], tactic: int) -> KernelCall:
         from gpt.kernels.aot import KernelCall
-        from gpt.kernels.w8a8 import GROUP_M, int8_gemm_kernel
+        from gpt.kernels.w8a8 import GROUP_M, w8a8_kernel
 
         config = self._config(tactic)
         return KernelCall(
-            int8_gemm_kernel,
+            w8a8_kernel,
             _types(self.inputs, types, ("M",), ("out",)),
             {
+                **_without("next_scale_ptr", "smoother_ptr", "next_row_scale_ptr"),
                 "N": self.num_out,
                 "K": self.num_in,
+                "INTEGER": True,
                 "ACTIVATION": self.activation,
                 "HAS_BIAS": self.has_bias,
+                "QUANTIZES": False,
+                "SMOOTHED": False,
                 "SPLIT_K": 1,
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
                 "BLOCK_K": config.block_k,
                 "GROUP_M": GROUP_M,
                 "STAGES": config.num_stages,
+                "DESCRIPTORS": False,
                 "DEPENDENT": False,
             },
             config.num_warps,

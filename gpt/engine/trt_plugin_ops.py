@@ -89,9 +89,11 @@ class PluginOps(TrtOps):
         )
         return Rows(values, scale)
 
-    def linear(self, x: Any, name: str, *, activation: str | None = None, bias: bool = True) -> Any:
+    def linear(
+        self, x: Any, name: str, *, activation: str | None = None, bias: bool = True, feeds: str | None = None
+    ) -> Any:
         if not (self._chosen("gemm") and self.products.has(name)):
-            return super().linear(x, name, activation=activation, bias=bias)
+            return super().linear(x, name, activation=activation, bias=bias, feeds=feeds)
         layers, weight, scale = self.layers, self.weights[f"{name}.weight"], self.weights[f"{name}.weight_scale"]
         shift = self.weights.get(f"{name}.bias") if bias else None
         packed = weight.dtype == torch.uint8

@@ -14,7 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-from gpt.kernels.launch import launch_options, num_multiprocessors, prefetch, supports_dependent_launch, wait_for_inputs
+from gpt.kernels.launch import (
+    launch_options,
+    num_multiprocessors,
+    prefetch,
+    supports_dependent_launch,
+    to_steps,
+    wait_for_inputs,
+)
+from gpt.quant import to_fp8, to_int8
 
 # Values of next weights that one thread asks for: 1 KB in half precision.
 _CHUNK = 512
@@ -118,8 +126,8 @@ def _attention_kernel(
         v_new = tl.load(new_value + dims, mask=in_head, other=0.0).to(tl.float32)
         own = past + tl.zeros((1,), tl.int32)
         place = _places(table_ptr, row, group, own, past + 1, table_width, G, TOKENS_PER_BLOCK, ONE_BLOCK, D)
-        k_stored = stored(k_new, k_scale, keys_ptr.dtype.element_ty, QUANTIZED)
-        v_stored = stored(v_new, v_scale, values_ptr.dtype.element_ty, QUANTIZED)
+        k_stored = stored(k_new, k_scale, keys_ptr, QUANTIZED)
+        v_stored = stored(v_new, v_scale, values_ptr, QUANTIZED)
         tl.store(keys_ptr + place + dims, k_stored, mask=in_head)
         tl.store(values_ptr + place + dims, v_stored, mask=in_head)
         # What later steps will read is what this one uses.
@@ -229,13 +237,11 @@ def rotated(ptr, dims, inside, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.conste
 
 
 @triton.jit
-def stored(x, scale, DTYPE: tl.constexpr, QUANTIZED: tl.constexpr):
+def stored(x, scale, ptr, QUANTIZED: tl.constexpr):
     if QUANTIZED:
-        # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, half to even.
-        steps = tl.minimum(tl.maximum(x / scale, -127.0), 127.0)
-        return ((steps + 12582912.0) - 12582912.0).to(DTYPE)
+        return to_steps(x * tl.div_rn(1.0, scale), ptr)
     else:
-        return x.to(DTYPE)
+        return x.to(ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -307,8 +313,8 @@ def decode_attention(
     """Stores the new K and V in the cache and attends to the past and them.
 
     qkv [B, H + 2G, D].  positions [B] int32: how many tokens each sequence has already.  table [B, blocks] int32: the
-    cache blocks of each sequence.  keys, values [num_blocks, G, tokens_per_block, D], in qkv's dtype, or int8 with
-    kv_scale [2]: the value of one step in K and in V.  out [B, H, D].  parts: float32 scratch of
+    cache blocks of each sequence.  keys, values [num_blocks, G, tokens_per_block, D], in qkv's dtype, or int8 or
+    float8_e4m3fn with kv_scale [2]: the value of one step in K and in V.  out [B, H, D].  parts: float32 scratch of
     `scratch_size` values where the past is divided; with `join` off they are the result, for a product that joins them
     itself (gpt.kernels.gemv).  next_weight: half-precision weights of a kernel to come, fetched into the L2 cache on
     the way.
@@ -322,7 +328,7 @@ def decode_attention(
         raise ValueError(f"found out {tuple(out.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}")
     if not (keys.is_contiguous() and values.is_contiguous() and qkv.is_contiguous() and out.is_contiguous()):
         raise ValueError("found strides, expected contiguous tensors")
-    if (keys.dtype == torch.int8) != (kv_scale is not None):
+    if (keys.itemsize == 1) != (kv_scale is not None):
         raise ValueError(f"keys: found {keys.dtype} and {'a' if kv_scale is not None else 'no'} scale")
     num_parts = batch_size * num_heads * config.num_splits
     part_out = part_sum = out
@@ -430,7 +436,7 @@ def reference(
         block, offset = table[row, position // tokens_per_block], position % tokens_per_block
         for cache, new, step in ((keys, new_k, steps[0]), (values, new_v, steps[1])):
             if kv_scale is not None:
-                new = (new / step).round().clamp(-127, 127)
+                new = (to_int8 if keys.dtype == torch.int8 else to_fp8)(new, step)
             cache[block, :, offset] = new.to(cache.dtype)
         slots = torch.arange(position + 1, device=qkv.device)
         blocks = table[row, slots // tokens_per_block].long()

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from gpt.kernels.attention import Rotary, attend, rotate_heads, rotated, stored
+from gpt.quant import to_int8
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def cached_attention_kernel(
         own = (new * SHARED >= first_query) & (new * SHARED < first_query + BLOCK_M)
         places = cache + (past + new).to(tl.int64)[:, None] * D + dims[None, :]
         if QUANTIZED:
-            k_steps = stored(k, tl.load(kv_scale_ptr), new_keys_ptr.dtype.element_ty, QUANTIZED)
-            v_steps = stored(v, tl.load(kv_scale_ptr + 1), new_values_ptr.dtype.element_ty, QUANTIZED)
+            k_steps = stored(k, tl.load(kv_scale_ptr), new_keys_ptr, QUANTIZED)
+            v_steps = stored(v, tl.load(kv_scale_ptr + 1), new_values_ptr, QUANTIZED)
             tl.store(new_keys_ptr + places, k_steps, mask=inside & own[:, None])
             tl.store(new_values_ptr + places, v_steps, mask=inside & own[:, None])
             k = tl.where(past == 0, k, k_steps.to(tl.float32)).to(dtype)
@@ -226,7 +227,7 @@ def reference(
                 attended.append(cache[:, :end].double())
                 continue
             step = kv_scale[index].double()
-            cache[:, begin:end] = (fresh / step).round().clamp(-127, 127).to(torch.int8)
+            cache[:, begin:end] = to_int8(fresh, step)
             attended.append(cache[:, :end].double() * step if begin else fresh)
         k, v = (t.repeat_interleave(num_heads // num_kv_heads, 0) for t in attended)
         scores = scale * (q @ k.mT)  # [H, S, past + S]

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpt.kernels.launch import launch_options, wait_for_inputs
+from gpt.kernels.launch import cdiv, launch_options, next_power_of_2, wait_for_inputs
 from gpt.kernels.product import Norm
 
 
@@ -51,8 +51,8 @@ def embed(
             raise ValueError(f"{name}: found {tuple(table.shape)}, expected {width} columns, contiguous")
     if ids.shape != (num_rows,) or positions.shape != (num_rows,):
         raise ValueError(f"found ids {tuple(ids.shape)}, positions {tuple(positions.shape)}, expected {num_rows} each")
-    block = min(1024, triton.next_power_of_2(width))
-    embed_kernel[(num_rows, triton.cdiv(width, block))](
+    block = min(1024, next_power_of_2(width))
+    embed_kernel[(num_rows, cdiv(width, block))](
         ids,
         positions,
         words,
@@ -148,10 +148,10 @@ def add_norm(
         num_rows,
         norm.epsilon if norm else 0.0,
         E=width,
-        PARTS=0 if parts is None else parts.numel() // x.numel(),
+        PARTS=0 if parts is None else len(parts),
         HAS_BIAS=bias is not None,
         NORM="none" if norm is None else "rmsnorm" if norm.bias is None else "layernorm",
-        PADDED_E=triton.next_power_of_2(width),
+        PADDED_E=next_power_of_2(width),
         num_warps=4 if width <= 4096 else 8,
         **launch_options(x.device),
     )

@@ -40,6 +40,13 @@ class Gate:
     scale: torch.Tensor | None = None
 
 
+def expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raises ValueError for a tensor of another shape or type, or with strides."""
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        found = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"{name}: found {found}, expected {dtype} {shape}, contiguous")
+
+
 def check_product(
     x: torch.Tensor,
     weight: torch.Tensor,

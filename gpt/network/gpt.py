@@ -65,10 +65,12 @@ def _norm(ops: Ops[X], model: ModelConfig, x: X, name: str, feeds: str | None = 
 
 
 def _mlp(ops: Ops[X], model: ModelConfig, mapping: Mapping, h: X, prefix: str) -> X:
-    inner = ops.linear(h, prefix + "dense_h_to_4h", activation=model.activation.function)  # [..., F/R]
+    up, down = prefix + "dense_h_to_4h", prefix + "dense_4h_to_h"
+    feeds = None if model.activation.gated else down
+    inner = ops.linear(h, up, activation=model.activation.function, feeds=feeds)  # [..., F/R]
     if model.activation.gated:
-        inner = ops.multiply(inner, ops.linear(h, prefix + "dense_h_to_4h.gate"))
-    return _row_parallel(ops, mapping, inner, prefix + "dense_4h_to_h")
+        inner = ops.multiply(inner, ops.linear(h, up + ".gate"))
+    return _row_parallel(ops, mapping, inner, down)
 
 
 def _row_parallel(ops: Ops[X], mapping: Mapping, x: X, name: str) -> X:

@@ -46,9 +46,12 @@ class Ops(Protocol[X]):
         `feeds` as in `layer_norm`."""
         ...
 
-    def linear(self, x: X, name: str, *, activation: str | None = None, bias: bool = True) -> X:
+    def linear(
+        self, x: X, name: str, *, activation: str | None = None, bias: bool = True, feeds: str | None = None
+    ) -> X:
         """activation(x @ weight.T + bias): [..., in] -> [..., out].  `bias` adds `name.bias` where the model has it.
-        `activation` is an `Activation.function` name."""
+        `activation` is an `Activation.function` name.  feeds: the one linear layer that is given the result, as in
+        `layer_norm`."""
         ...
 
     def multiply(self, a: X, b: X) -> X:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field, replace
@@ -12,9 +11,9 @@ import torch
 
 from gpt.comm import Communicator
 from gpt.config import BuildConfig, ModelConfig
-from gpt.console import log
 from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
 from gpt.engine.cuda_prompt_ops import PromptOps
+from gpt.engine.cuda_w8a8 import W8a8Linear
 from gpt.engine.kv_cache import KvCache, batch_bucket, cache_slots
 from gpt.engine.step import AheadStep, PagedStep, Step
 from gpt.engine.tuning import Tuning
@@ -22,8 +21,10 @@ from gpt.kernels.choose import choose_greedy
 from gpt.kernels.draw import Filters, draw_tokens
 from gpt.mapping import Mapping
 from gpt.network.gpt import forward
+from gpt.quant import QuantConfig
 from gpt.runtime.limits import check_start
 from gpt.runtime.prompt_graphs import PromptGraphs
+from gpt.runtime.recording import record
 from gpt.runtime.sampling import Draws
 from gpt.runtime.torch_session import TorchSession
 from gpt.runtime.virtual_tokens import VirtualTokens
@@ -32,10 +33,11 @@ from gpt.runtime.virtual_tokens import VirtualTokens
 _LEAD = 3
 
 
-def decodes_with_kernels(build: BuildConfig) -> bool:
-    """Whether the kernels know the numbers of this engine; `TorchSession` knows all."""
-    quant = build.quant
-    return quant.weights in (None, "int8", "int4") and quant.activations is None and quant.kv_cache in (None, "int8")
+def kernels_know(quant: QuantConfig, device: torch.device) -> bool:
+    """Whether the card has the numbers of this engine: FP8 came with compute capability 8.9.  `TorchSession` takes
+    all."""
+    has_fp8 = "fp8" in (quant.weights, quant.kv_cache)
+    return not has_fp8 or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @dataclass
@@ -96,6 +98,7 @@ class CudaSession(TorchSession):
             replace(tuning or Tuning(self.device), batch_invariant=batch_invariant),
             max_seq_len=build.max_seq_len + cache_slots(1),
             comm=self.comm,
+            products={name: each for name, each in self.ops.linears.items() if isinstance(each, W8a8Linear)},
         )
         self._decoders: dict[tuple[str, int], _Decoder] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.graphs else None
@@ -360,26 +363,9 @@ class CudaSession(TorchSession):
         return logits
 
     def _capture(self, decoder: _Decoder, filters: Filters | None) -> _Recorded:
-        """Runs the step once to have its kernels compiled, puts the inputs back, and records it."""
-        begin = time.perf_counter()
+        """Records the step; the inputs, which its first run moves on, are put back."""
         saved = decoder.inputs.ids.clone(), decoder.inputs.positions.clone()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self._launch(decoder, filters)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph, logits = record(lambda: self._launch(decoder, filters), self.device, self._graph_memory)
         decoder.inputs.ids.copy_(saved[0])
         decoder.inputs.positions.copy_(saved[1])
-        torch.cuda.synchronize(self.device)
-        compiled = time.perf_counter()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_memory):
-            logits = self._launch(decoder, filters)
-        now = time.perf_counter()
-        log.debug(
-            "Decode step of %d sequences captured in %.2f s, %.2f s of it compiling and the first run",
-            decoder.num_rows,
-            now - begin,
-            compiled - begin,
-        )
         return _Recorded(graph, logits)

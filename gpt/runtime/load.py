@@ -73,11 +73,12 @@ def _torch_session(
 ) -> Session:
     if device.type == "cuda":
         from gpt.engine.tuning import Tuning, tuning_path
-        from gpt.runtime.cuda_session import CudaSession, decodes_with_kernels  # Triton comes with PyTorch for CUDA
+        from gpt.runtime.cuda_session import CudaSession, kernels_know  # Triton comes with PyTorch for CUDA
 
-        # How several ranks add depends on the size of what they add: there, each sequence is alone.
-        alone = execution.batch_invariant and mapping.world_size > 1
-        if decodes_with_kernels(info.build) and not alone:
+        # How several ranks add depends on the size of what they add, how products that quantise their inputs divide
+        # their sums on the number of rows: there, each sequence is alone.
+        divided = mapping.world_size > 1 or info.build.quant.activations is not None
+        if kernels_know(info.build.quant, device) and not (execution.batch_invariant and divided):
             return CudaSession(
                 info.model,
                 info.build,

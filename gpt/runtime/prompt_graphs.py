@@ -1,4 +1,5 @@
-"""Short prompts as CUDA graphs: a few hundred launches one by one would take longer than their work."""
+"""Prompt steps as CUDA graphs: a few hundred launches one by one take longer than the work of short prompts, and may
+take as long as that of long ones in quantised engines."""
 
 from __future__ import annotations
 
@@ -11,9 +12,13 @@ import torch
 
 from gpt.engine.kv_cache import KvCache
 from gpt.engine.step import ContextStep, Step
+from gpt.runtime.recording import record
 
-# Beyond this many tokens the device is busy longer than the host needs to launch.
-_MAX_TOKENS = 1024
+# Up to so many tokens padding costs less than launches; beyond, prompts must come close to filling the graph's rows.
+_MAX_PADDED_TOKENS = 1024
+_MIN_SHARE = 0.95
+# Graphs keep the memory of the largest one's activations.
+_MAX_TOKENS = 16384
 _TOKENS_PER_BUCKET = 64
 _MAX_GRAPHS = 16
 
@@ -25,6 +30,18 @@ class _Prompt:
     step: ContextStep
     graph: torch.cuda.CUDAGraph
     logits: torch.Tensor
+
+
+def graph_size(lengths: Sequence[int], num_slots: int) -> tuple[int, int] | None:
+    """The graph for prompts of these lengths, (prompts, tokens of each); None where none is worth it.  num_slots: what
+    the cache has for each prompt."""
+    width = -(-max(lengths) // _TOKENS_PER_BUCKET) * _TOKENS_PER_BUCKET
+    num_tokens = len(lengths) * width
+    if num_tokens > _MAX_TOKENS or width > num_slots:
+        return None
+    if num_tokens > _MAX_PADDED_TOKENS and sum(lengths) < _MIN_SHARE * num_tokens:
+        return None
+    return len(lengths), width
 
 
 class PromptGraphs:
@@ -41,11 +58,10 @@ class PromptGraphs:
     ) -> torch.Tensor | None:
         """The logits [B, V] after the last token of each prompt; None for sizes that are not worth a graph.  memory:
         the pool that graphs share."""
-        longest = max(map(len, prompts))
-        width = -(-longest // _TOKENS_PER_BUCKET) * _TOKENS_PER_BUCKET
-        key = (len(prompts), width)
-        if len(prompts) * width > _MAX_TOKENS or width > cache.tokens_per_block:
+        key = graph_size([len(prompt) for prompt in prompts], cache.tokens_per_block)
+        if key is None:
             return None
+        width = key[1]
         self._seen[key] += 1
         if key not in self._graphs and self._seen[key] < 2:
             return None
@@ -78,13 +94,5 @@ class PromptGraphs:
             lengths=(width,) * batch_size,
             padded=True,
         )
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self._forward(step, cache)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
-            logits = self._forward(step, cache)
+        graph, logits = record(lambda: self._forward(step, cache), device, memory)
         return _Prompt(step, graph, logits)

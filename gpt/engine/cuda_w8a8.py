@@ -1,0 +1,133 @@
+"""SmoothQuant and FP8 products on a GPU by kernels: rows turned into integers or FP8, and what multiplies them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as Dict
+
+import torch
+
+from gpt.engine.quant_linear import QuantizedRows
+from gpt.kernels.product import Norm
+from gpt.kernels.quantize_rows import quantize_rows
+from gpt.kernels.w8a8 import NextInput, W8a8Config, default_config, w8a8
+
+
+class W8a8Linear:
+    """One weight's way of multiplying, a `gpt.engine.quant_linear.QuantLinear` that takes along what stands around it.
+
+    weight: int8 or float8_e4m3fn [out, in]; scale: float32 [out].  input_scale: value per step of every input, or None
+    where each row finds its own.  smoother: float32 [in], what inputs are divided by first, or None.  dtype: of the
+    results.  The rows' scale is [N] here.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        input_scale: torch.Tensor | None,
+        smoother: torch.Tensor | None,
+        dtype: torch.dtype,
+    ):
+        self.weight, self.scale, self.dtype = weight, scale, dtype
+        self.input_scale, self.smoother = input_scale, smoother
+
+    def prepare(
+        self,
+        x: torch.Tensor,
+        norm: Norm | None = None,
+        parts: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> QuantizedRows:
+        """x [N, in] += sum of parts [P, N, in] (+ bias); steps of norm(x)."""
+        rows = self._empty_rows(len(x), x.shape[1])
+        quantize_rows(
+            x,
+            rows.values,
+            rows.scale,
+            norm=norm,
+            input_scale=self.input_scale,
+            smoother=self.smoother,
+            parts=parts,
+            bias=bias,
+        )
+        return rows
+
+    def multiply(
+        self, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None, activation: str = "none"
+    ) -> torch.Tensor:
+        """activation(x @ weight.T + bias): [N, out]."""
+        rows = _rows(x)
+        out = torch.empty((len(rows.values), len(self.weight)), dtype=self.dtype, device=self.weight.device)
+        self._launch(rows, out, bias=bias, activation=activation)
+        return out
+
+    def multiply_for(
+        self, following: W8a8Linear, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None, activation: str
+    ) -> QuantizedRows | torch.Tensor:
+        """`multiply` for another product: what that one multiplies, where its scale is known before."""
+        if following.input_scale is None:
+            return self.multiply(x, bias, activation)
+        rows = _rows(x)
+        result = following._empty_rows(len(rows.values), len(self.weight))
+        next_input = NextInput(following.input_scale, result.scale, following.smoother)
+        self._launch(rows, result.values, bias=bias, activation=activation, next_input=next_input)
+        return result
+
+    def parts(self, x: QuantizedRows | torch.Tensor) -> torch.Tensor:
+        """x @ weight.T as partial sums float32 [P, N, out], for a reader that adds them anyway."""
+        rows = _rows(x)
+        config = self._config(len(rows.values), splits=True)
+        out = torch.empty((config.split_k, len(rows.values), len(self.weight)), device=self.weight.device)
+        w8a8(rows.values, rows.scale, self.weight, self.scale, out, config=config)
+        return out
+
+    def _launch(
+        self,
+        rows: QuantizedRows,
+        out: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
+        activation: str,
+        next_input: NextInput | None = None,
+    ) -> None:
+        w8a8(
+            rows.values,
+            rows.scale,
+            self.weight,
+            self.scale,
+            out,
+            config=self._config(len(out), splits=False),
+            bias=bias,
+            activation=activation,
+            next_input=next_input,
+        )
+
+    def _empty_rows(self, num_rows: int, width: int) -> QuantizedRows:
+        device = self.weight.device
+        values = torch.empty((num_rows, width), dtype=self.weight.dtype, device=device)
+        return QuantizedRows(values, torch.empty(num_rows, device=device))
+
+    def _config(self, num_tokens: int, *, splits: bool) -> W8a8Config:
+        num_rows, num_columns = self.weight.shape
+        return default_config(num_tokens, num_rows, num_columns, self.weight.device, splits=splits)
+
+
+def _rows(x: QuantizedRows | torch.Tensor) -> QuantizedRows:
+    if not isinstance(x, QuantizedRows):
+        raise TypeError("this product multiplies prepared rows")
+    return x
+
+
+def w8a8_linears(weights: Dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, W8a8Linear]:
+    """The products of a SmoothQuant or FP8 engine's weights, by the name of the linear layer."""
+    names = [name.removesuffix(".weight_scale") for name in weights if name.endswith(".weight_scale")]
+    return {
+        name: W8a8Linear(
+            weights[name + ".weight"],
+            weights[name + ".weight_scale"],
+            weights.get(name + ".input_scale"),
+            weights.get(name + ".smoother"),
+            dtype,
+        )
+        for name in names
+    }
