@@ -175,10 +175,16 @@ class NcclCommunicator:
         # NCCL sees no hang of a graph, and nobody that of a sum through shared memory.
         self._watch = Watch(self)
         self._releases: list[weakref.WeakMethod[Callable[[], None]]] = []
-        atexit.register(self._leave)
+        self._leaving, self._left = threading.Event(), threading.Event()
+        threading.Thread(target=self._end_late, daemon=True, name="leaving").start()
         if dist.is_initialized():
             self.group = dist.new_group(backend="nccl", timeout=_time_limit(), device_id=device)
-            return
+        else:
+            self.group = self._make_group(device)
+        atexit.register(self._leave)
+
+    def _make_group(self, device: torch.device) -> torch.distributed.ProcessGroup:
+        dist, control = self._dist, self._control
         # Rank 0 takes any free port, so that two jobs on one machine never meet.
         store = None
         address = None
@@ -192,7 +198,7 @@ class NcclCommunicator:
         dist.init_process_group(
             "nccl", store=store, rank=self.rank, world_size=self.size, timeout=_time_limit(), device_id=device
         )
-        self.group = dist.group.WORLD
+        return dist.group.WORLD
 
     def before_leaving(self, release: Callable[[], None]) -> None:
         """`release`, a method, is called at the end of the process while its object lives: NCCL does not end before the
@@ -208,12 +214,16 @@ class NcclCommunicator:
 
     def _leave(self) -> None:
         """At the end of the process, when everything is written: graphs, then NCCL, which may not keep us."""
+        self._leaving.set()
         self.release_all()
         gc.collect()  # graphs in cycles that nobody refers to
-        leaving = threading.Thread(target=self._dist.destroy_process_group, args=(self.group,), daemon=True)
-        leaving.start()
-        leaving.join(_LEAVING_TIME_S)
-        if leaving.is_alive():
+        self._dist.destroy_process_group(self.group)
+        self._left.set()
+
+    def _end_late(self) -> None:
+        """A thread of its own from the start: an interpreter that ends starts none."""
+        self._leaving.wait()
+        if not self._left.wait(_LEAVING_TIME_S):
             print_error(f"rank {self.rank}: NCCL has not ended within {_LEAVING_TIME_S:g} s; all work was done before")
             os._exit(1)
 

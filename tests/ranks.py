@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -66,4 +67,5 @@ def without_nccl(dist: Any = None) -> NcclCommunicator:
     gpus._control, gpus._watch, gpus._releases = NullCommunicator(), Watch(NullCommunicator()), []
     gpus.rank, gpus.size, gpus.small_sum = 0, 1, None
     gpus._dist, gpus.group = dist, None
+    gpus._leaving, gpus._left = threading.Event(), threading.Event()
     return gpus

@@ -172,19 +172,21 @@ class Graphs:
 class Groups:
     """Of torch.distributed, only the end."""
 
-    def __init__(self, events: list[str], ends: bool = True):
-        self.events, self.ends = events, ends
+    def __init__(self, events: list[str]):
+        self.events = events
+        self.ends = threading.Event()
 
     def destroy_process_group(self, group: None) -> None:
-        if not self.ends:
-            threading.Event().wait()
+        assert self.ends.wait(10)
         self.events.append("NCCL ended")
 
 
 def test_graphs_go_before_nccl() -> None:
     """NCCL waits for the last graph that holds one of its sums."""
     events: list[str] = []
-    gpus = without_nccl(Groups(events))
+    groups = Groups(events)
+    groups.ends.set()
+    gpus = without_nccl(groups)
     alive, gone = Graphs(events), Graphs(events)
     for graphs in (alive, gone):
         gpus.before_leaving(graphs.release)
@@ -194,10 +196,17 @@ def test_graphs_go_before_nccl() -> None:
 
 
 def test_nccl_that_does_not_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    codes: list[int] = []
-    monkeypatch.setattr(os, "_exit", codes.append)
+    groups, codes = Groups([]), []
+
+    def end(code: int) -> None:
+        codes.append(code)
+        groups.ends.set()
+
+    monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(comm_torch, "_LEAVING_TIME_S", 0.1)
-    without_nccl(Groups([], ends=False))._leave()
+    gpus = without_nccl(groups)
+    threading.Thread(target=gpus._end_late, daemon=True).start()
+    gpus._leave()
     assert codes == [1]
     assert capsys.readouterr().err == "error: rank 0: NCCL has not ended within 0.1 s; all work was done before\n"
 

@@ -13,8 +13,7 @@ import torch
 from mapped_buffers import mapped_buffers
 
 from gpt.comm import start
-from gpt.kernels.peer_all_reduce import DTYPES, PIECE_BYTES, reference
-from gpt.kernels.peer_all_reduce import peer_all_reduce
+from gpt.kernels.peer_all_reduce import DTYPES, PIECE_BYTES, peer_all_reduce, reference
 
 all_reduce = partial(peer_all_reduce, word_bytes=64 << 10)  # both ways, without the largest tensors
 
