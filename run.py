@@ -14,7 +14,9 @@ from gpt.console import setup_logging
 from gpt.errors import ConfigError
 from gpt.launch import read_launch
 from gpt.runtime.batching_config import DEFAULT_BATCHING, BatchingConfig
+from gpt.runtime.execution import DEFAULT_EXECUTION, Execution
 from gpt.text.decoding_options import add_decoding_flags, decoding_of_call, read_decoding
+from gpt.text.execution_options import add_execution_flags, read_execution
 from gpt.text.interactive import interact
 from gpt.text.prompt_fit import ON_LONG_PROMPT
 from gpt.text.prompt_tuning import parse_tasks
@@ -70,7 +72,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--spawn", action="store_true", help="start all ranks of the engine here, as mpirun -np N run.py ... would"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_execution_flags(parser)
     add_log_level(parser, default="error")
     return parser
 
@@ -119,6 +121,7 @@ def generate(
     max_input_length: int | None = None,
     on_long_prompt: str = "refuse",
     batching: BatchingConfig = DEFAULT_BATCHING,
+    execution: Execution = DEFAULT_EXECUTION,
     **decoding: Any,
 ) -> list[str]:
     """Runs the prompts, prints the new texts or writes the token files where one is named, and returns the texts.
@@ -128,7 +131,7 @@ def generate(
     decoding: see `DecodingOptions`, by the names of the flags (temperature, stop_words, length_penalty, ...); the
     default is greedy.  With several results per prompt, the texts of one prompt follow each other, the best first.
     output_file: results go there as lines of JSON, and the return value is empty; `resume` goes on with such a file.
-    batching: of engines with a paged cache.
+    batching: of engines with a paged cache.  execution: how steps run, whatever they compute.
     Raises ConfigError, CheckpointError (the table) or EngineError for what the command line would refuse.
     """
     setup_logging(log_level)
@@ -153,6 +156,7 @@ def generate(
         max_input_length=max_input_length,
         on_long_prompt=on_long_prompt,
         batching=batching,
+        execution=execution,
     )
     return run_prompts(config, sys.stdout)
 
@@ -190,6 +194,7 @@ def _run(args: Namespace) -> None:
         batching=BatchingConfig(
             args.kv_cache_free_gpu_memory_fraction, args.max_tokens_in_paged_kv_cache, args.max_draft_len
         ),
+        execution=read_execution(args),
     )
     if args.score_prompts:
         reject_unsupported(contradictions(config))

@@ -13,9 +13,11 @@ from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsuppor
 from gpt.console import setup_logging
 from gpt.dtypes import canonical_dtype
 from gpt.errors import ConfigError
+from gpt.runtime.batching_config import BatchingConfig
 from gpt.text.comparison import SummarizeConfig, compare
 from gpt.text.decoding_options import add_beam_flags, read_decoding
 from gpt.text.evaluation import TASKS
+from gpt.text.execution_options import add_execution_flags, read_execution
 
 
 def build_parser() -> ArgumentParser:
@@ -26,7 +28,7 @@ def build_parser() -> ArgumentParser:
     sides.add_argument("--engine_dir", type=Path, default=Path("gpt_outputs"), help="folder that build.py wrote")
     sides.add_argument("--hf_model_location", metavar="PLACE", help="local folder, or name on the model hub")
     sides.add_argument("--data_type", default="fp32", help="of the Hugging Face model: fp32, fp16 or bf16")
-    sides.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_execution_flags(sides)
     words = parser.add_argument_group("tokenizer (default: the engine's, else that of --hf_model_location)")
     words.add_argument("--tokenizer", metavar="PLACE", help="local folder, or name on the model hub")
     words.add_argument("--vocab_file", type=Path, metavar="FILE", help="sentencepiece model; goes before --tokenizer")
@@ -52,6 +54,13 @@ def build_parser() -> ArgumentParser:
     choice.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
     choice.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
     choice.add_argument("--seed", type=int, help="repeats what was drawn (default: another one each time)")
+    choice.add_argument(
+        "--max_draft_len",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens the engine guesses from the text at a time (engines built with --paged_kv_cache)",
+    )
     add_beam_flags(parser)
     check = parser.add_argument_group("results")
     check.add_argument("--check_accuracy", action="store_true", help="exit code 1 unless ROUGE-1 exceeds the threshold")
@@ -94,6 +103,8 @@ def _run(args: Namespace, command: str) -> None:
         command=command,
         eval_type=args.eval_type,
         decoding=read_decoding(args),
+        execution=read_execution(args),
+        batching=BatchingConfig(max_draft_len=args.max_draft_len),
     )
     compare(config, sys.stdout)
 
@@ -105,11 +116,16 @@ def _unsupported(args: Namespace) -> list[str]:
             f"--num_beam_groups {args.num_beam_groups} with --test_hf: transformers has no groups of beams any more",
         ),
         (
+            args.max_draft_len > 0 and not args.test_engine,
+            f"--max_draft_len {args.max_draft_len}: the engine makes drafts, so it goes with --test_trt_llm",
+        ),
+        (
             args.check_accuracy and not args.test_engine,
             "--check_accuracy: it checks the engine's texts, so it goes with --test_trt_llm",
         ),
     )
-    return [reason for present, reason in checks if present]
+    drafts = BatchingConfig(max_draft_len=args.max_draft_len).contradictions(args.num_beams)
+    return [*(reason for present, reason in checks if present), *drafts]
 
 
 if __name__ == "__main__":

@@ -1,91 +1,199 @@
 #!/usr/bin/env python3
 """Many prompts through one engine: static batches in the order of arrival, continuous batching, drafts; vLLM if given.
 
-Prompts are pieces of the texts in --text_file (.jsonl, one text per row), their lengths drawn evenly from 8 to what the
-engine holds.  Every way runs all prompts, round by round in turn, so that a machine that slows down slows all of them.
-Seconds are those of the processor on a CPU (one process, all its threads), where other processes do not count, and
-those of the clock on a GPU.
+Prompts are pieces of the texts in --text_file (.jsonl, one text per row), random ids without one; their lengths are
+drawn evenly from 8 to what the engine holds.  With --output_lens a text ends after a number of tokens drawn for its
+prompt, the same one in every way, as if its end token came there.  On a CPU the ways run in turn, round by round, so
+that a machine that slows down slows all of them, and seconds are those of the processor (one process, all its threads),
+where other processes do not count.  On a GPU each way has the memory to itself, one after the other, and seconds are
+those of the clock.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import gc
 import json
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from common import Sample, append_csv, describe_device, describe_versions
 
-from gpt.engine.folder import open_engine
+from gpt.engine.folder import EngineInfo, open_engine
 from gpt.runtime.batcher import generate_paged
 from gpt.runtime.batching_config import BatchingConfig
-from gpt.runtime.generate import generate
-from gpt.runtime.load import load_session
-from gpt.runtime.session import PagedSession
+from gpt.runtime.generate import Generation, generate
+from gpt.runtime.load import load_session, pick_device
+from gpt.runtime.session import PagedSession, Session
 from gpt.text.pipeline import choose_tokenizer, require_tokenizer
-from gpt.text.tokenizer import Tokenizer
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Work:
+    """limits: new tokens of each prompt where they are drawn, else `max_new_tokens` for all."""
+
+    prompts: list[list[int]]
+    limits: list[int] | None
+    max_new_tokens: int
+    end_id: int | None
+
+    def part(self, first: int, count: int) -> Work:
+        limits = None if self.limits is None else self.limits[first : first + count]
+        return Work(self.prompts[first : first + count], limits, self.max_new_tokens, self.end_id)
+
+    def settings(self) -> dict[str, Any]:
+        stops = None if self.limits is None else EndsAfter(iter(self.limits))
+        return {"max_new_tokens": self.max_new_tokens, "end_id": self.end_id, "stops": stops}
+
+
+@dataclass
+class EndsAfter:
+    """Stop words' place in the loop: each sequence, in the order of the prompts, ends after so many tokens."""
+
+    limits: Iterator[int]
+
+    def start(self) -> Countdown:
+        return Countdown(next(self.limits))
+
+
+@dataclass
+class Countdown:
+    left: int
+
+    def add(self, token: int) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+    def copy(self) -> Countdown:
+        return Countdown(self.left)
+
+
+@dataclass
+class Result:
+    """Of one way.  rates: tokens per second of each round.  rows: of the last one."""
+
+    rates: list[float] = field(default_factory=list)
+    rows: list[list[int]] = field(default_factory=list)
+
+
+Run = Callable[[Session, Work], list[Generation]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """num_rows: sequences at a time, where it is always the same."""
+
+    run: Run
+    num_rows: int | None = None
+
+
+def static(size: int) -> Way:
+    def run(session: Session, work: Work) -> list[Generation]:
+        parts = [work.part(first, size) for first in range(0, len(work.prompts), size)]
+        return [generate(session, part.prompts, **part.settings()) for part in parts]
+
+    return Way(run, size)
+
+
+def continuous(batching: BatchingConfig) -> Way:
+    def run(session: Session, work: Work) -> list[Generation]:
+        return [generate_paged(cast(PagedSession, session), work.prompts, batching=batching, **work.settings())]
+
+    return Way(run)
+
+
+def vllm(model: str) -> Way:
+    from vllm import LLM, SamplingParams
+
+    engines: list[Any] = []  # made by the first run, when the card's memory is free
+
+    def run(session: Session, work: Work) -> list[Generation]:
+        limits = work.limits or [work.max_new_tokens] * len(work.prompts)
+        choice = [SamplingParams(temperature=0, max_tokens=limit) for limit in limits]
+        requests = [{"prompt_token_ids": prompt} for prompt in work.prompts]
+        if not engines:
+            engines.append(LLM(model, dtype="float16"))
+        outputs = engines[0].generate(requests, choice, use_tqdm=False)
+        return [Generation(tokens=[list(one.outputs[0].token_ids) for one in outputs])]
+
+    return Way(run)
+
+
+def main() -> int:
     args = parse()
     info = open_engine(args.engine_dir)
-    tokenizer = require_tokenizer(choose_tokenizer(info, args.tokenizer, None), info, "read the texts")
-    session = load_session(info, args.device)
-    longest = args.longest or min(info.build.max_input_len, info.build.max_seq_len - args.max_output_len)
-    prompts = make_prompts(args.text_file, args.column, tokenizer, args.num_prompts, longest)
-    settings = {"max_new_tokens": args.max_output_len, "end_id": tokenizer.end_id}
+    works = {kind: make_work(args, info, kind) for kind in args.output_lens or [None]}
+    ways = make_ways(args, info)
+    on_gpu = pick_device(args.device).type == "cuda"
+    if args.library_rows is not None:
+        from gpt.engine import cuda_ops
 
-    def static() -> list[list[int]]:
-        size = args.static_batch
-        parts = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-        return [row for part in parts for row in generate(session, part, **settings).tokens]
+        cuda_ops.LIBRARY_ROWS = args.library_rows
+    results = {kind: {name: Result() for name in ways} for kind in works}
+    failed = False
+    for names in [[name] for name in ways] if on_gpu else [list(ways)]:
+        try:
+            measure(info, args, {name: ways[name] for name in names}, works, results)
+        except Exception:  # what the other ways gave is worth having
+            traceback.print_exc()
+            failed = True
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+    for kind, work in works.items():
+        report(args, info, results[kind], work, kind, "cuda" if on_gpu else "cpu")
+    return int(failed)
 
-    def continuous(max_draft_len: int) -> list[list[int]]:
-        batching = BatchingConfig(max_draft_len=max_draft_len)
-        return generate_paged(cast(PagedSession, session), prompts, batching=batching, **settings).tokens
 
-    ways: dict[str, Callable[[], list[list[int]]]] = {
-        f"static {args.static_batch}": static,
-        "continuous": lambda: continuous(0),
+def make_ways(args: argparse.Namespace, info: EngineInfo) -> dict[str, Way]:
+    plain = BatchingConfig(max_cache_tokens=args.max_tokens_in_paged_kv_cache)
+    makers: dict[str, Callable[[], tuple[str, Way]]] = {
+        "static": lambda: (f"static {args.static_batch}", static(args.static_batch)),
+        "continuous": lambda: (f"continuous {info.build.max_batch_size}", continuous(plain)),
+        "drafts": lambda: (
+            f"drafts of {args.max_draft_len}",
+            continuous(replace(plain, max_draft_len=args.max_draft_len)),
+        ),
+        "vllm": lambda: ("vllm", vllm(args.vllm_model)),
     }
-    if args.max_draft_len:
-        ways[f"continuous, drafts of {args.max_draft_len}"] = lambda: continuous(args.max_draft_len)
-    if args.vllm_model:
-        ways["vllm"] = vllm(args.vllm_model, prompts, args.max_output_len)
-    clock = time.perf_counter if session.device.type == "cuda" else time.process_time
-    for way in ways.values():  # first calls pay for what is made once
-        way()
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    expected = static()
-    equal = {}
-    for _ in range(args.rounds):
-        for name, way in ways.items():
-            begin = clock()
-            rows = way()
-            rates[name].append(sum(map(len, rows)) / (clock() - begin))
-            equal[name] = sum(a == b for a, b in zip(rows, expected, strict=True))
-    report(args, rates, equal, prompts, str(session.device))
+    return dict(makers[name]() for name in args.ways)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--engine_dir", type=Path, required=True, help="built with --paged_kv_cache")
-    parser.add_argument("--text_file", type=Path, required=True)
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=("static", "continuous", "drafts", "vllm"),
+        default=["static", "continuous"],
+        help="the first one is what the others are compared with",
+    )
+    parser.add_argument("--text_file", type=Path, help="without it prompts are random token ids")
     parser.add_argument("--column", default="article")
+    parser.add_argument("--suffix", default="", help="text behind each text, which is then a prompt by itself")
     parser.add_argument("--tokenizer")
     parser.add_argument("--num_prompts", type=int, default=10000)
     parser.add_argument("--longest", type=int, help="tokens of a prompt (default: what the engine holds)")
     parser.add_argument("--max_output_len", type=int, default=100)
+    parser.add_argument(
+        "--output_lens", nargs="+", metavar="KIND", help="uniform:LOW:HIGH, or geometric:MEAN up to --max_output_len"
+    )
     parser.add_argument("--static_batch", type=int, default=64)
-    parser.add_argument("--max_draft_len", type=int, default=0)
+    parser.add_argument("--max_draft_len", type=int, default=8)
+    parser.add_argument("--library_rows", type=int, help="rows from which on a GPU's products are the libraries'")
+    parser.add_argument("--max_tokens_in_paged_kv_cache", type=int)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--vllm_model", help="Hugging Face folder of the same model")
@@ -93,50 +201,132 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_prompts(path: Path, column: str, tokenizer: Tokenizer, count: int, longest: int) -> list[list[int]]:
-    texts = [json.loads(line)[column] for line in path.read_text(encoding="utf-8").splitlines()]
-    stream = [token for text in texts for token in tokenizer.encode(text)]
+def make_work(args: argparse.Namespace, info: EngineInfo, kind: str | None) -> Work:
+    """kind: of the lengths of the outputs, None for the end token's."""
+    longest = args.longest or min(info.build.max_input_len, info.build.max_seq_len - args.max_output_len)
     generator = random.Random(0)
-    lengths = [generator.randint(8, longest) for _ in range(count)]
-    starts = [generator.randrange(len(stream) - length) for length in lengths]
-    return [stream[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    end_id = None
+    if args.text_file is None:
+        lengths = [generator.randint(8, longest) for _ in range(args.num_prompts)]
+        prompts = [[generator.randrange(info.model.vocab_size) for _ in range(length)] for length in lengths]
+    else:
+        tokenizer = require_tokenizer(choose_tokenizer(info, args.tokenizer, None), info, "read the texts")
+        lines = args.text_file.read_text(encoding="utf-8").splitlines()
+        texts = [tokenizer.encode(json.loads(line)[args.column] + args.suffix) for line in lines]
+        end_id = tokenizer.end_id
+        if args.suffix:
+            prompts = [text for text in texts if len(text) <= longest][: args.num_prompts]
+        else:
+            stream = [token for text in texts for token in text]
+            lengths = [generator.randint(8, longest) for _ in range(args.num_prompts)]
+            starts = [generator.randrange(len(stream) - length) for length in lengths]
+            prompts = [stream[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    limits = None
+    if kind is not None:
+        limits = draw_limits(kind, args.max_output_len, len(prompts))
+        end_id = None
+    return Work(prompts, limits, args.max_output_len, end_id)
 
 
-def vllm(model: str, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Callable[[], list[list[int]]]:
-    from vllm import LLM, SamplingParams
+def draw_limits(kind: str, longest: int, count: int) -> list[int]:
+    name, *numbers = kind.split(":")
+    generator = random.Random(1)
+    if name == "uniform":
+        low, high = map(int, numbers)
+        return [generator.randint(low, min(high, longest)) for _ in range(count)]
+    if name == "geometric":
+        return [min(longest, 1 + int(generator.expovariate(1 / float(numbers[0])))) for _ in range(count)]
+    raise SystemExit(f"--output_lens {kind}: uniform:LOW:HIGH or geometric:MEAN")
 
-    engine = LLM(model, dtype="float16")
-    greedy = SamplingParams(temperature=0, max_tokens=max_new_tokens)
-    requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    return lambda: [list(one.outputs[0].token_ids) for one in engine.generate(requests, greedy, use_tqdm=False)]
+
+def measure(
+    info: EngineInfo,
+    args: argparse.Namespace,
+    ways: dict[str, Way],
+    works: dict[str | None, Work],
+    results: dict[str | None, dict[str, Result]],
+) -> None:
+    session = load_session(info, args.device)
+    clock = time.perf_counter if session.device.type == "cuda" else time.process_time
+    for name, way in ways.items():  # first calls pay for what is made once
+        begin = time.perf_counter()
+        warm_up(session, way, next(iter(works.values())), args.static_batch)
+        print(f"{name}: warmed up in {time.perf_counter() - begin:.1f} s", flush=True)
+    for kind, number in product(works, range(args.rounds)):
+        for name, way in ways.items():
+            begin = clock()
+            batches = way.run(session, works[kind])
+            seconds = clock() - begin
+            result = results[kind][name]
+            result.rows = [row for batch in batches for row in batch.tokens]
+            result.rates.append(sum(map(len, result.rows)) / seconds)
+            rate = f"{seconds:.2f} s, {result.rates[-1]:.1f} tokens/s"
+            print(f"{kind or 'end token'}, {name}, round {number}: {rate}; {describe_steps(batches)}", flush=True)
+
+
+def describe_steps(batches: list[Generation]) -> str:
+    context_s = sum(batch.context_ms for batch in batches) / 1e3
+    steps = [ms for batch in batches for ms in batch.step_ms]
+    middle = f", median {statistics.median(steps):.2f} ms" if steps else ""
+    return f"steps with prompts {context_s:.2f} s, {len(steps)} others {sum(steps) / 1e3:.2f} s{middle}"
+
+
+def warm_up(session: Session, way: Way, work: Work, static_batch: int) -> None:
+    if session.device.type != "cuda":
+        way.run(session, work.part(0, static_batch))
+        return
+    from gpt.runtime.cuda_session import batch_bucket
+
+    # The longest prompts first: graphs hold the addresses of the memory that those need.
+    most = session.build.max_batch_size
+    longest = sorted(work.prompts, key=len, reverse=True)[: way.num_rows or most]
+    sizes = (
+        [way.num_rows] if way.num_rows else sorted({batch_bucket(rows) for rows in range(1, most + 1)}, reverse=True)
+    )
+    for prompts in (longest, *([prompt[:8] for prompt in work.prompts[:size]] for size in sizes)):
+        way.run(session, Work(prompts, [3] * len(prompts), work.max_new_tokens, None))
 
 
 def report(
     args: argparse.Namespace,
-    rates: dict[str, list[float]],
-    equal: dict[str, int],
-    prompts: Sequence[Sequence[int]],
+    info: EngineInfo,
+    results: dict[str, Result],
+    work: Work,
+    kind: str | None,
     device: str,
 ) -> None:
-    if device != "cpu":
-        device = torch.cuda.get_device_name()
-    base = statistics.median(next(iter(rates.values())))
-    fields = ["device", "engine", "prompts", "prompt_tokens", "max_output_len", "way", "tokens_per_s", "spread"]
-    rows = []
-    for name, values in rates.items():
-        middle = statistics.median(values)
-        spread = (max(values) - min(values)) / middle
-        setup = [device, args.engine_dir.name, len(prompts), sum(map(len, prompts)), args.max_output_len]
-        rows.append([*setup, name, f"{middle:.1f}", f"{spread:.2f}", f"{middle / base:.2f}", equal[name]])
-        print(f"{name:28} {middle:10.1f} tokens/s  {middle / base:5.2f}x  equal ids {equal[name]}/{len(prompts)}")
+    measured = {name: result for name, result in results.items() if result.rates}
+    if not measured:
+        return
+    base = next(iter(measured.values()))
+    rows: list[dict[str, object]] = []
+    print(f"\n{len(work.prompts)} prompts, {sum(map(len, work.prompts))} tokens, outputs: {kind or 'end token'}")
+    for name, result in measured.items():
+        rate = Sample(result.rates)
+        equal = sum(a == b for a, b in zip(result.rows, base.rows, strict=True))
+        ratio = rate.median / Sample(base.rates).median
+        print(f"{name:20} {rate.median:10.1f} tokens/s {ratio:6.2f}x  equal ids {equal}/{len(work.prompts)}")
+        rows.append(
+            {
+                "device": torch.cuda.get_device_name() if device == "cuda" else describe_device(),
+                "versions": describe_versions("torch"),
+                "engine": info.describe(),
+                "prompts": len(work.prompts),
+                "prompt_tokens": sum(map(len, work.prompts)),
+                "output_lens": f"{kind or 'end token'}, at most {args.max_output_len}",
+                "new_tokens": sum(map(len, result.rows)),
+                "way": name,
+                "rounds": len(result.rates),
+                "tokens_per_s": f"{rate.median:.1f}",
+                "tokens_per_s_min": f"{min(rate.values):.1f}",
+                "tokens_per_s_max": f"{max(rate.values):.1f}",
+                "ratio": f"{ratio:.3f}",
+                "equal_rows": equal,
+            }
+        )
     if args.csv is not None:
-        is_new = not args.csv.exists()
-        with open(args.csv, "a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if is_new:
-                writer.writerow([*fields, "ratio", "equal_rows"])
-            writer.writerows(rows)
+        append_csv(args.csv, rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

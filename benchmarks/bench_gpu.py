@@ -2,7 +2,7 @@
 
     python3 benchmarks/bench_gpu.py                                     everything, in about eight minutes
     python3 benchmarks/bench_gpu.py --decode --case gpt2-xl --system ours hf_static
-    python3 benchmarks/bench_gpu.py --plot benchmarks/results/gpu.csv
+    python3 benchmarks/bench_gpu.py --plot benchmarks/results/gpu.csv --plot_dir docs      plots and a table
 
 A row is appended to the CSV file as soon as it is measured, the most important ones first, until --budget is spent.
 Times are of whole calls, prompts as lists in and token ids as lists out: first_token_ms of calls for one token,
@@ -20,11 +20,12 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import RESULTS, Sample, append_csv, describe_device, describe_versions
+from gpu_rows import COLUMNS, compare, describe_row
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -81,6 +82,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--csv", type=Path, default=RESULTS / "gpu.csv")
     parser.add_argument("--profile_csv", type=Path, default=RESULTS / "gpu_kernels.csv")
     parser.add_argument("--plot", type=Path, nargs="+", metavar="CSV", help="only draw what these files hold")
+    parser.add_argument("--plot_dir", type=Path, metavar="FOLDER", help="for the plots (default: beside the CSV files)")
     add_log_level(parser, default="warning")
     return parser
 
@@ -88,7 +90,7 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging(args.log_level)
-    return run_main(lambda: draw_plots(args.plot) if args.plot else run(args))
+    return run_main(lambda: draw_plots(args.plot, args.plot_dir) if args.plot else run(args))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     bench = Bench(args, budget, ceilings)
     for work in works:
         bench.run(work)
-    draw_plots([path for path in (args.csv, args.profile_csv) if path in bench.written])
+    draw_plots([path for path in (args.csv, args.profile_csv) if path in bench.written], args.plot_dir)
     print(
         f"{args.budget - budget.left:.0f} s, {bench.num_failed} failed, {bench.num_skipped} left out for lack of time"
     )
@@ -143,7 +145,7 @@ def plan(args: argparse.Namespace) -> Iterator[Work]:
                 shapes = {
                     "throughput": (Shape(*args.throughput_shape),),
                     "prefill": (Shape(*args.prefill_shape, 1),),
-                    "load": (Shape(1, args.input_len, 1),),
+                    "load": (Shape(1, args.input_len, 2),),
                 }.get(kind, tuple(Shape(batch, args.input_len, args.output_len) for batch in batches))
                 yield Work(kind, system, case, shapes)
 
@@ -279,19 +281,24 @@ class Bench:
 
         (shape,) = work.shapes
         try:
-            timing = measure_load(setup, shape, random_prompts(work.case, shape), repeat=3, timeout_s=self.budget.left)
+            timing = measure_load(setup, random_prompts(work.case, shape), repeat=3, timeout_s=self.budget.left)
         except subprocess.TimeoutExpired:
             self._is_over(work, self.budget.left)
             return
         load = Sample(timing.seconds)
-        row = self._row(work, setup, shape, len(load.values)) | {
+        row = self._row(work, setup, replace(shape, output_len=1), len(load.values)) | {
             "load_s": round(load.median, 3),
             "load_s_min": round(min(load.values), 3),
             "load_s_max": round(max(load.values), 3),
+            "load_cold_s": round(timing.cold_s, 3),
+            **{f"load_{name}_s": round(seconds, 3) for name, seconds in timing.stages_s.items()},
+            "load_two_tokens_s": round(timing.two_tokens_s, 3),
             "weight_bytes": timing.num_bytes,
         }
         self._write(self.args.csv, [{name: row.get(name, "") for name in COLUMNS}])
-        print(f"{describe(work)}: {load} s from the start of run.py to its end, one token", flush=True)
+        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in timing.stages_s.items())
+        print(f"{describe(work)}: {load} s from the start of run.py to its end, one token; {stages};", end=" ")
+        print(f"kernels not compiled yet: {timing.cold_s:.2f}; two tokens: {timing.two_tokens_s:.2f}", flush=True)
 
     def _profile(self, work: Work, setup: Setup, system: System, shape: Shape) -> None:
         from datetime import datetime, timezone
@@ -340,17 +347,6 @@ class Bench:
         self.written.add(path)
 
 
-COLUMNS = (
-    "device", "versions", "kind", "case", "dtype", "batch_size", "input_len", "output_len", "system", "repeat",
-    "token_ms", "token_ms_min", "token_ms_max", "tokens_per_s", "call_tokens_per_s",
-    "first_token_ms", "first_token_ms_min", "first_token_ms_max", "first_call_s",
-    "step_bytes", "gb_per_s", "copy_gb_per_s", "limit_ms", "share",
-    "prefill_tflops", "gemm_tflops", "gemm_share",
-    "weight_bytes", "cache_bytes", "peak_bytes", "peak_over_needed",
-    "load_s", "load_s_min", "load_s_max", "rows_like_ours", "worst_margin",
-)  # fmt: skip
-
-
 def make_system(name: str, setup: Setup) -> System:
     from gpu_peers import CTranslate2, Vllm
     from gpu_systems import HfEager, HfStatic, Ours
@@ -369,34 +365,8 @@ def random_prompts(case: Case, shape: Shape) -> list[list[int]]:
     return torch.randint(case.vocab_size, (shape.batch_size, shape.input_len), generator=generator).tolist()
 
 
-def compare(ours: list[list[int]] | None, theirs: list[list[int]], margin: float | None) -> dict[str, object]:
-    if ours is None:
-        return {}
-    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
-    return {"rows_like_ours": f"{same}/{len(ours)}", "worst_margin": "" if margin is None else round(margin, 5)}
-
-
 def describe(work: Work) -> str:
     return f"{work.kind} {work.case.name} {', '.join(map(str, work.shapes))} {work.system}"
-
-
-def describe_row(row: dict[str, object]) -> str:
-    parts = [f"{row['first_token_ms']} ms to the first token", f"first call {row['first_call_s']} s"]
-    if "token_ms" in row:
-        parts = [
-            f"{row['token_ms']} ms per token ({row['token_ms_min']} to {row['token_ms_max']}, limit {row['limit_ms']})",
-            f"{row['tokens_per_s']} tokens/s",
-            f"{row['gb_per_s']} GB/s, {float(str(row['share'])):.1%} of a copy",
-            *parts,
-        ]
-    if row["kind"] == "prefill":
-        parts.append(f"{row['prefill_tflops']} TFLOP/s, {float(str(row['gemm_share'])):.1%} of a product")
-    if "peak_bytes" in row:
-        parts.append(f"peak {row['peak_over_needed']} x (weights + cache)")
-    if "rows_like_ours" in row:
-        parts.append(f"rows like ours {row['rows_like_ours']} (margin {row['worst_margin'] or 0})")
-    lengths = f"{row['batch_size']} x ({row['input_len']} + {row['output_len']})"
-    return f"{row['kind']} {row['case']} {lengths} {row['system']}: {'; '.join(parts)}"
 
 
 def device_name(device: str) -> str:
@@ -411,14 +381,16 @@ def installed(*packages: str | None) -> list[str]:
     return [package for package in packages if package is not None and is_installed(package)]
 
 
-def draw_plots(paths: Sequence[Path]) -> int:
-    from gpu_plots import draw
+def draw_plots(paths: Sequence[Path], folder: Path | None) -> int:
+    from gpu_plots import draw, latest_rows, table
 
+    for path in paths:
+        print(table(latest_rows(path)), end="")
     if paths and not installed("matplotlib"):
         print(f"no matplotlib here: bench_gpu.py --plot {' '.join(map(str, paths))} draws elsewhere")
         return 0
     for path in paths:
-        for file in draw(path):
+        for file in draw(path, folder or path.parent):
             print(f"drew {file}")
     return 0
 

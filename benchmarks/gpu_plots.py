@@ -23,22 +23,44 @@ LABELS = {
 }
 _COLOURS = dict(zip(LABELS, ("#0072b2", "#999999", "#e69f00", "#d55e00", "#009e73", "#cc79a7"), strict=True))
 _NUM_KERNELS = 12
+# What rows of one measurement have in common.
+_SAME = ("kind", "case", "dtype", "batch_size", "input_len", "output_len", "system", "run", "kernel")
 
 
-def draw(path: Path) -> list[Path]:
-    """Draws what the rows of a CSV file hold, beside it; returns the files.  Of several rows of the same measurement on
-    the device of the last row, the last counts."""
+def draw(path: Path, folder: Path) -> list[Path]:
+    """Draws what the rows of a CSV file hold; returns the files, named after it, in `folder`."""
+    rows = latest_rows(path)
+    target = folder / path.name
+    if rows and "kernel" in rows[0]:
+        return draw_kernels(target, rows)
+    decode = [row for row in rows if row["kind"] == "decode"]
+    return [draw_latency(target, decode), draw_share(target, decode)] if decode else []
+
+
+def latest_rows(path: Path) -> list[Row]:
+    """The rows of a CSV file on the device of the last one; of several of the same measurement, the last."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    rows = [row for row in rows if row["device"] == rows[-1]["device"]]
-    if rows and "kernel" in rows[0]:
-        return draw_kernels(path, rows)
-    latest = {tuple(row[key] for key in ("case", "dtype", "batch_size", "input_len", "output_len", "system")): row
-              for row in rows if row["kind"] == "decode"}  # fmt: skip
-    decode = list(latest.values())
-    if not decode:
-        return []
-    return [draw_latency(path, decode), draw_share(path, decode)]
+    own = [row for row in rows if row["device"] == rows[-1]["device"]]
+    return list({tuple(row.get(key) for key in _SAME): row for row in own}.values())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: ms per token of each model and batch, and how near it is to the limit of the memory."""
+    rows = [row for row in rows if row["kind"] == "decode" and "kernel" not in row]
+    systems = in_order(rows)
+    lines = []
+    groups = {(row["case"], int(row["batch_size"])) for row in rows}
+    for case, batch in sorted(groups, key=lambda group: case_order(rows, group)):
+        own = {row["system"]: row for row in rows if (row["case"], int(row["batch_size"])) == (case, batch)}
+        some = next(iter(own.values()))
+        cells = [f"{float(own[system]['token_ms']):.3f}" if system in own else "-" for system in systems]
+        share = f"{float(own['ours']['share']):.0%}" if "ours" in own else "-"
+        lines.append([case, str(batch), *cells, f"{float(some['limit_ms']):.3f}", share])
+    if not lines:
+        return ""
+    head = ["ms per token", "batch", *(LABELS[system] for system in systems), "limit of the memory", "reached"]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *lines))
 
 
 def draw_latency(path: Path, rows: Sequence[Row]) -> Path:
@@ -62,6 +84,8 @@ def draw_latency(path: Path, rows: Sequence[Row]) -> Path:
         axes.plot(list(limits), list(limits.values()), "k--", linewidth=1.2, label="limit of the memory", **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xticks(list(limits), [f"{batch:.0f}" for batch in limits])
         axes.set(title=f"{case}, {own[-1]['dtype']}", xlabel="sequences in the batch")
         axes.grid(axis="y", which="both", linewidth=0.4, alpha=0.5)
@@ -175,6 +199,9 @@ def add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
 
 
 def save(figure: Figure, path: Path, what: str) -> Path:
+    from matplotlib import rc_context
+
     target = path.with_name(f"{path.stem}_{what}.svg")
-    figure.savefig(target, metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": ""}):  # small, and the same from the same rows
+        figure.savefig(target, metadata={"Date": None})
     return target

@@ -49,6 +49,12 @@ def verbose(message: str) -> None:
     log.log(_PYTHON_LEVELS["verbose"], message)
 
 
+def print_notice(message: str) -> None:
+    """On stderr at every log level, from the first rank: what was done to the user's input on request."""
+    if read_launch().rank == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
 def print_error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
 

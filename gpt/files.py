@@ -45,7 +45,15 @@ def staged_folder(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write that becomes `path` when the block ends well: readers see the old file or the new one."""
+    """A binary file to write that becomes `path` when the block ends well: readers see the old file or the new one.
+
+    A link is followed; a device or a pipe is written to, since a file may not take its place.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            yield file
+        return
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with open(partial, "wb") as file:

@@ -15,9 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_gpu
+import bench_modes
 import gpu_peers
+from common import append_csv
 from gpu_cases import CASES, Shape, build_flags, prefill_flops, step_bytes
+from gpu_load import STAGES
 from gpu_measure import Timing, measure, worst_margin
+from gpu_rows import COLUMNS
 from gpu_systems import HfEager, HfStatic, Ours, Setup
 
 import build
@@ -80,12 +84,15 @@ def test_one_row_for_everything_that_was_asked_for(result: Result) -> None:
 
 
 def test_columns_say_what_they_should(result: Result) -> None:
-    assert list(result.rows[0]) == ["date", *bench_gpu.COLUMNS, "command"]
+    assert list(result.rows[0]) == ["date", *COLUMNS, "command"]
     for row in result.rows:
         assert row["device"]
         assert f"torch {torch.__version__}" in row["versions"]
         if row["kind"] == "load":
             assert float(row["load_s_min"]) <= float(row["load_s"]) <= float(row["load_s_max"])
+            stages = [float(row[f"load_{name}_s"]) for name in STAGES]
+            assert 0 < sum(stages) < 10 * float(row["load_s_max"])
+            assert float(row["load_torch_s"]) > float(row["load_weights_s"])  # of a tiny model
             continue
         assert float(row["first_token_ms_min"]) <= float(row["first_token_ms"]) <= float(row["first_token_ms_max"])
         assert (row["token_ms"] == "") == (row["kind"] == "prefill")
@@ -112,12 +119,32 @@ def test_kernels_of_a_step(result: Result) -> None:
         assert calls["aten::native_layer_norm"] == 5  # two in each of two layers, one at the end
 
 
-def test_plots_are_drawn_from_the_files_alone(result: Result) -> None:
+def test_plots_are_drawn_from_the_files_alone(result: Result, tmp_path: Path) -> None:
     for path in result.folder.glob("*.svg"):
         path.unlink()
-    assert bench_gpu.main(["--plot", str(result.folder / "gpu.csv"), str(result.folder / "kernels.csv")]) == 0
-    names = {path.name for path in result.folder.glob("*.svg")}
-    assert names == {"gpu_latency.svg", "gpu_share.svg", "kernels_tiny_1.svg", "kernels_tiny-mq_1.svg"}
+    files = [str(result.folder / name) for name in ("gpu.csv", "kernels.csv")]
+    names = {"gpu_latency.svg", "gpu_share.svg", "kernels_tiny_1.svg", "kernels_tiny-mq_1.svg"}
+    assert bench_gpu.main(["--plot", *files]) == 0
+    assert {path.name for path in result.folder.glob("*.svg")} == names
+    assert bench_gpu.main(["--plot", *files, "--plot_dir", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert all((tmp_path / name).read_bytes() == (result.folder / name).read_bytes() for name in names)
+
+
+def test_the_table_of_the_last_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    same = {"device": "X", "kind": "decode", "dtype": "float16", "input_len": "8", "output_len": "4", "limit_ms": "0.5"}
+    rows = [
+        {**same, "case": "b", "batch_size": "16", "system": "ours", "token_ms": "2", "share": "0.25"},
+        {**same, "case": "b", "batch_size": "2", "system": "hf_static", "token_ms": "4", "share": "0.125"},
+        {**same, "case": "b", "batch_size": "16", "system": "ours", "token_ms": "1", "share": "0.5"},
+    ]
+    for row in rows:
+        row |= {"token_ms_min": row["token_ms"], "token_ms_max": row["token_ms"]}
+    append_csv(tmp_path / "gpu.csv", rows)
+    capsys.readouterr()
+    assert bench_gpu.main(["--plot", str(tmp_path / "gpu.csv")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:4] == ["| b | 2 | - | 4.000 | 0.500 | - |", "| b | 16 | 1.000 | - | 0.500 | 50% |"]
 
 
 def test_a_spent_budget_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,3 +255,12 @@ def test_folder_for_peers_holds_words_that_are_ids(tmp_path: Path) -> None:
     gpu_peers.save_words(folder, 301)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.convert_tokens_to_ids(["0", "17", "300"]) == [0, 17, 300]
+
+
+def test_every_way_of_choosing_tokens_is_timed(tmp_path: Path) -> None:
+    path = tmp_path / "modes.csv"
+    flags = ["--case", "tiny", "--device", "cpu", "--dtype", "float32", "--batch_size", "2", "--repeat", "1"]
+    assert bench_modes.main([*flags, "--input_len", "5", "--output_len", "4", "--csv", str(path)]) == 0
+    rows = read_rows(path)
+    assert [row["way"] for row in rows] == list(bench_modes.WAYS)
+    assert all(0 < float(row["token_ms_min"]) <= float(row["token_ms"]) for row in rows)

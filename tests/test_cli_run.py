@@ -18,6 +18,8 @@ from tiny_models import tiny_gpt2
 
 import run
 from gpt.runtime import load
+from gpt.runtime.execution import Execution
+from gpt.runtime.session import Session
 from gpt.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -301,3 +303,20 @@ def test_starting_up_imports_neither_transformers_nor_matplotlib(engine: Engine)
     flags = ["--engine_dir", str(engine.folder), "--max_output_len", "2", "--device", "cpu"]
     result = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_how_steps_run_is_handed_to_the_session(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Execution] = []
+    load_session = load.load_session
+
+    def record(*args: Any) -> Session:
+        made.append(args[-1])
+        return load_session(*args)
+
+    monkeypatch.setattr(load, "load_session", record)
+    code, out, err = main("--batch_invariant", "--no_cuda_graphs", "--log_level", "warning")
+    assert code == 0
+    assert "--no_cuda_graphs has no effect" in err
+    assert (code, out) == main()[:2]
+    assert [execution.batch_invariant for execution in made] == [True, False]
+    assert [execution.cuda_graphs for execution in made] == [False, True]

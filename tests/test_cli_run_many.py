@@ -129,13 +129,15 @@ def test_long_prompts_are_cut_where_that_is_asked_for(
     source, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
     source.write_text("ab" * 20 + "\n" + "ab" * 5 + "\n")
     asked = ["--on_long_prompt", "truncate", "--max_input_length", "10"]
-    assert run.main([*flags(engines["in-flight"], source, out, *asked), "--log_level", "warning"]) == 0
+    assert run.main(flags(engines["in-flight"], source, out, *asked)) == 0
     first, second = lines(out)
     assert (first["truncated_from"], "truncated_from" in second) == (40, False)
     assert first["text"] == second["text"]
-    assert "line 1: 40 tokens" in capfd.readouterr().err
+    assert capfd.readouterr().err == "Prompts cut to what fits: 1\n  line 1: 40 tokens\n"
     base = ["--engine_dir", str(engines["in-flight"]), "--max_output_len", "12", "--input_file", str(source)]
     assert run.main([*base, *asked]) == 0
+    told = "Prompts cut to their last 10 tokens (--max_input_length 10): 1\n  prompt 0: 40 tokens\n"
+    assert capfd.readouterr().err == told
     assert run.main([*base, *asked[2:]]) == 2
     assert "prompt 0: 40 tokens" in capfd.readouterr().err
 

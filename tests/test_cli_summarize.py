@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from engines import build_engine, convert
 from tiny_models import tiny_gpt2
 
 import summarize
+from gpt.runtime.prompt_lookup import PromptLookup
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "assets" / "gpt2-tiny"
@@ -177,6 +178,28 @@ def test_batch_size_changes_nothing_but_the_time(tiny: Engine, articles: Path, m
     assert results[0] == results[1]
 
 
+def test_drafts_leave_results_as_they_are(
+    tiny: Engine, articles: Path, main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = ["--max_batch_size", "2", "--max_input_len", "40", "--max_output_len", "20", "--paged_kv_cache"]
+    build_engine(convert(tiny.hf, tmp_path / "ft"), tmp_path / "paged", *limits, "--tokens_per_block", "4")
+    proposed: list[tuple[int, ...]] = []
+    propose = PromptLookup.propose
+
+    def listen(self: PromptLookup, tokens: Sequence[int], room: int) -> tuple[int, ...]:
+        proposed.append(propose(self, tokens, room))
+        return proposed[-1]
+
+    monkeypatch.setattr(PromptLookup, "propose", listen)
+    flags = ["--test_engine", "--dataset_path", articles, "--output_len", 15, "--batch_size", 2]
+    expected = _rouge(main(*flags, "--engine_dir", tiny.folder)[1], "Engine")
+    assert not proposed
+    code, out, _ = main(*flags, "--engine_dir", tmp_path / "paged", "--max_draft_len", 4)
+    assert code == 0
+    assert _rouge(out, "Engine") == expected
+    assert 0 < max(map(len, proposed)) <= 4
+
+
 def test_a_low_score_ends_with_1_after_everything_was_written(
     tiny: Engine, articles: Path, main: Main, tmp_path: Path
 ) -> None:
@@ -212,6 +235,10 @@ def test_the_threshold_itself_is_not_enough() -> None:
         (["--test_engine", "--output_len", 5, "--top_k", 265], ["--top_k 265", "264 tokens"]),
         (["--test_engine", "--eval_type", "code_completion"], ["no column prompt and no column canonical_solution"]),
         (["--test_hf", "--hf_model_location", "x", "--check_accuracy"], ["--check_accuracy", "--test_trt_llm"]),
+        (["--test_hf", "--hf_model_location", "x", "--max_draft_len", 3], ["--max_draft_len 3", "--test_trt_llm"]),
+        (["--test_engine", "--max_draft_len", 3], ["the engine has no paged cache", "--paged_kv_cache"]),
+        (["--test_engine", "--max_draft_len", 3, "--num_beams", 2], ["--max_draft_len 3 with beams"]),
+        (["--test_engine", "--max_draft_len", 65], ["--max_draft_len 65", "0 (off) to 64"]),
         (["--test_engine", "--data_type", "int8"], ["unknown dtype 'int8'"]),
         (["--test_engine", "--dataset_path", "absent.jsonl"], ["there is no data set absent.jsonl"]),
         (["--test_engine", "--article_column", "text"], ["no column text", "article, highlights", "--article_column"]),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from engines import build_engine, open_session, random_prompts, relative_error
 
+from gpt.checkpoint.random_weights import RandomWeights
+from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.step import PagedStep
+from gpt.engine.weights import engine_tensors
+from gpt.mapping import Mapping
 from gpt.runtime.torch_session import TorchSession
 
 SIZES = ["--n_layer", "2", "--n_embd", "32", "--n_head", "4", "--vocab_size", "50", "--n_positions", "64"]
@@ -99,8 +104,8 @@ def test_lengths_far_apart_attend_in_calls_of_their_own(session: TorchSession, m
     monkeypatch.setattr("gpt.engine.torch_paged_attention._CALL_COSTS_TOKENS", 8)
     tokens = random_prompts((5, 39, 6, 38, 21), 50)
     pages = Pages(64)
-    session.run_paged(pages.step({row: prompt[:-1] for row, prompt in enumerate(tokens)}))
-    found = session.run_paged(pages.step({row: prompt[-1:] for row, prompt in enumerate(tokens)}))
+    session.run_paged(pages.step({row: prompt[:-2] for row, prompt in enumerate(tokens)}))
+    found = session.run_paged(pages.step({row: prompt[-2:] for row, prompt in enumerate(tokens)}))
     assert [group.size for group in session.ops.attend.paged._groups] == [2, 1, 2]
     check(session, found, tokens)
 
@@ -143,6 +148,25 @@ def test_half_precision_is_as_near_as_in_a_contiguous_cache(tmp_path: Path) -> N
         session.run_paged(pages.step({0: part}))
     found = session.run_paged(pages.step({0: prompt[29:]}))[0].clone()
     assert relative_error(found, logits_after(session, prompt)) < 2e-2  # as bfloat16 against float32
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "fp8"])
+def test_a_quantised_cache_holds_the_same_in_blocks(kv_cache: str) -> None:
+    model = ModelConfig(vocab_size=50, n_positions=64, n_embd=32, n_head=4, n_layer=2, n_kv_head=4, inter_size=48)
+    build = BuildConfig(dtype="float32", max_input_len=40, max_output_len=24, max_batch_size=2, seed=1)
+    build = replace(build, quant=replace(build.quant, kv_cache=kv_cache))
+    weights = dict(engine_tensors(model, build, Mapping(), RandomWeights(model, 1, torch.device("cpu"))))
+    session = TorchSession(model, build, Mapping(), weights)
+    prompt, *singles = random_prompts((19, 1, 1, 1), 50)
+    session.start(1, 40)
+    expected = [session.context([prompt]).clone()]
+    expected += [session.generation(torch.tensor(token)).clone() for token in singles]
+    session.start_paged(64, PER_BLOCK)
+    pages = Pages(64)
+    for tokens, logits in zip((prompt, *singles), expected, strict=True):
+        assert relative_error(session.run_paged(pages.step({0: tokens})), logits) < 1e-5
+    assert session.pool is not None
+    assert session.pool.blocks.dtype == {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kv_cache]
 
 
 def test_a_step_needs_its_pool(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpt.engine import device_load
+from gpt.engine.device_load import read_into_device
 from gpt.engine.tensor_file import map_tensor_file, write_tensor_file
 from gpt.errors import EngineError
 
@@ -92,3 +94,29 @@ def test_nonsense_in_the_header(entry: object, tmp_path: Path) -> None:
 def test_wrong_shape_is_refused_while_writing(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="wrong shape"):
         write_tensor_file(tmp_path / "w", {"a": ("float32", (2,))}, [("a", torch.ones(3))], {}, "test")
+
+
+@pytest.mark.parametrize("piece_bytes", [64, 1000, 1 << 20])
+def test_a_file_is_read_into_a_device_piece_by_piece(
+    piece_bytes: int, tmp_path: Path, kernel_device: torch.device
+) -> None:
+    tensors = write(tmp_path / "w")
+    data = read_into_device(tmp_path / "w", kernel_device, piece_bytes)
+    assert bytes(data.cpu().numpy()) == (tmp_path / "w").read_bytes()
+    viewed, _ = map_tensor_file(tmp_path / "w", data)
+    for name, tensor in tensors.items():
+        assert viewed[name].device.type == kernel_device.type
+        assert torch.equal(viewed[name].cpu(), tensor)
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "w")
+    make = torch.empty
+
+    def cut(*args: object, **options: object) -> torch.Tensor:
+        os.truncate(tmp_path / "w", 700)
+        return make(*args, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(device_load.torch, "empty", cut)
+    with pytest.raises(EngineError, match="ends early"):
+        read_into_device(tmp_path / "w", torch.device("cpu"))

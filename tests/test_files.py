@@ -108,3 +108,23 @@ def test_the_checksum_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
     data = bytes(range(256)) * 20_000  # more than one read
     (tmp_path / "data").write_bytes(data)
     assert file_checksum(tmp_path / "data") == xxhash.xxh3_128_hexdigest(data)
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_text(pipe, "text")
+        assert os.read(reader, 10) == b"text"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert listing(tmp_path) == ["pipe"]
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_text(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "text"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import build_engine, open_session, random_prompts
 
+from gpt.engine.step import PagedStep
 from gpt.errors import ConfigError, GptError
 from gpt.runtime.batcher import generate_paged
 from gpt.runtime.batching_config import BatchingConfig
@@ -131,14 +132,35 @@ def test_virtual_tokens_belong_to_their_task(tmp_path: Path) -> None:
     assert found[0] != found[1]
 
 
-def test_drafts_save_steps_where_text_repeats(session: TorchSession) -> None:
+def test_drafts_save_steps_where_text_repeats(session: TorchSession, monkeypatch: pytest.MonkeyPatch) -> None:
     # A greedy model this small soon goes in circles, which is what the lookup finds.
     prompts = random_prompts((8,), 50)
     settings: dict[str, Any] = {"max_new_tokens": 30, "end_id": None}
     plain = generate_paged(session, prompts, **settings)
+    fed: list[tuple[int, int]] = []
+    run_paged = session.run_paged
+
+    def listen(step: PagedStep) -> torch.Tensor:
+        fed.append((len(step.ids), len(step.wanted)))
+        return run_paged(step)
+
+    monkeypatch.setattr(session, "run_paged", listen)
     drafted = generate_paged(session, prompts, batching=BatchingConfig(max_draft_len=8), **settings)
     assert drafted.tokens == plain.tokens
     assert len(drafted.step_ms) < len(plain.step_ms)
+    # What a right draft left in the cache is not computed again.
+    assert all(num_tokens == num_wanted for num_tokens, num_wanted in fed[1:])
+
+
+def test_a_pool_that_is_there_is_kept(session: TorchSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it has taken the memory that another one would need, and for shorter requests."""
+    settings: dict[str, Any] = {"max_new_tokens": 10, "end_id": None}
+    generate_paged(session, random_prompts((50,), 50), **settings)
+    pool = session.pool
+    monkeypatch.setattr("gpt.runtime.pool_size.available_memory_bytes", lambda: 0)
+    generate_paged(session, random_prompts((50, 9), 50), **settings)
+    generate_paged(session, random_prompts((3,), 50), **settings)
+    assert session.pool is pool
 
 
 def test_requests_that_cannot_be_held(session: TorchSession) -> None:

@@ -152,6 +152,35 @@ def test_long_prompts_come_in_parts_beside_running_ones() -> None:
     assert steps[:5] == [[2, 14], [1, 15], [1, 15], [1, 6], [1]]
 
 
+def test_steps_ahead_take_the_blocks_that_they_need() -> None:
+    waiting, _ = sequences([5, 6], [])
+    waiting[1].max_len = 9
+    scheduler = Scheduler(BlockManager(5, 4), [*waiting, *sequences([3], [])[0]], max_running=3, max_num_tokens=64)
+    for part in scheduler.plan():
+        part.sequence.tokens.append(7)
+        scheduler.blocks.fill(part.sequence.table, part.sequence.tokens, part.num_new)
+    scheduler.finish(scheduler.running[2])
+    parts = scheduler.plan(admit=False)
+    assert [part.is_one_step for part in parts] == [True, True]
+    assert scheduler.look_ahead(parts, 1) == 1
+    assert scheduler.blocks.num_free == 1
+    # Eight steps would need four blocks, of which the second sequence, near its end, takes none.
+    assert scheduler.look_ahead(parts, 8) == 4
+    assert [len(part.sequence.table.blocks) for part in parts] == [3, 2]
+    assert scheduler.look_ahead(parts[1:], 8) == 2
+
+
+def test_nobody_joins_unasked() -> None:
+    waiting, _ = sequences([5, 5], [])
+    scheduler = Scheduler(BlockManager(100, 4), waiting, max_running=2, max_num_tokens=5)
+    (first,) = scheduler.plan()
+    first.sequence.tokens.append(7)
+    scheduler.blocks.fill(first.sequence.table, first.sequence.tokens, 5)
+    assert len(scheduler.plan(admit=False)) == 1
+    scheduler.finish(first.sequence)
+    assert len(scheduler.plan(admit=False)) == 1  # nothing runs: to wait would be for ever
+
+
 def test_a_common_prompt_is_computed_once() -> None:
     prompt = list(range(20))
     waiting = [RunningSequence(index, [*prompt, 100 + index], 40) for index in range(5)]

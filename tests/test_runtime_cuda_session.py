@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,16 @@ from gpt.checkpoint.random_weights import RandomWeights
 from gpt.comm import NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.kv_cache import batch_bucket
+from gpt.engine.step import AheadStep
 from gpt.engine.weights import engine_tensors
 from gpt.kernels.launch import INTERPRETED
 from gpt.mapping import Mapping
 from gpt.quant import dequantize_weight, unpack_int4
+from gpt.runtime.batcher import generate_paged
+from gpt.runtime.batching_config import BatchingConfig
 from gpt.runtime.cuda_session import CudaSession
+from gpt.runtime.generate import generate
+from gpt.runtime.sampling import SamplingConfig
 from gpt.runtime.torch_session import TorchSession
 
 MODEL = ModelConfig(vocab_size=67, n_positions=40, n_embd=32, n_head=4, n_layer=2, n_kv_head=4, inter_size=48)
@@ -97,6 +103,26 @@ def test_logits(name: str, dtype: str, batch: str, kernel_device: torch.device) 
         ids = expected.argmax(-1)
 
 
+@pytest.mark.parametrize("name", ["learned", "rope gated"])
+def test_products_of_large_batches_by_libraries(
+    name: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt.engine.cuda_ops.LIBRARY_ROWS", 2)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a kernel for few rows")
+
+    monkeypatch.setattr("gpt.engine.cuda_ops.skinny", refuse)
+    oracle, session = make_pair(MODELS[name], "float32", kernel_device)
+    prompts = random_prompts(BATCHES["three"], MODEL.vocab_size)
+    ids = begin(oracle, prompts).argmax(-1)
+    begin(session, prompts)
+    for _ in range(2):
+        expected, logits = oracle.generation(ids), session.generation(ids.to(kernel_device)).cpu()
+        assert relative_error(logits, expected) < BOUNDS["float32"]
+        ids = expected.argmax(-1)
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantised_weights(weights: str, batch: str, kernel_device: torch.device) -> None:
@@ -135,7 +161,7 @@ def test_running_ahead_chooses_the_same(lengths: list[int], kernel_device: torch
         begin(session, batch)
     assert isinstance(session, CudaSession)
     num_steps = 3 if INTERPRETED else 10
-    for tokens, largest in session.greedy(first.to(kernel_device), num_steps):
+    for tokens, largest in session.run_ahead(first.to(kernel_device), num_steps):
         logits = oracle.generation(ids)
         ids = logits.argmax(-1)
         assert tokens == ids.tolist()
@@ -161,6 +187,31 @@ def test_sums_can_go_through_another_communicator(kernel_device: torch.device) -
     assert relative_error(logits, expected) < BOUNDS["float32"]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 0}, {"top_k": 5, "temperature": 3.0}, {"top_k": 40, "top_p": 0.7}, {"top_k": 0, "min_p": 0.2}],
+    ids=str,
+)
+def test_running_ahead_draws_what_the_host_would(
+    settings: dict[str, Any], kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle, session = make_pair(MODEL, "float32", kernel_device)
+    monkeypatch.setattr(CudaSession, "generation", None)  # which waits for the host
+    prompts = random_prompts([3, 5, 2], MODEL.vocab_size)
+    num_tokens = 4 if INTERPRETED else 12
+    drawn = [
+        [
+            generate(
+                each, prompts, max_new_tokens=num_tokens, end_id=None, sampling=SamplingConfig(seed=seed, **settings)
+            )
+            for seed in (3, 4)
+        ]
+        for each in (session, oracle)
+    ]
+    assert [run.tokens for run in drawn[0]] == [run.tokens for run in drawn[1]]
+    assert drawn[0][0].tokens != drawn[0][1].tokens
+
+
 def test_a_larger_batch_follows_a_smaller_one(kernel_device: torch.device) -> None:
     """The first one's cache and graphs go, and with them the memory that graphs shared."""
     oracle, session = make_pair(MODEL, "float32", kernel_device)
@@ -169,7 +220,7 @@ def test_a_larger_batch_follows_a_smaller_one(kernel_device: torch.device) -> No
         prompts = random_prompts(lengths, MODEL.vocab_size)
         first = begin(oracle, prompts).argmax(-1)
         begin(session, prompts)
-        tokens = next(session.greedy(first.to(kernel_device), 1))[0]
+        tokens = next(session.run_ahead(first.to(kernel_device), 1))[0]
         assert tokens == oracle.generation(first).argmax(-1).tolist()
 
 
@@ -184,7 +235,7 @@ def test_steps_one_by_one_between_those_run_ahead(kernel_device: torch.device) -
     oracle.generation(given)
     session.generation(given.to(kernel_device))
     ids = given
-    for tokens, _ in session.greedy(given.to(kernel_device), 2):
+    for tokens, _ in session.run_ahead(given.to(kernel_device), 2):
         ids = oracle.generation(ids).argmax(-1)
         assert tokens == ids.tolist()
     expected, logits = oracle.generation(given), session.generation(given.to(kernel_device)).cpu()
@@ -204,12 +255,52 @@ def test_reordered_rows(kernel_device: torch.device) -> None:
     assert relative_error(logits[1], logits[0]) < BOUNDS["float32"]
 
 
+@pytest.mark.parametrize("max_cache_tokens", [None, 20], ids=["enough blocks", "few blocks"])
+def test_sequences_that_join_while_others_run_ahead(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, max_cache_tokens: int | None
+) -> None:
+    """Every prompt's tokens are those of the prompt alone, also where it ends in the middle of the steps ahead."""
+    num_new = 4 if INTERPRETED else 12
+    build = replace(
+        make_build("float32"), paged_kv_cache=True, tokens_per_block=4, use_inflight_batching=True, max_batch_size=2
+    )
+    weights = make_weights(MODEL, build)
+    # Small random weights say the same whatever they read.
+    weights = {name: tensor * 8 if tensor.dim() == 2 else tensor for name, tensor in weights.items()}
+    oracle = TorchSession(MODEL, build, Mapping(), weights)
+    on_device = {name: tensor.to(kernel_device) for name, tensor in weights.items()}
+    session = CudaSession(MODEL, build, Mapping(), on_device, kernel_device)
+    prompts = random_prompts([3, 9, 1, 6], MODEL.vocab_size)
+    free = [generate(oracle, [prompt], max_new_tokens=num_new, end_id=None).tokens[0] for prompt in prompts]
+    end_id = free[0][2]
+    assert len({token for row in free for token in row}) > num_new
+    ahead: list[tuple[int, int]] = []
+    run_ahead = session.run_paged_ahead
+
+    def listen(step: AheadStep) -> Iterator[tuple[list[int], list[float]]]:
+        ahead.append((len(step.ids), step.num_steps))
+        return run_ahead(step)
+
+    monkeypatch.setattr(session, "run_paged_ahead", listen)
+    found = generate_paged(
+        session,
+        prompts,
+        max_new_tokens=num_new,
+        end_id=end_id,
+        batching=BatchingConfig(max_cache_tokens=max_cache_tokens),
+    )
+    assert found.tokens == [row[: row.index(end_id) + 1] if end_id in row else row for row in free]
+    assert max(rows for rows, _ in ahead) == 2
+    assert max(steps for _, steps in ahead) > 1
+    assert len(found.step_ms) >= sum(steps for _, steps in ahead)
+
+
 def test_logits_that_are_no_numbers_reach_the_caller(kernel_device: torch.device) -> None:
     _, session = make_pair(MODEL, "float32", kernel_device)
     assert isinstance(session, CudaSession)
     begin(session, [[1, 2]])
     session.ops.weights["model.wte"][9, 3] = torch.nan  # the tied head: token 9 has no logit
-    (tokens, largest), *_ = session.greedy(torch.tensor([4], device=kernel_device), 1)
+    (tokens, largest), *_ = session.run_ahead(torch.tensor([4], device=kernel_device), 1)
     assert largest[0] != largest[0]
     assert 0 <= tokens[0] < MODEL.vocab_size
 

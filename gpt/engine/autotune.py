@@ -89,13 +89,23 @@ def gemv_candidates(num_columns: int) -> Iterator[gemv.GemvConfig]:
 
 def attention_candidates(shared: bool, head_size: int, num_slots: int) -> Iterator[attention.AttentionConfig]:
     """shared: whether several heads read the same K and V, which then goes to the matrix units."""
-    blocks = (
-        ((16, 1), (16, 2), (32, 2), (32, 4), (64, 4)) if shared else ((32, 1), (64, 1), (64, 2), (128, 4), (256, 8))
-    )
-    for (block_t, num_warps), num_splits in itertools.product(blocks, (1, 2, 4, 8, 16)):
+    # Tokens of a block, warps, blocks on their way, single heads on the matrix units.
+    forms: list[tuple[int, int, int, bool]] = [
+        (16, 1, 1, False),
+        (16, 2, 1, False),
+        (32, 2, 1, False),
+        (32, 4, 1, False),
+        (64, 4, 1, False),
+        (32, 4, 3, False),
+        (64, 4, 3, False),
+    ]
+    if not shared:
+        forms = [(32, 1, 1, False), (64, 1, 1, False), (64, 2, 1, False), (128, 4, 1, False), (256, 8, 1, False)]
+        forms += [(64, 2, 3, False), (32, 1, 4, True), (64, 2, 3, True), (64, 4, 3, True), (128, 4, 2, True)]
+    for (block_t, num_warps, num_stages, matrix), num_splits in itertools.product(forms, (1, 2, 4, 8, 16)):
         per_thread = block_t * head_size // (32 * num_warps)
         if num_splits * block_t <= num_slots and per_thread <= 128:
-            yield attention.AttentionConfig(block_t, num_splits, num_warps)
+            yield attention.AttentionConfig(block_t, num_splits, num_warps, num_stages, matrix)
 
 
 def skinny_candidates(

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from gpt.comm import Communicator, NullCommunicator
 from gpt.config import ModelConfig
 from gpt.engine.kv_cache import KvCache
+from gpt.engine.linear import library_linear, wide_linear
 from gpt.engine.torch_executor import rotary_tables
 from gpt.engine.tuning import Tuning
 from gpt.kernels import int4
@@ -29,6 +30,9 @@ from gpt.kernels.norm import add_norm, embed
 from gpt.kernels.product import Gate, Norm
 from gpt.kernels.skinny import skinny
 from gpt.mapping import Mapping, Split
+
+# From so many rows on, products belong to the libraries: the kernels would fetch each weight once per 64 rows.
+LIBRARY_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,9 @@ class DecodeOps:
             self._gemv(product.input, weight, stream.x, bias=bias, scale=scale, add_to_out=True)
             return
         h = self._input(product.input)
+        if self._takes_library(weight):
+            stream.parts, stream.bias = wide_linear(h, weight)[None], bias
+            return
         skinny_config = self.tuning.skinny(self._batch_size, num_rows, num_columns, splits=True)
         parts = torch.empty(
             (skinny_config.split_k, self._batch_size, num_rows), dtype=torch.float32, device=self.device
@@ -347,6 +354,15 @@ class DecodeOps:
         num_rows, num_columns = _shape(weight)
         if self._batch_size == 1:
             self._gemv(x, weight, out, bias=bias, scale=scale, activation=activation, gate=gate, num_valid=num_valid)
+        elif self._takes_library(weight):
+            h = self._input(x)
+            if num_valid is not None:
+                out.copy_(wide_linear(h, weight))
+                return
+            y = library_linear(h, weight, bias, activation)
+            if gate is not None:
+                y.mul_(library_linear(h, gate.weight, gate.bias, "none"))
+            out.copy_(y)
         else:
             skinny_config = self.tuning.skinny(self._batch_size, num_rows, num_columns, splits=False)
             options: dict[str, Any] = {"bias": bias, "scale": scale, "activation": activation, "gate": gate}
@@ -354,6 +370,10 @@ class DecodeOps:
                 options |= {"tiles": self._make_tiles(num_rows, skinny_config.block_n), "num_valid": num_valid}
             multiply: Any = int4.int4_skinny if weight.dtype == torch.uint8 else skinny
             multiply(self._input(x), weight, out, config=skinny_config, **options)
+
+    def _takes_library(self, weight: torch.Tensor) -> bool:
+        """Libraries choose by the number of rows how they add."""
+        return self._batch_size >= LIBRARY_ROWS and weight.dtype == self.dtype and not self.tuning.batch_invariant
 
     def _gemv(
         self,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gpt.engine.linear import library_linear
 from gpt.engine.torch_executor import TorchOps
 from gpt.kernels.norm import add_norm
 from gpt.kernels.product import Norm
@@ -30,7 +31,7 @@ class PromptOps(TorchOps):
         return y
 
     def linear(self, x: Any, name: str, *, activation: str | None = None, bias: bool = True) -> torch.Tensor:
-        vector = self.weights.get(name + ".bias") if bias else None
-        if name in self.linears or activation != "gelu_tanh" or vector is None or self.dtype == torch.float32:
+        if name in self.linears:
             return super().linear(x, name, activation=activation, bias=bias)
-        return torch._addmm_activation(vector, x, self.weights[name + ".weight"].t(), use_gelu=True)
+        vector = self.weights.get(name + ".bias") if bias else None
+        return library_linear(x, self.weights[name + ".weight"], vector, activation or "none")

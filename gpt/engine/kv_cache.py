@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping as Dict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -68,6 +68,10 @@ class KvCache:
         # Through bytes: PyTorch does not fill FP8 everywhere.
         blocks = torch.zeros((*shape[:-1], shape[-1] * stored.itemsize), dtype=torch.uint8, device=device).view(stored)
         return cls(blocks, scales, attention_dtype(dtype, device))
+
+    def of_sequence(self, row: int) -> KvCache:
+        """The part of a contiguous cache that one sequence has."""
+        return replace(self, blocks=self.blocks[:, :, row : row + 1])
 
     def encode(self, values: torch.Tensor, layer: int, part: int | None = None) -> torch.Tensor:
         """What the cache keeps of K (part 0), of V (part 1), or of both, [N, 2, G, D]."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt.engine.cpu import cpu_has
+from gpt.kernels.product import ACTIVATION_FUNCTIONS
 
 _FEW_ROWS = 8
 
@@ -28,6 +29,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     else:
         y = (weight @ x.t()).t().contiguous()
     return y if bias is None else y.add_(bias)
+
+
+def library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """activation(x @ weight.T + bias) as `linear` has it, with cuBLASLt's own GELU behind a product."""
+    if activation == "gelu_tanh" and bias is not None and x.is_cuda and x.dtype != torch.float32:
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    return ACTIVATION_FUNCTIONS[activation](linear(x, weight, bias))
 
 
 NUM_REFINED = 16

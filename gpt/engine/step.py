@@ -65,4 +65,20 @@ class PagedStep:
     first_row: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class AheadStep:
+    """`num_steps` steps of one token each over a paged cache, in numbers of the host: every sequence appends its token,
+    then the likeliest ones.
+
+    ids, num_past: per sequence, the token to begin with and its position.  ends: the position that a sequence stays at
+    when it comes there; what it says from then on means nothing.  tables: its blocks, enough for the positions before.
+    """
+
+    ids: list[int]
+    num_past: list[int]
+    ends: list[int]
+    tables: list[list[int]]
+    num_steps: int
+
+
 Step = ContextStep | GenerationStep | PagedStep

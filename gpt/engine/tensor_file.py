@@ -81,10 +81,11 @@ def write_tensor_file(
     return digest.hexdigest()
 
 
-def map_tensor_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def map_tensor_file(path: Path, data: torch.Tensor | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file as read-only views of its memory map (CPU), and its metadata.
 
     Nothing is copied: pages are read when a tensor is first used and shared by all processes that map the file.
+    data: the file's bytes elsewhere, uint8 [size], to be viewed in place of the map.
     Raises EngineError for a file that is cut short or is no such file.
     """
     try:
@@ -94,7 +95,8 @@ def map_tensor_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     layout = {name: tensor for name, tensor in header.items() if not name.startswith(_FILLER)}
     if not layout:
         return {}, metadata
-    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    if data is None:
+        data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     result = {}
     for name, tensor in layout.items():
         if tensor.dtype not in _CODES:

@@ -11,6 +11,7 @@ import torch
 from gpt.engine.attention_math import Attend
 from gpt.engine.kv_cache import KEYS, VALUES, KvCache
 from gpt.engine.step import PagedStep
+from gpt.engine.torch_paged_decode import PagedDecode
 
 # What one more call costs, in cached tokens that could be read meanwhile (measured on a CPU, 4 heads of 64).
 _CALL_COSTS_TOKENS = 512
@@ -43,6 +44,7 @@ class PagedAttention:
         self._slots = torch.empty(0)
         self._prompts: list[slice] = []
         self._groups: list[_Group] = []
+        self._decode: PagedDecode | None = None
 
     def begin(self, step: PagedStep, cache: KvCache) -> None:
         self.cache = cache
@@ -50,6 +52,13 @@ class PagedAttention:
         starts = [0, *accumulate(step.num_new)]
         with_past = [row for row, past in enumerate(step.num_past) if past > 0]
         self._prompts = [slice(starts[row], starts[row + 1]) for row, past in enumerate(step.num_past) if past == 0]
+        self._decode = None
+        if cache.blocks.dtype == torch.float32 and cache.blocks.device.type == "cpu":
+            single = [row for row in with_past if step.num_new[row] == 1]
+            with_past = [row for row in with_past if step.num_new[row] > 1]
+            if single:
+                tokens = torch.tensor([starts[row] for row in single])
+                self._decode = PagedDecode(step, single, tokens, cache, self.num_heads)
         self._groups = [
             self._make_group(step, starts, rows)
             for num_new in sorted({step.num_new[row] for row in with_past})
@@ -91,13 +100,19 @@ class PagedAttention:
         """heads [N, H + 2G, D], queries first -> [N, H*D]."""
         blocks = self.cache.blocks[layer]  # [2, num_blocks, G, tokens_per_block, D]
         new = heads[:, self.num_heads :].unflatten(1, (2, self.num_kv_heads))  # [N, 2, G, D]
-        blocks.view(-1, blocks.shape[-1])[self._slots] = self.cache.encode(new, layer).flatten(0, 2)
+        slots, new = blocks.view(-1, blocks.shape[-1]), self.cache.encode(new, layer).flatten(0, 2)
+        if self.cache.scales is not None:
+            slots, new = slots.view(torch.uint8), new.view(torch.uint8)  # PyTorch does not copy FP8 everywhere
+        slots.index_copy_(0, self._slots, new)
         if len(self._groups) == 1 and self._groups[0].tokens is None:
             return self._attend_to_past(self._groups[0], heads, blocks, layer, scale)
         result = heads.new_empty(heads.shape[0], self.num_heads * heads.shape[2])
         for part in self._prompts:
             q, k, v = heads[part].transpose(0, 1)[None].split([self.num_heads, *[self.num_kv_heads] * 2], dim=1)
             result[part] = self.attend(q, k, v, scale, None, causal=True)[0].transpose(0, 1).flatten(1)
+        if self._decode is not None:
+            q = heads[self._decode.tokens, : self.num_heads]
+            result[self._decode.tokens] = self._decode(q, blocks[0], blocks[1], scale)
         for group in self._groups:
             result[group.tokens] = self._attend_to_past(group, heads[group.tokens], blocks, layer, scale)
         return result

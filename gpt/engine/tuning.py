@@ -21,29 +21,33 @@ class Tuning:
     """Launch parameters by shape, for one device; see `gpt.engine.autotune` for how they are found.
 
     gemvs: by (N, K).  skinnies: by (tokens, N, K, 1 where the reader adds partial sums).  attentions: by (B, H, G,
-    slots of the cache).
+    slots of the cache).  batch_invariant: each row's sums have one order, whatever the number of rows and slots.
     """
 
     device: torch.device
     gemvs: dict[tuple[int, ...], gemv.GemvConfig] = field(default_factory=dict)
     skinnies: dict[tuple[int, ...], skinny.SkinnyConfig] = field(default_factory=dict)
     attentions: dict[tuple[int, ...], attention.AttentionConfig] = field(default_factory=dict)
+    batch_invariant: bool = False
 
     def gemv(self, num_rows: int, num_columns: int) -> gemv.GemvConfig:
         return self.gemvs.get((num_rows, num_columns)) or gemv.default_config(num_rows, num_columns, self.device)
 
     def skinny(self, num_tokens: int, num_rows: int, num_columns: int, *, splits: bool) -> skinny.SkinnyConfig:
         """splits: whether the reader can add partial sums."""
-        key = (token_bucket(num_tokens), num_rows, num_columns, int(splits))
-        return self.skinnies.get(key) or skinny.default_config(
-            num_tokens, num_rows, num_columns, self.device, splits=splits
+        bucket = skinny.MAX_BLOCK_M if self.batch_invariant else token_bucket(num_tokens)
+        config = self.skinnies.get((bucket, num_rows, num_columns, int(splits))) or skinny.default_config(
+            bucket if self.batch_invariant else num_tokens, num_rows, num_columns, self.device, splits=splits
         )
+        return dataclasses.replace(config, block_m=bucket) if self.batch_invariant else config
 
     def attention(
         self, batch_size: int, num_heads: int, num_kv_heads: int, num_slots: int
     ) -> attention.AttentionConfig:
         """What was measured for the smallest cache that is no smaller: a session's is as long as its request, the one
         measured as long as the engine allows."""
+        if self.batch_invariant:
+            return attention.invariant_config(num_heads, num_kv_heads)
         key = (batch_size, num_heads, num_kv_heads, num_slots)
         measured = [other for other in self.attentions if other[:3] == key[:3] and other[3] >= num_slots]
         return self.attentions[min(measured)] if measured else attention.default_config(*key, self.device)

@@ -22,9 +22,14 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class AttentionConfig:
+    """num_stages: blocks of the past that are on their way at a time, in shared memory; with 1 the next one, in
+    registers.  matrix: a head that shares its K and V with no other goes to the matrix units too, in a tile of 16."""
+
     block_t: int
     num_splits: int
     num_warps: int
+    num_stages: int = 1
+    matrix: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,13 @@ def _attention_kernel(
     D: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     TOKENS_PER_BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     QUANTIZED: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
     NEXT_CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -86,9 +93,23 @@ def _attention_kernel(
     if QUANTIZED:
         k_scale = tl.load(kv_scale_ptr)
         v_scale = tl.load(kv_scale_ptr + 1)
-    k, v = _load_past(
-        keys_ptr, values_ptr, table_ptr, row, group, begin, end, table_width, G, TOKENS_PER_BLOCK, D, BLOCK_T, BLOCK_D
-    )
+    if STAGES == 1:
+        k, v = _load_past(
+            keys_ptr,
+            values_ptr,
+            table_ptr,
+            row,
+            group,
+            begin,
+            end,
+            table_width,
+            G,
+            TOKENS_PER_BLOCK,
+            ONE_BLOCK,
+            D,
+            BLOCK_T,
+            BLOCK_D,
+        )
     wait_for_inputs(DEPENDENT)
     heads = tl.arange(0, BLOCK_H)
     in_group = heads < heads_per_group
@@ -103,7 +124,7 @@ def _attention_kernel(
         k_new = rotated(new_key, dims, in_head, past, cos_ptr, sin_ptr, ROTARY_DIM)  # [BLOCK_D]
         v_new = tl.load(new_value + dims, mask=in_head, other=0.0).to(tl.float32)
         own = past + tl.zeros((1,), tl.int32)
-        place = _places(table_ptr, row, group, own, past + 1, table_width, G, TOKENS_PER_BLOCK, D)
+        place = _places(table_ptr, row, group, own, past + 1, table_width, G, TOKENS_PER_BLOCK, ONE_BLOCK, D)
         k_stored = stored(k_new, k_scale, keys_ptr.dtype.element_ty, QUANTIZED)
         v_stored = stored(v_new, v_scale, values_ptr.dtype.element_ty, QUANTIZED)
         tl.store(keys_ptr + place + dims, k_stored, mask=in_head)
@@ -118,27 +139,49 @@ def _attention_kernel(
         largest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)
         out = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-    for start in range(begin, end, BLOCK_T):
-        # The next block is on its way while this one is worked on.
-        next_k, next_v = _load_past(
-            keys_ptr,
-            values_ptr,
-            table_ptr,
-            row,
-            group,
-            start + BLOCK_T,
-            end,
-            table_width,
-            G,
-            TOKENS_PER_BLOCK,
-            D,
-            BLOCK_T,
-            BLOCK_D,
-        )
-        inside = (start + tl.arange(0, BLOCK_T) < end)[None, :]
-        largest, total, out = attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H, qkv_ptr)
-        k = next_k
-        v = next_v
+    if STAGES == 1:
+        for start in range(begin, end, BLOCK_T):
+            # The next block is on its way while this one is worked on.
+            next_k, next_v = _load_past(
+                keys_ptr,
+                values_ptr,
+                table_ptr,
+                row,
+                group,
+                start + BLOCK_T,
+                end,
+                table_width,
+                G,
+                TOKENS_PER_BLOCK,
+                ONE_BLOCK,
+                D,
+                BLOCK_T,
+                BLOCK_D,
+            )
+            inside = (start + tl.arange(0, BLOCK_T) < end)[None, :]
+            largest, total, out = attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H, qkv_ptr)
+            k = next_k
+            v = next_v
+    else:
+        for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
+            k, v = _load_past(
+                keys_ptr,
+                values_ptr,
+                table_ptr,
+                row,
+                group,
+                start,
+                end,
+                table_width,
+                G,
+                TOKENS_PER_BLOCK,
+                ONE_BLOCK,
+                D,
+                BLOCK_T,
+                BLOCK_D,
+            )
+            inside = (start + tl.arange(0, BLOCK_T) < end)[None, :]
+            largest, total, out = attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H, qkv_ptr)
     if NUM_SPLITS == 1:
         out = out / total[:, None]
         target = out_ptr + (row * H + group * heads_per_group + heads).to(tl.int64)[:, None] * D + dims[None, :]
@@ -163,6 +206,7 @@ def _load_past(
     table_width,
     G: tl.constexpr,
     TOKENS_PER_BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -170,7 +214,7 @@ def _load_past(
     """K and V of BLOCK_T slots from `start`, zeros from `end`: [BLOCK_T, BLOCK_D] each, as stored."""
     slots = start + tl.arange(0, BLOCK_T)
     dims = tl.arange(0, BLOCK_D)
-    places = _places(table_ptr, row, group, slots, end, table_width, G, TOKENS_PER_BLOCK, D)
+    places = _places(table_ptr, row, group, slots, end, table_width, G, TOKENS_PER_BLOCK, ONE_BLOCK, D)
     inside = (slots < end)[:, None] & (dims < D)[None, :]
     k = tl.load(keys_ptr + places[:, None] + dims[None, :], mask=inside, other=0.0)
     v = tl.load(values_ptr + places[:, None] + dims[None, :], mask=inside, other=0.0)
@@ -187,9 +231,12 @@ def _places(
     table_width,
     G: tl.constexpr,
     TOKENS_PER_BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     D: tl.constexpr,
 ):
     """Where in the cache the slots of a sequence start, in values."""
+    if ONE_BLOCK:
+        return ((tl.load(table_ptr + row).to(tl.int64) * G + group) * TOKENS_PER_BLOCK + slots) * D
     block = tl.load(table_ptr + row * table_width + slots // TOKENS_PER_BLOCK, mask=slots < end, other=0)
     return ((block.to(tl.int64) * G + group) * TOKENS_PER_BLOCK + slots % TOKENS_PER_BLOCK) * D
 
@@ -335,11 +382,13 @@ def decode_attention(
         D=head_size,
         ROTARY_DIM=rotary.cos.shape[1] * 2 if rotary else 0,
         TOKENS_PER_BLOCK=tokens_per_block,
+        ONE_BLOCK=table.shape[1] == 1,
         QUANTIZED=kv_scale is not None,
         NUM_SPLITS=config.num_splits,
-        BLOCK_H=1 if per_group == 1 else max(16, triton.next_power_of_2(per_group)),
+        BLOCK_H=1 if per_group == 1 and not config.matrix else max(16, triton.next_power_of_2(per_group)),
         BLOCK_T=config.block_t,
         BLOCK_D=block_d,
+        STAGES=config.num_stages,
         NEXT_CHUNKS=num_chunks,
         CHUNK=_CHUNK,
         num_warps=config.num_warps,
@@ -379,6 +428,11 @@ def default_config(
     if batch_size > 1 and num_slots <= 1024 and batch_size * num_kv_heads >= num_multiprocessors(device) // 2:
         num_splits = 1  # joining costs a launch of its own
     return AttentionConfig(block_t, num_splits, num_warps)
+
+
+def invariant_config(num_heads: int, num_kv_heads: int) -> AttentionConfig:
+    """One division of the past for all batches: a compromise between many short sequences and a long one."""
+    return AttentionConfig(32, 4, 4) if num_heads > num_kv_heads else AttentionConfig(64, 4, 2)
 
 
 def reference(

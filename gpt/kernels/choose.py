@@ -1,4 +1,4 @@
-"""The last kernel of a greedy decode step: the chosen tokens become the next step's inputs, without the host."""
+"""The last kernel of a decode step: the chosen tokens become the next step's inputs, without the host."""
 
 from __future__ import annotations
 

@@ -339,7 +339,7 @@ def int4_skinny(
     if out.dim() == 3 and (out.shape[0] != config.split_k or not out.is_contiguous()):
         raise ValueError(f"out: found {tuple(out.shape)}, expected {config.split_k} parts, contiguous")
     group = check_int4(x, weight, out[0] if out.dim() == 3 else out, bias, scale, gate)
-    block_m = min(64, max(16, triton.next_power_of_2(num_tokens)))
+    block_m = config.rows_of(num_tokens)
     int4_skinny_kernel[(triton.cdiv(num_rows, config.block_n), config.split_k, triton.cdiv(num_tokens, block_m))](
         x,
         weight,

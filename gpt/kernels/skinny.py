@@ -22,10 +22,13 @@ from gpt.kernels.launch import (
 )
 from gpt.kernels.product import Gate, check_product
 
+MAX_BLOCK_M = 64
+
 
 @dataclass(frozen=True)
 class SkinnyConfig:
-    """weights_first: the weights are the left operand, which the matrix units want 64 rows of; else the tokens."""
+    """weights_first: the weights are the left operand, which the matrix units want 64 rows of; else the tokens.
+    block_m: tokens of a program, 16 to 64; 0 for what the number of tokens suggests."""
 
     block_n: int
     block_k: int
@@ -33,6 +36,11 @@ class SkinnyConfig:
     num_stages: int = 4
     split_k: int = 1
     weights_first: bool = True
+    block_m: int = 0
+
+    def rows_of(self, num_tokens: int) -> int:
+        """Tokens that a program works on."""
+        return self.block_m or min(MAX_BLOCK_M, max(16, triton.next_power_of_2(num_tokens)))
 
 
 @triton.jit
@@ -172,7 +180,7 @@ def skinny(
     if out.dim() == 3 and (out.shape[0] != config.split_k or not out.is_contiguous()):
         raise ValueError(f"out: found {tuple(out.shape)}, expected {config.split_k} parts, contiguous")
     check_product(x, weight, out[0] if out.dim() == 3 else out, bias, scale)
-    block_m = min(64, max(16, triton.next_power_of_2(num_tokens)))
+    block_m = config.rows_of(num_tokens)
     tile_max, tile_argmax = tiles or (out, out)
     grid = (triton.cdiv(num_rows, config.block_n), config.split_k, triton.cdiv(num_tokens, block_m))
     skinny_kernel[grid](

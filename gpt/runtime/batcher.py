@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from gpt.errors import ConfigError
 from gpt.runtime.batching_config import BatchingConfig
 from gpt.runtime.blocks import BlockManager
 from gpt.runtime.generate import Generation, check_request
@@ -12,10 +13,14 @@ from gpt.runtime.paged_rows import Rows
 from gpt.runtime.paged_steps import StepRunner
 from gpt.runtime.pool_size import pool_blocks
 from gpt.runtime.sampling_config import SamplingConfig
-from gpt.runtime.scheduler import Scheduler
+from gpt.runtime.scheduler import RunningSequence, Scheduler
 from gpt.runtime.session import PagedSession
 from gpt.runtime.stopping import Stops
 from gpt.runtime.virtual_tokens import VirtualTokens
+
+# Steps between two looks at what ended and what may join.  A sequence that ends runs on for half as many in the middle,
+# a hundredth of a usual text; planning, which the device waits for, costs as much of a step.
+_STEPS_AHEAD = 8
 
 
 def generate_paged(
@@ -49,8 +54,15 @@ def generate_paged(
     if session.comm.rank == 0:
         check_request(session, prompts, max_new_tokens, virtual)
         longest = max(map(len, prompts)) + max_new_tokens
-        num_blocks = pool_blocks(session.model, session.build, session.device, batching, longest)
+        held = session.num_pool_blocks
+        num_blocks = pool_blocks(session.model, session.build, session.device, batching, longest, held)
         table = None if virtual is None else virtual.table
+        if session.batch_invariant and batching.max_draft_len:
+            raise ConfigError(
+                "drafts are checked by steps of several tokens, which round otherwise than single ones",
+                found=f"--batch_invariant with --max_draft_len {batching.max_draft_len}",
+                allowed="one of the two",
+            )
     num_blocks, table = session.comm.broadcast_object((num_blocks, table))
     session.start_paged(num_blocks, session.build.tokens_per_block)
     steps = StepRunner(session, table)
@@ -73,12 +85,13 @@ def generate_paged(
         on_end=on_end,
     )
     scheduler = Scheduler(
-        BlockManager(num_blocks, session.build.tokens_per_block),
+        BlockManager(num_blocks, session.build.tokens_per_block, sharing=not session.batch_invariant),
         rows.waiting(None if virtual is None else virtual.tasks),
         max_running=session.build.max_batch_size,
         max_num_tokens=session.build.max_num_tokens,
         continuous=session.build.use_inflight_batching,
         draft=rows.draft if batching.max_draft_len else None,
+        independent=session.batch_invariant,
     )
     _run(scheduler, steps, rows)
     steps.end()
@@ -86,16 +99,29 @@ def generate_paged(
 
 
 def _run(scheduler: Scheduler, steps: StepRunner, rows: Rows) -> None:
+    """Steps one by one; where the device can choose tokens itself, prompts' steps take turns with several steps of
+    running sequences that the host only reads."""
     begin = time.perf_counter()
-    while parts := scheduler.plan():
-        logits = steps.run(parts)
-        ended = rows.advance(parts, logits)
+    runs_ahead = steps.runs_ahead and rows.takes_likeliest
+    admit = True
+    while parts := scheduler.plan(admit=admit):
+        num_steps = 1
+        if runs_ahead and all(part.is_one_step for part in parts):
+            num_steps = scheduler.look_ahead(parts, _STEPS_AHEAD)
+        ended: list[RunningSequence] = []
+        if num_steps > 1:
+            for tokens, largest in steps.run_ahead(parts, num_steps):
+                ended += rows.take(parts, tokens, largest)
+                begin = rows.count_time(begin, context=False)
+        else:
+            ended = rows.advance(parts, steps.run(parts))
         for part in parts:
             sequence = part.sequence
             filled = len(sequence.tokens) - 1 if part.reaches_end else sequence.table.num_filled + part.num_new
             scheduler.blocks.fill(sequence.table, sequence.tokens, filled)
         for sequence in ended:
             scheduler.finish(sequence)
-        now = time.perf_counter()
-        rows.count_time((now - begin) * 1e3, context=any(part.num_new > 1 for part in parts))
-        begin = now
+        has_prompts = any(part.num_new > 1 for part in parts)
+        if num_steps == 1:
+            begin = rows.count_time(begin, context=has_prompts)
+        admit = num_steps > 1 or not (runs_ahead and has_prompts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gpt.config import BuildConfig
 from gpt.errors import ConfigError, Problems
 
 MAX_DRAFT_LEN = 64
@@ -33,6 +34,21 @@ class BatchingConfig:
         if not 0 <= self.max_draft_len <= MAX_DRAFT_LEN:
             problems.add(f"--max_draft_len {self.max_draft_len}: allowed are 0 (off) to {MAX_DRAFT_LEN}")
         problems.raise_if_any(ConfigError, "these settings cannot be used")
+
+    def contradictions(self, num_beams: int) -> list[str]:
+        """What goes against a search with so many beams."""
+        if num_beams > 1 and self.max_draft_len > 0:
+            return [f"--max_draft_len {self.max_draft_len} with beams: drafts are checked for one text"]
+        return []
+
+    def check_fits(self, build: BuildConfig) -> None:
+        """Raises ConfigError for settings of a paged cache that the engine does not have."""
+        if self != DEFAULT_BATCHING and not build.paged_kv_cache:
+            raise ConfigError(
+                "the engine has no paged cache",
+                found="--max_draft_len, --kv_cache_free_gpu_memory_fraction or --max_tokens_in_paged_kv_cache",
+                hint="build.py --paged_kv_cache makes one that has",
+            )
 
 
 DEFAULT_BATCHING = BatchingConfig()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as Dict
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -17,13 +17,15 @@ from gpt.console import log
 from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
 from gpt.engine.cuda_prompt_ops import PromptOps
 from gpt.engine.kv_cache import KvCache, batch_bucket, cache_slots
-from gpt.engine.step import PagedStep, Step
+from gpt.engine.step import AheadStep, PagedStep, Step
 from gpt.engine.tuning import Tuning
 from gpt.kernels.choose import choose_greedy
+from gpt.kernels.draw import Filters, draw_tokens
 from gpt.mapping import Mapping
 from gpt.network.gpt import forward
 from gpt.runtime.limits import check_start
 from gpt.runtime.prompt_graphs import PromptGraphs
+from gpt.runtime.sampling import Draws
 from gpt.runtime.torch_session import TorchSession
 from gpt.runtime.virtual_tokens import VirtualTokens
 
@@ -38,18 +40,26 @@ def decodes_with_kernels(build: BuildConfig) -> bool:
 
 
 @dataclass
+class _Recorded:
+    """A step's graph and where it leaves the logits [B, V padded]."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+
+
+@dataclass
 class _Decoder:
-    """A decode step for one batch size: its buffers and, on a GPU, its graph.
+    """A decode step for one batch size: its buffers and, on a GPU, its graphs, one for each way of choosing tokens.
 
     first: [B] int32, the positions at which generating began.  tokens: [T, 2, B] int32: per step since then the chosen
-    tokens and the bits of their logits.  logits: [B, V padded] of the last step.
+    tokens and the bits of the largest logits.  uniforms: [T, B] float64, the random numbers of these steps.
     """
 
     inputs: DecodeInputs
     first: torch.Tensor
     tokens: torch.Tensor
-    logits: torch.Tensor | None = None
-    graph: torch.cuda.CUDAGraph | None = None
+    uniforms: torch.Tensor
+    recorded: dict[Filters | None, _Recorded] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -57,9 +67,10 @@ class _Decoder:
 
 
 class CudaSession(TorchSession):
-    """See gpt.runtime.session.Session and PagedSession; `greedy` decodes without waiting for the host.
+    """See gpt.runtime.session.Session and PagedSession; `run_ahead` decodes without waiting for the host.
 
     graphs: whether steps are captured in CUDA graphs; without, the same kernels are launched one by one.
+    batch_invariant: prompts alone, decode kernels with launch parameters that no batch changes.
     """
 
     _ops_class = PromptOps
@@ -75,20 +86,22 @@ class CudaSession(TorchSession):
         *,
         graphs: bool = True,
         tuning: Tuning | None = None,
+        batch_invariant: bool = False,
     ):
-        super().__init__(model, build, mapping, weights, device, comm)
+        super().__init__(model, build, mapping, weights, device, comm, batch_invariant=batch_invariant)
         self.graphs = graphs and self.device.type == "cuda"
         self._decode_ops = DecodeOps(
             model,
             mapping,
             weights,
-            tuning or Tuning(self.device),
+            replace(tuning or Tuning(self.device), batch_invariant=batch_invariant),
             max_seq_len=build.max_seq_len + cache_slots(1),
             comm=self.comm,
         )
         self._decoders: dict[tuple[str, int], _Decoder] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.graphs else None
-        self._prompts = PromptGraphs(self._forward_whole) if self.graphs else None
+        # Graphs pad prompts, and not from the first time on.
+        self._prompts = PromptGraphs(self._forward_whole) if self.graphs and not batch_invariant else None
         self._active: _Decoder | None = None  # the one that holds the positions of the batch
         self._num_generated = 0  # since it does
         if isinstance(self.comm, NcclCommunicator):
@@ -106,13 +119,13 @@ class CudaSession(TorchSession):
 
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)
-        num_rows = batch_bucket(batch_size)
+        num_blocks = batch_size + 1 if self.batch_invariant else batch_bucket(batch_size)
         num_slots = cache_slots(max_seq_len)
         cache = self.cache
-        if cache is None or cache.num_blocks < num_rows or cache.tokens_per_block < num_slots:
+        if cache is None or cache.num_blocks < num_blocks or cache.tokens_per_block < num_slots:
             self._forget("batch")
             self.cache = None  # the old one is gone before the new one is made
-            self.cache = self._make_cache(num_rows, num_slots)
+            self.cache = self._make_cache(num_blocks, num_slots)
         self._num_best = None
         self._lengths = []
         self._active = None
@@ -141,21 +154,25 @@ class CudaSession(TorchSession):
         self._count_step()
         return logits[: len(self._lengths)]
 
-    def greedy(self, first: torch.Tensor, num_steps: int) -> Iterator[tuple[list[int], list[float]]]:
-        """Appends `first` [B], then each step's likeliest tokens: yields per step the tokens and their logits.
-
-        The device runs a few steps ahead of what has been yielded.  A caller that has enough closes the iterator, which
-        ends the batch: `start` comes next.
-        """
+    def run_ahead(
+        self, first: torch.Tensor, num_steps: int, draws: Draws | None = None
+    ) -> Iterator[tuple[list[int], list[float]]]:
+        """See gpt.runtime.session.RunsAhead.  The device runs a few steps ahead of what has been yielded; after closing
+        the iterator, `start` comes next."""
         decoder = self._batch_decoder()
         num_rows = len(self._lengths)
         decoder.inputs.ids[:num_rows] = first
-        host = torch.empty((num_steps, 2, decoder.num_rows), dtype=torch.int32, pin_memory=self.graphs)
         begin = self._num_generated
+        filters = None
+        if draws is not None:
+            config = draws.config
+            filters = Filters(config.temperature, config.top_k, config.nucleus, config.min_p)
+            decoder.uniforms[begin : begin + num_steps, :num_rows] = draws.uniforms.to(self.device)
+        host = torch.empty((num_steps, 2, decoder.num_rows), dtype=torch.int32, pin_memory=self.graphs)
         done: list[torch.cuda.Event] = []
         for step in range(num_steps + _LEAD):
             if step < num_steps:
-                self._step(decoder)
+                self._step(decoder, filters)
                 host[step].copy_(decoder.tokens[begin + step], non_blocking=True)
                 if self.graphs:
                     done.append(torch.cuda.Event())
@@ -181,6 +198,10 @@ class CudaSession(TorchSession):
             self._forget("paged")
             self._forget("batch")
 
+    @property
+    def num_pool_blocks(self) -> int:
+        return max(0, super().num_pool_blocks - 1)
+
     def run_paged(self, step: PagedStep) -> torch.Tensor:
         """Rows of one token after a past take the decode step, all others PyTorch's."""
         decoding = [num_new == 1 and past > 0 for num_new, past in zip(step.num_new, step.num_past, strict=True)]
@@ -191,44 +212,85 @@ class CudaSession(TorchSession):
         logits = self._decode_rows(step, rows, [starts[row] for row in rows])
         if all(decoding):
             return logits[step.wanted]
-        result = logits.new_empty((len(step.ids), logits.shape[1]))
-        tokens = torch.tensor([starts[row] for row in rows], device=self.device)
-        result[tokens] = logits
         others = [row for row, one in enumerate(decoding) if not one]
         places = [place for row in others for place in range(starts[row], starts[row + 1])]
         picked = torch.tensor(places, device=self.device)
-        wanted = torch.isin(picked, step.wanted).nonzero().flatten()
+        # Lines of the result: from decoded rows, and from tokens of `part`.
+        lines = {token: line for line, token in enumerate(step.wanted.tolist())}
+        decoded = [(lines[starts[row]], index) for index, row in enumerate(rows) if starts[row] in lines]
+        wanted = [(lines[place], index) for index, place in enumerate(places) if place in lines]
+        result = logits.new_empty((len(lines), logits.shape[1]))
+        if decoded:
+            target, source = torch.tensor(decoded, device=self.device).T
+            result[target] = logits[source]
+        target, source = torch.tensor(wanted, dtype=torch.int64, device=self.device).view(-1, 2).T
         part = PagedStep(
             ids=step.ids[picked],
             positions=step.positions[picked],
-            wanted=wanted,
+            wanted=source,
             num_new=tuple(step.num_new[row] for row in others),
             num_past=tuple(step.num_past[row] for row in others),
             block_table=step.block_table[torch.tensor(others, device=self.device)],
             prompt_table=step.prompt_table,
             first_row=None if step.first_row is None else step.first_row[picked],
         )
-        result[picked[wanted]] = super().run_paged(part)
-        return result[step.wanted]
+        result[target] = super().run_paged(part)
+        return result
+
+    def run_paged_ahead(self, step: AheadStep) -> Iterator[tuple[list[int], list[float]]]:
+        num_rows = len(step.ids)
+        decoder = self._paged_decoder(num_rows)
+        inputs = decoder.inputs
+        trash = self._pool().num_blocks - 1
+        width = inputs.table.shape[1]
+        # One copy to the device: tokens, positions, ends, tables.
+        rows = [
+            [token, past, end, *table, *[trash] * (width - len(table))]
+            for token, past, end, table in zip(step.ids, step.num_past, step.ends, step.tables, strict=True)
+        ]
+        rows += [[0, 0, 0, *[trash] * width]] * (decoder.num_rows - num_rows)
+        numbers = torch.tensor(rows, dtype=torch.int32).to(self.device)
+        inputs.ids.copy_(numbers[:, 0])
+        inputs.positions.copy_(numbers[:, 1])
+        decoder.first.copy_(inputs.positions)
+        ends = numbers[:, 2].contiguous()
+        inputs.table.copy_(numbers[:, 3:])
+        host = torch.empty((step.num_steps, 2, decoder.num_rows), dtype=torch.int32, pin_memory=self.graphs)
+        done: list[torch.cuda.Event] = []
+        for number in range(step.num_steps):
+            self._step(decoder)
+            torch.minimum(inputs.positions, ends, out=inputs.positions)
+            host[number].copy_(decoder.tokens[number], non_blocking=True)
+            if self.graphs:
+                done.append(torch.cuda.Event())
+                done[-1].record()
+        for number in range(step.num_steps):
+            if self.graphs:
+                done[number].synchronize()
+            tokens, values = host[number, :, :num_rows]
+            yield tokens.tolist(), values.view(torch.float32).tolist()
 
     def _decode_rows(self, step: PagedStep, rows: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
         """One decode step of these rows of a paged step, whose tokens stand at `tokens`: logits [rows, V]."""
-        pool = self._pool()
-        key = ("paged", batch_bucket(len(rows)))
-        if key not in self._decoders:
-            width = -(-self.build.max_seq_len // pool.tokens_per_block)
-            self._decoders[key] = self._make_decoder(key[1], width, pool)
-        decoder = self._decoders[key]
+        decoder = self._paged_decoder(len(rows))
         inputs, num_rows = decoder.inputs, len(rows)
         picked = torch.tensor(tokens, device=self.device)
         inputs.ids[:num_rows] = step.ids[picked]
         inputs.positions.zero_()
         inputs.positions[:num_rows] = step.positions[picked]
         decoder.first.copy_(inputs.positions)
-        inputs.table.fill_(pool.num_blocks - 1)
+        inputs.table.fill_(self._pool().num_blocks - 1)
         width = min(step.block_table.shape[1], inputs.table.shape[1])
         inputs.table[:num_rows, :width] = step.block_table[torch.tensor(rows, device=self.device), :width]
         return self._step(decoder)[:num_rows]
+
+    def _paged_decoder(self, num_rows: int) -> _Decoder:
+        key = ("paged", self._num_rows(num_rows))
+        if key not in self._decoders:
+            pool = self._pool()
+            width = -(-self.build.max_seq_len // pool.tokens_per_block)
+            self._decoders[key] = self._make_decoder(key[1], width, pool)
+        return self._decoders[key]
 
     def _batch_decoder(self) -> _Decoder:
         """The decoder that goes on with the batch, its positions set."""
@@ -236,11 +298,12 @@ class CudaSession(TorchSession):
             return self._active
         if self.cache is None:
             raise RuntimeError("start comes before context and generation")
-        key = ("batch", batch_bucket(len(self._lengths)))
+        key = ("batch", self._num_rows(len(self._lengths)))
         if key not in self._decoders:
             self._decoders[key] = self._make_decoder(key[1], 1, self.cache)
             rows = torch.arange(key[1], dtype=torch.int32, device=self.device)
-            self._decoders[key].inputs.table.copy_(rows[:, None])
+            # Rows that fill up a batch may share a block, if need be.
+            self._decoders[key].inputs.table.copy_(rows.clamp(max=self.cache.num_blocks - 1)[:, None])
         decoder = self._decoders[key]
         decoder.inputs.positions.zero_()
         decoder.inputs.positions[: len(self._lengths)] = self._positions
@@ -248,13 +311,18 @@ class CudaSession(TorchSession):
         self._active, self._num_generated = decoder, 0
         return decoder
 
+    def _num_rows(self, batch_size: int) -> int:
+        """What a batch is padded to.  Triton's code for one row, and for multiples of 16, is code of its own."""
+        return -(-batch_size // 16) * 16 if self.batch_invariant else batch_bucket(batch_size)
+
     def _make_decoder(self, num_rows: int, table_width: int, cache: KvCache) -> _Decoder:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=self.device)
 
         inputs = DecodeInputs(zeros(num_rows), zeros(num_rows), zeros(num_rows, table_width), cache)
         # One row more than positions: the device may be a few steps ahead of the last one.
-        return _Decoder(inputs, zeros(num_rows), zeros(table_width * cache.tokens_per_block + 1, 2, num_rows))
+        num_steps = table_width * cache.tokens_per_block + 1
+        return _Decoder(inputs, zeros(num_rows), zeros(num_steps, 2, num_rows), zeros(num_steps, num_rows).double())
 
     def _forget(self, kind: str) -> None:
         """Graphs hold the addresses of a cache that is about to go."""
@@ -271,37 +339,41 @@ class CudaSession(TorchSession):
         self._lengths = [length + 1 for length in self._lengths]
         self._beginnings.grow()
 
-    def _step(self, decoder: _Decoder) -> torch.Tensor:
-        """The logits [B, V] that follow the decoder's inputs, which move on to the likeliest tokens."""
+    def _step(self, decoder: _Decoder, filters: Filters | None = None) -> torch.Tensor:
+        """The logits [B, V] that follow the decoder's inputs, which move on to the likeliest or the drawn tokens."""
         with torch.inference_mode():
             if not self.graphs:
-                return self._launch(decoder)[:, : self.model.vocab_size]
-            if decoder.graph is None:
-                decoder.graph = self._capture(decoder)
-            decoder.graph.replay()
-            if decoder.logits is None:
-                raise RuntimeError("a graph without a result")
-            return decoder.logits[:, : self.model.vocab_size]
+                return self._launch(decoder, filters)[:, : self.model.vocab_size]
+            if filters not in decoder.recorded:
+                decoder.recorded[filters] = self._capture(decoder, filters)
+            recorded = decoder.recorded[filters]
+            recorded.graph.replay()
+            return recorded.logits[:, : self.model.vocab_size]
 
-    def _launch(self, decoder: _Decoder) -> torch.Tensor:
-        ops = self._decode_ops
-        ops.begin(decoder.inputs)
+    def _launch(self, decoder: _Decoder, filters: Filters | None) -> torch.Tensor:
+        ops, inputs = self._decode_ops, decoder.inputs
+        ops.begin(inputs)
         logits = ops.value(forward(ops, self.model, self.mapping))
-        tiles = ops.tiles
-        if tiles is None or self.mapping.world_size > 1:
-            best = logits[:, : self.model.vocab_size].max(dim=-1, keepdim=True)
-            tiles = (best.values, best.indices.to(torch.int32))
-        choose_greedy(tiles, decoder.inputs.ids, decoder.inputs.positions, decoder.first, decoder.tokens)
+        tiles, shown = ops.tiles, logits[:, : self.model.vocab_size]
+        if self.mapping.world_size > 1:
+            tiles = None  # of this rank's logits only
+        if filters is not None:
+            tile_max = None if tiles is None else tiles[0]
+            tiles = draw_tokens(shown, filters, decoder.uniforms, inputs.positions, decoder.first, tile_max)
+        elif tiles is None:
+            best = shown.max(dim=-1, keepdim=True)
+            tiles = best.values, best.indices.to(torch.int32)
+        choose_greedy(tiles, inputs.ids, inputs.positions, decoder.first, decoder.tokens)
         return logits
 
-    def _capture(self, decoder: _Decoder) -> torch.cuda.CUDAGraph:
+    def _capture(self, decoder: _Decoder, filters: Filters | None) -> _Recorded:
         """Runs the step once to have its kernels compiled, puts the inputs back, and records it."""
         begin = time.perf_counter()
         saved = decoder.inputs.ids.clone(), decoder.inputs.positions.clone()
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self._launch(decoder)
+            self._launch(decoder, filters)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         decoder.inputs.ids.copy_(saved[0])
         decoder.inputs.positions.copy_(saved[1])
@@ -309,7 +381,7 @@ class CudaSession(TorchSession):
         compiled = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._graph_memory):
-            decoder.logits = self._launch(decoder)
+            logits = self._launch(decoder, filters)
         now = time.perf_counter()
         log.debug(
             "Decode step of %d sequences captured in %.2f s, %.2f s of it compiling and the first run",
@@ -317,4 +389,4 @@ class CudaSession(TorchSession):
             now - begin,
             compiled - begin,
         )
-        return graph
+        return _Recorded(graph, logits)

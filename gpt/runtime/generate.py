@@ -91,7 +91,7 @@ def generate(
     result = Generation(tokens=rows.tokens)
     if num_top_logprobs is not None:
         result.logprobs = [[] for _ in prompts]
-    needs_logits = sampler is not None or num_top_logprobs is not None
+    runs_ahead = num_top_logprobs is None and (sampling is None or sampling.is_memoryless)
     ahead: Iterator[tuple[list[int], list[float]]] | None = None
     chosen = torch.empty(0)
     begin = time.perf_counter()
@@ -117,8 +117,9 @@ def generate(
             for row in ended:
                 sampler.close(row)
         now = time.perf_counter()
-        if step == 0 and max_new_tokens > 1 and isinstance(session, RunsAhead) and not needs_logits:
-            ahead = session.greedy(chosen, max_new_tokens - 1)
+        if step == 0 and max_new_tokens > 1 and isinstance(session, RunsAhead) and runs_ahead:
+            draws = None if sampler is None else sampler.draws_ahead(max_new_tokens - 1)
+            ahead = session.run_ahead(chosen, max_new_tokens - 1, draws)
         if step == 0:
             result.context_ms = (now - begin) * 1e3
         else:

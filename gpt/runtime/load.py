@@ -10,24 +10,30 @@ from gpt.checkpoint.random_weights import RandomWeights
 from gpt.comm import Communicator
 from gpt.console import human_bytes, log
 from gpt.dtypes import dtype_name
+from gpt.engine.device_load import read_into_device
 from gpt.engine.folder import EngineInfo
 from gpt.engine.tensor_file import map_tensor_file
 from gpt.engine.weights import engine_layout, engine_tensors
 from gpt.errors import ConfigError, EngineError
 from gpt.mapping import Mapping
+from gpt.runtime.execution import DEFAULT_EXECUTION, Execution
 from gpt.runtime.ranks import join_ranks, place_on_gpu
 from gpt.runtime.session import Session
 from gpt.runtime.torch_session import TorchSession
 
 
-def load_session(info: EngineInfo, device: str = "auto", *, cuda_graphs: bool = True) -> Session:
+def load_session(info: EngineInfo, device: str = "auto", execution: Execution = DEFAULT_EXECUTION) -> Session:
     """Loads this process's rank of an engine on `device`: auto, cpu, cuda or, for an engine of one rank, cuda:N.
 
-    cuda_graphs: off, a GPU's decode steps are launched kernel by kernel.
-
-    Raises ConfigError for a device that is not there and for a launch of another number of ranks than the engine's,
-    EngineError for an engine that cannot be loaded.
+    Raises ConfigError for a device that is not there, for a launch of another number of ranks than the engine's and for
+    what its backend cannot honour, EngineError for an engine that cannot be loaded.
     """
+    if execution.batch_invariant and info.backend != "torch":
+        raise ConfigError(
+            "--batch_invariant needs kernels whose sums are known",
+            found=f"a {info.backend} engine",
+            hint="build.py without --backend tensorrt",
+        )
     ranks = join_ranks(info)
     mapping = Mapping.of_build(info.build, ranks.rank)
     begin = time.perf_counter()
@@ -40,10 +46,19 @@ def load_session(info: EngineInfo, device: str = "auto", *, cuda_graphs: bool = 
         from gpt.runtime.trt_session import TrtSession
 
         path = info.engine_path(mapping.rank)
-        session = TrtSession.from_plan(path, info.model, info.build, mapping, target, library=info.library, comm=ranks)
+        session = TrtSession.from_plan(
+            path,
+            info.model,
+            info.build,
+            mapping,
+            target,
+            library=info.library,
+            comm=ranks,
+            graphs=execution.cuda_graphs,
+        )
     else:
         weights = load_torch_weights(info, mapping, target)
-        session = _torch_session(info, mapping, weights, target, ranks, cuda_graphs)
+        session = _torch_session(info, mapping, weights, target, ranks, execution)
     log.info("Engine loaded: %s on %s, %.2f s", info.describe(), session.device, time.perf_counter() - begin)
     return session
 
@@ -54,18 +69,31 @@ def _torch_session(
     weights: dict[str, torch.Tensor],
     device: torch.device,
     comm: Communicator,
-    cuda_graphs: bool,
+    execution: Execution,
 ) -> Session:
     if device.type == "cuda":
         from gpt.engine.tuning import Tuning, tuning_path
         from gpt.runtime.cuda_session import CudaSession, decodes_with_kernels  # Triton comes with PyTorch for CUDA
 
-        if decodes_with_kernels(info.build):
-            tuning = Tuning.load(tuning_path(info.folder, device), device)
+        # How several ranks add depends on the size of what they add: there, each sequence is alone.
+        alone = execution.batch_invariant and mapping.world_size > 1
+        if decodes_with_kernels(info.build) and not alone:
             return CudaSession(
-                info.model, info.build, mapping, weights, device, comm, graphs=cuda_graphs, tuning=tuning
+                info.model,
+                info.build,
+                mapping,
+                weights,
+                device,
+                comm,
+                graphs=execution.cuda_graphs,
+                tuning=Tuning.load(tuning_path(info.folder, device), device),
+                batch_invariant=execution.batch_invariant,
             )
-    return TorchSession(info.model, info.build, mapping, weights, device, comm)
+    if not execution.cuda_graphs:
+        log.warning("--no_cuda_graphs has no effect: this engine's steps on %s are not recorded anyway", device)
+    return TorchSession(
+        info.model, info.build, mapping, weights, device, comm, batch_invariant=execution.batch_invariant
+    )
 
 
 def device_of_rank(device: torch.device, ranks: Communicator) -> torch.device:
@@ -105,7 +133,7 @@ def load_torch_weights(info: EngineInfo, mapping: Mapping, device: torch.device)
         )
     if device.type == "cpu":
         return weights
-    needed = sum(tensor.nbytes for tensor in weights.values())
+    needed = path.stat().st_size
     free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
         raise ConfigError(
@@ -113,7 +141,7 @@ def load_torch_weights(info: EngineInfo, mapping: Mapping, device: torch.device)
             found=f"{human_bytes(needed)} of weights, {human_bytes(free)} free",
             hint="free the card, choose another --device, or use --device cpu",
         )
-    return {name: tensor.to(device) for name, tensor in weights.items()}
+    return map_tensor_file(path, read_into_device(path, device))[0]
 
 
 def pick_device(device: str) -> torch.device:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,11 @@ class Rows:
                 row, list(prompt), len(prompt) + self._max_new_tokens, None if tasks is None else tasks[row]
             )
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether a token is the one with the largest logit, and nothing else about the logits is asked for."""
+        return self._sampler is None and self._num_top_logprobs is None and self._max_draft_len == 0
+
     def draft(self, sequence: RunningSequence, room: int) -> tuple[int, ...]:
         return self._states[sequence.index].lookup.propose(sequence.tokens, room)
 
@@ -84,7 +90,7 @@ class Rows:
         A draft's next token counts only where the one before it was chosen.
         """
         values, likeliest = logits.max(dim=-1)
-        oldest = max((len(self.result.tokens[part.sequence.index]) for part in parts if part.reaches_end), default=0)
+        oldest = self._oldest(part.sequence for part in parts if part.reaches_end)
         check_finite(values.tolist(), oldest)  # waits for the device
         greedy = likeliest.tolist() if self._sampler is None else []
         ended: list[RunningSequence] = []
@@ -112,6 +118,24 @@ class Rows:
         for sequence in ended:
             self._close(sequence.index)
         return ended
+
+    def take(self, parts: Sequence[Part], tokens: Sequence[int], largest: Sequence[float]) -> list[RunningSequence]:
+        """One token of each part, chosen by the device, with its logit; those of sequences that have ended do not
+        count.  Returns the sequences that end with it."""
+        going = [
+            (part.sequence, token, value)
+            for part, token, value in zip(parts, tokens, largest, strict=True)
+            if part.sequence.index in self._states
+        ]
+        check_finite([value for _, _, value in going], self._oldest(sequence for sequence, _, _ in going))
+        ended = [sequence for sequence, token, _ in going if self._add(sequence, token)]
+        for sequence in ended:
+            self._close(sequence.index)
+        return ended
+
+    def _oldest(self, sequences: Iterable[RunningSequence]) -> int:
+        """New tokens of the one that has most."""
+        return max((len(self.result.tokens[sequence.index]) for sequence in sequences), default=0)
 
     def _choose(
         self, logits: torch.Tensor, lines: list[int], greedy: Sequence[int], rows: Sequence[int]
@@ -148,8 +172,11 @@ class Rows:
         if self._on_end is not None:
             self._on_end(row)
 
-    def count_time(self, milliseconds: float, *, context: bool) -> None:
+    def count_time(self, begin: float, *, context: bool) -> float:
+        """Of a step that began at `begin` on time.perf_counter and ends now, which is returned."""
+        now = time.perf_counter()
         if context:
-            self.result.context_ms += milliseconds
+            self.result.context_ms += (now - begin) * 1e3
         else:
-            self.result.step_ms.append(milliseconds)
+            self.result.step_ms.append((now - begin) * 1e3)
+        return now

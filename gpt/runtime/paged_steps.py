@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
 import torch
 
 from gpt.dtypes import torch_dtype
-from gpt.engine.step import PagedStep
+from gpt.engine.step import AheadStep, PagedStep
 from gpt.runtime.scheduler import Part
-from gpt.runtime.session import PagedSession
+from gpt.runtime.session import PagedRunsAhead, PagedSession
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,40 @@ class StepRunner:
         self._comm.broadcast_object(work)
         return self._compute(work)
 
+    @property
+    def runs_ahead(self) -> bool:
+        return isinstance(self._session, PagedRunsAhead)
+
+    def run_ahead(self, parts: Sequence[Part], num_steps: int) -> Iterator[tuple[list[int], list[float]]]:
+        """Sequences that are generating go on by themselves: per step their tokens and the tokens' logits.  All steps
+        have to be taken from it."""
+        sequences = [part.sequence for part in parts]
+        work = AheadStep(
+            ids=[sequence.tokens[-1] for sequence in sequences],
+            num_past=[sequence.table.num_filled for sequence in sequences],
+            ends=[sequence.max_len - 1 for sequence in sequences],
+            tables=[sequence.table.blocks for sequence in sequences],
+            num_steps=num_steps,
+        )
+        self._comm.broadcast_object(work)
+        return self._compute_ahead(work)
+
     def end(self) -> None:
         self._comm.broadcast_object(None)
 
     def follow(self) -> None:
         while (work := self._comm.broadcast_object(None)) is not None:
-            self._compute(work)
+            if isinstance(work, AheadStep):
+                list(self._compute_ahead(work))
+            else:
+                self._compute(work)
+
+    def _compute_ahead(self, work: AheadStep) -> Iterator[tuple[list[int], list[float]]]:
+        if not isinstance(self._session, PagedRunsAhead):
+            raise TypeError(f"{type(self._session).__name__} does not run ahead")
+        self._comm.stage = f"steps from {self._num_done} on"
+        self._num_done += work.num_steps
+        return self._session.run_paged_ahead(work)
 
     def _compute(self, work: _Work) -> torch.Tensor:
         self._comm.stage = f"step {self._num_done}"

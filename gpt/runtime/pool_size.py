@@ -14,9 +14,16 @@ from gpt.runtime.batching_config import BatchingConfig
 
 
 def pool_blocks(
-    model: ModelConfig, build: BuildConfig, device: torch.device, config: BatchingConfig, longest: int
+    model: ModelConfig,
+    build: BuildConfig,
+    device: torch.device,
+    config: BatchingConfig,
+    longest: int,
+    num_held: int = 0,
 ) -> int:
     """As many blocks as a full batch of sequences of `longest` tokens needs, less where memory or `config` says so.
+
+    num_held: of the pool that is there already, whose memory is not free and need not be.
 
     Raises ConfigError where not even one such sequence would fit.
     """
@@ -29,8 +36,10 @@ def pool_blocks(
         limit = f"--max_tokens_in_paged_kv_cache {config.max_cache_tokens}"
     block_bytes = build.kv_cache_bytes(model, 1, per_block)
     free = _free_bytes(device)
-    if free is not None and free * config.free_memory_fraction < num_blocks * block_bytes:
-        num_blocks = int(free * config.free_memory_fraction / block_bytes)
+    if free is not None:
+        free += num_held * block_bytes
+    if free is not None and num_held < num_blocks > free * config.free_memory_fraction / block_bytes:
+        num_blocks = max(num_held, int(free * config.free_memory_fraction / block_bytes))
         limit = f"{config.free_memory_fraction:g} of {human_bytes(free)} of free memory"
     if num_blocks < per_sequence:
         raise ConfigError(

@@ -8,14 +8,25 @@ the draw.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from gpt.errors import GptError
 from gpt.runtime.sampling_config import SamplingConfig
 from gpt.runtime.sequence_memory import BadWords, SequenceMemory
 
-__all__ = ["Sampler", "SamplingConfig"]
+__all__ = ["Draws", "Sampler", "SamplingConfig"]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What a device needs to draw tokens by itself, where what came before changes nothing: the settings, and the
+    random numbers [T, B] float64 in [0, 1) of T steps to come.  See gpt.kernels.draw."""
+
+    config: SamplingConfig
+    uniforms: torch.Tensor
 
 
 class Sampler:
@@ -96,8 +107,8 @@ class Sampler:
             chosen = scores.argmax(dim=-1)
         else:
             memories = self._memories(rows)
-            uniforms = torch.tensor([0.0 if row is None else row.uniform() for row in memories], dtype=torch.float64)
-            chosen = draw(scores, uniforms.to(scores.device))
+            uniforms = np.array([0.0 if row is None else row.uniforms(1)[0] for row in memories])
+            chosen = draw(scores, torch.from_numpy(uniforms).to(scores.device))
         self.append(chosen, rows)
         return chosen
 
@@ -116,17 +127,12 @@ class Sampler:
             counts = _rows_of(self._counts, rows, len(scores))
             scores = scores - (config.presence_penalty * (counts > 0) + config.frequency_penalty * counts)
         scores = self._block(scores, rows, may_block_all)
-        if config.is_greedy:
-            return scores
-        if config.temperature != 1:
-            scores = scores / config.temperature
-        if config.top_k > 0:
-            scores = keep_top_k(scores, config.top_k)
-        if config.nucleus < 1:
-            scores = keep_top_p(scores, config.nucleus)
-        if config.min_p > 0:
-            scores = keep_min_p(scores, config.min_p)
-        return scores
+        return scores if config.is_greedy else keep_likely(scores, config)
+
+    def draws_ahead(self, num_steps: int) -> Draws:
+        """The next random numbers of all rows, for settings that are memoryless; `choose` is not called any more."""
+        streams = [np.zeros(num_steps) if row is None else row.uniforms(num_steps) for row in self._rows]
+        return Draws(self.config, torch.from_numpy(np.stack(streams, axis=1)))
 
     def append(self, chosen: torch.Tensor, rows: Sequence[int] | None = None) -> None:
         """Counts ids [K] as generated."""
@@ -183,6 +189,19 @@ def _with_room(table: torch.Tensor, row: int) -> torch.Tensor:
     if row < len(table):
         return table
     return torch.cat([table, table.new_zeros(max(1, len(table)), table.shape[1])])
+
+
+def keep_likely(scores: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
+    """Scores [B, V] over the temperature, minus infinity for what the filters leave out."""
+    if config.temperature != 1:
+        scores = scores / config.temperature
+    if config.top_k > 0:
+        scores = keep_top_k(scores, config.top_k)
+    if config.nucleus < 1:
+        scores = keep_top_p(scores, config.nucleus)
+    if config.min_p > 0:
+        scores = keep_min_p(scores, config.min_p)
+    return scores
 
 
 def keep_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:

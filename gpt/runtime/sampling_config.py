@@ -82,17 +82,16 @@ class SamplingConfig:
         return self.is_greedy and self == SamplingConfig(top_p=self.top_p, seed=self.seed)
 
     @property
+    def is_memoryless(self) -> bool:
+        """Whether what came before changes nothing in the choice of a token."""
+        settings = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_length", "no_repeat_ngram_size")
+        return not self.bad_words and all(getattr(self, name) == getattr(SamplingConfig, name) for name in settings)
+
+    @property
     def num_candidates(self) -> int | None:
         """How many of the likeliest tokens can be chosen, None where what came before may change their order or none is
         excluded."""
-        settings = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_length", "no_repeat_ngram_size")
-        if (
-            self.top_k == 0
-            or self.bad_words
-            or any(getattr(self, name) != getattr(SamplingConfig, name) for name in settings)
-        ):
-            return None
-        return self.top_k
+        return self.top_k if self.top_k > 0 and self.is_memoryless else None
 
     @property
     def nucleus(self) -> float:

@@ -9,7 +9,7 @@ run out, the youngest sequence gives its own back and is computed again later.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from gpt.runtime.blocks import BlockManager, Table
@@ -38,19 +38,27 @@ class RunningSequence:
         """Tokens whose K and V are not in the cache; one where the sequence is generating."""
         return len(self.tokens) - self.table.num_filled
 
+    def slots_after(self, num_steps: int) -> int:
+        """Slots with K and V after so many steps of one token; the last token's are never needed."""
+        return min(len(self.tokens) - 1 + num_steps, self.max_len - 1)
+
 
 @dataclass(frozen=True)
 class Part:
-    """What one sequence feeds in a step: `num_new` of its tokens from table.num_filled on, then `draft`."""
+    """What one sequence feeds in a step: `num_new` of its tokens from table.num_filled on, then `draft`.
+
+    reaches_end: whether these are all that it has, so that the step's logits continue it.
+    """
 
     sequence: RunningSequence
     num_new: int
+    reaches_end: bool
     draft: tuple[int, ...] = ()
 
     @property
-    def reaches_end(self) -> bool:
-        """Whether the step's logits continue the sequence."""
-        return self.num_new == self.sequence.num_missing
+    def is_one_step(self) -> bool:
+        """Whether it is the last token of a sequence that is generating, and nothing else."""
+        return self.reaches_end and self.num_new == 1 and not self.draft and self.sequence.table.num_filled > 0
 
 
 class Scheduler:
@@ -58,7 +66,9 @@ class Scheduler:
 
     waiting: sequences in the order in which they shall start; read as there is room.  max_running: sequences at a time.
     max_num_tokens: of a step.  continuous: whether sequences join before all running ones have ended.  draft: proposes
-    up to so many tokens that may come next.
+    up to so many tokens that may come next.  independent: how a sequence is divided into steps does not depend on
+    others: prompts take as much of a step as if they were alone, and room for all of a sequence is kept from the start,
+    so that none is sent away and computed again.
     """
 
     def __init__(
@@ -70,6 +80,7 @@ class Scheduler:
         max_num_tokens: int,
         continuous: bool = True,
         draft: Callable[[RunningSequence, int], tuple[int, ...]] | None = None,
+        independent: bool = False,
     ):
         self.blocks = blocks
         self.running: list[RunningSequence] = []
@@ -80,11 +91,13 @@ class Scheduler:
         self._max_num_tokens = max_num_tokens
         self._continuous = continuous
         self._draft = draft
+        self._independent = independent
 
-    def plan(self) -> list[Part]:
-        """The next step's parts; none where all sequences have ended."""
+    def plan(self, *, admit: bool = True) -> list[Part]:
+        """The next step's parts; none where all sequences have ended.  admit: whether sequences may join those that
+        run."""
         self.blocks.begin_plan()
-        admits = self._continuous or not self.running
+        admits = (admit and self._continuous) or not self.running
         parts: list[Part] = []
         budget = self._max_num_tokens
         for sequence in sorted(self.running, key=lambda sequence: sequence.num_missing > 1):  # tokens before prompts
@@ -94,6 +107,19 @@ class Scheduler:
             self._admit(budget, parts)
         return [part for part in parts if part.sequence.running]
 
+    def look_ahead(self, parts: Sequence[Part], num_steps: int) -> int:
+        """For how many steps, at most `num_steps`, these sequences can go on by themselves, token by token: as long as
+        one of them has room and the pool has blocks, which they get."""
+        num_steps = min(num_steps, max(part.sequence.max_len - len(part.sequence.tokens) for part in parts))
+        while num_steps > 1:
+            needed = [(part.sequence.table, part.sequence.slots_after(num_steps)) for part in parts]
+            if sum(self.blocks.num_missing(*each) for each in needed) <= self.blocks.num_free:
+                for table, num_slots in needed:
+                    self.blocks.grow(table, num_slots)
+                break
+            num_steps //= 2
+        return num_steps
+
     def finish(self, sequence: RunningSequence) -> None:
         """Called for a sequence that has ended."""
         sequence.running = False
@@ -102,10 +128,11 @@ class Scheduler:
 
     def _schedule(self, sequence: RunningSequence, budget: int, parts: list[Part]) -> int:
         """Adds a running sequence's part, and returns its tokens; gives up the youngest for it if need be."""
-        num_new = min(sequence.num_missing, budget)
+        num_missing = sequence.num_missing
+        num_new = min(num_missing, self._max_num_tokens if self._independent else budget)
         num_slots = sequence.table.num_filled + num_new
         draft: tuple[int, ...] = ()
-        if self._draft is not None and num_new == sequence.num_missing:
+        if self._draft is not None and num_new == num_missing:
             room = min(budget - num_new, sequence.max_len - len(sequence.tokens) - 1)
             draft = self._draft(sequence, room) if room > 0 else ()
             if not self.blocks.grow(sequence.table, num_slots + len(draft)):
@@ -115,7 +142,7 @@ class Scheduler:
             if not sequence.running:
                 return 0
         self.blocks.announce(sequence.table, sequence.tokens, num_slots)
-        parts.append(Part(sequence, num_new, draft))
+        parts.append(Part(sequence, num_new, num_new == num_missing, draft))
         return num_new + len(draft)
 
     def _preempt(self, sequence: RunningSequence) -> None:
@@ -135,10 +162,13 @@ class Scheduler:
                 passed.append(sequence)
                 continue
             # Room for one more token, so that a sequence does not come only to be sent away in the next step.
-            if self.blocks.num_missing(table, min(len(sequence.tokens) + 1, sequence.max_len)) > self.blocks.num_free:
+            wanted = sequence.max_len if self._independent else min(len(sequence.tokens) + 1, sequence.max_len)
+            if self.blocks.num_missing(table, wanted) > self.blocks.num_free:
                 self.blocks.close(table)
                 passed.append(sequence)
                 break
+            if self._independent:
+                self.blocks.grow(table, wanted)
             sequence.table, sequence.running = table, True
             self.running.append(sequence)
             budget -= self._schedule(sequence, budget, parts)

@@ -33,9 +33,9 @@ class SequenceMemory:
         words = self._bad_words.blocked(self._last)
         return words if self._ngrams is None else words | self._ngrams.blocked()
 
-    def uniform(self) -> float:
-        """The stream's next number, in [0, 1)."""
-        return self._stream.random() if self._stream is not None else 0.0
+    def uniforms(self, count: int) -> np.ndarray:
+        """The stream's next numbers in [0, 1), [count] float64."""
+        return np.zeros(count) if self._stream is None else self._stream.random(count)
 
     def copy(self) -> SequenceMemory:
         """A sequence of its own that has the same past."""

@@ -11,7 +11,8 @@ from gpt.config import BuildConfig, ModelConfig
 if TYPE_CHECKING:
     import torch
 
-    from gpt.engine.step import PagedStep
+    from gpt.engine.step import AheadStep, PagedStep
+    from gpt.runtime.sampling import Draws
     from gpt.runtime.virtual_tokens import VirtualTokens
 
 
@@ -62,11 +63,13 @@ class Session(Protocol):
 
 @runtime_checkable
 class RunsAhead(Protocol):
-    """A session whose device chooses the likeliest tokens itself and does not wait for the host to see them."""
+    """A session whose device chooses tokens itself and does not wait for the host to see them."""
 
-    def greedy(self, first: torch.Tensor, num_steps: int) -> Iterator[tuple[list[int], list[float]]]:
-        """Appends `first` [B], then each step's likeliest tokens: yields per step the tokens and their logits.
-        Closing the iterator ends the batch."""
+    def run_ahead(
+        self, first: torch.Tensor, num_steps: int, draws: Draws | None = None
+    ) -> Iterator[tuple[list[int], list[float]]]:
+        """Appends `first` [B], then each step's choice, the likeliest tokens or what `draws` draws: yields per step the
+        tokens and the largest logits.  Closing the iterator ends the batch."""
         ...
 
 
@@ -74,12 +77,29 @@ class PagedSession(Session, Protocol):
     """A session that has a pool of cache blocks as well: sequences come and go, each step names their blocks.
 
     Who schedules decides which block belongs to whom (`gpt.runtime.blocks`).  Logits are valid until the next step.
+    batch_invariant: see gpt.runtime.execution; a sequence's tokens are then divided into steps as if it were alone.
     """
 
+    batch_invariant: bool
+
     def start_paged(self, num_blocks: int, tokens_per_block: int) -> None:
-        """Makes the pool.  One of the same size is kept with what it holds."""
+        """Makes the pool.  One with as many blocks or more is kept."""
+        ...
+
+    @property
+    def num_pool_blocks(self) -> int:
+        """Of the pool that there is, 0 before the first `start_paged`."""
         ...
 
     def run_paged(self, step: PagedStep) -> torch.Tensor:
         """Writes the new tokens' K and V to their blocks: the logits [K, V] float32 of the wanted tokens."""
+        ...
+
+
+@runtime_checkable
+class PagedRunsAhead(Protocol):
+    """A paged session whose device chooses the likeliest tokens itself for several steps."""
+
+    def run_paged_ahead(self, step: AheadStep) -> Iterator[tuple[list[int], list[float]]]:
+        """Yields per step the chosen tokens and their logits, which the device need not wait for."""
         ...

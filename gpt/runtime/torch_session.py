@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping as Dict
 from collections.abc import Sequence
-from itertools import chain
+from dataclasses import replace
+from itertools import accumulate, chain
 
 import torch
 
@@ -35,13 +35,16 @@ class TorchSession:
         weights: Dict[str, torch.Tensor],
         device: torch.device | str = "cpu",
         comm: Communicator | None = None,
+        *,
+        batch_invariant: bool = False,
     ):
         """weights: as `gpt.engine.weights.engine_tensors` makes them, already on `device`.  comm: to the other ranks of
-        `mapping`."""
+        `mapping`.  batch_invariant: see gpt.runtime.execution; here each sequence is computed alone."""
         self.comm = comm or NullCommunicator()
         self.model = model
         self.build = build
         self.mapping = mapping
+        self.batch_invariant = batch_invariant
         self.device = torch.device(device)
         self.ops = self._ops_class(
             model, mapping, weights, fused=build.fused_attention, comm=self.comm, quant=build.quant
@@ -84,11 +87,20 @@ class TorchSession:
 
     def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
         self._set_lengths(prompts)
-        packed = self.build.remove_input_padding or len(set(self._lengths)) == 1
+        if not self.batch_invariant:
+            return self._context(prompts, virtual, self._cache())
+        alone = [
+            self._context(
+                [prompt], None if virtual is None else virtual.of_prompts([row]), self._cache().of_sequence(row)
+            )
+            for row, prompt in enumerate(prompts)
+        ]
+        return torch.cat(alone)
+
+    def _context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None, cache: KvCache) -> torch.Tensor:
+        packed = self.build.remove_input_padding or len(set(map(len, prompts))) == 1
         step = _packed_step(prompts, self.device) if packed else _padded_step(prompts, self.device)
-        if virtual is not None:
-            step = self._with_table(step, virtual)
-        return self._run(step)
+        return self._forward(step if virtual is None else self._with_table(step, virtual), cache)
 
     def _set_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
         self._lengths = [len(prompt) for prompt in prompts]
@@ -97,20 +109,28 @@ class TorchSession:
 
     def all_logits(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Like `context`, with the logits after every token: [N, V], the prompts one after the other."""
-        self._lengths = [len(prompt) for prompt in prompts]
-        self._positions = torch.tensor(self._lengths, dtype=torch.int32, device=self.device)
-        step = _packed_step(prompts, self.device)
-        return self._run(dataclasses.replace(step, last=torch.arange(len(step.ids), device=self.device)))
+        self._set_lengths(prompts)
+        parts = [[prompt] for prompt in prompts] if self.batch_invariant else [prompts]
+        steps = [_packed_step(part, self.device) for part in parts]
+        return torch.cat(
+            [self._run(replace(step, last=torch.arange(len(step.ids), device=self.device))) for step in steps]
+        )
 
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
-        longest = max(self._lengths)
-        step = GenerationStep(
-            ids=ids.to(torch.int32),
-            positions=self._positions,
-            max_position=longest,
-            uniform=min(self._lengths) == longest,
-        )
-        logits = self._run(step)
+        ids = ids.to(torch.int32)
+        if self.batch_invariant:
+            alone = [
+                self._forward(
+                    GenerationStep(ids[row : row + 1], self._positions[row : row + 1], length, uniform=True),
+                    self._cache().of_sequence(row),
+                )
+                for row, length in enumerate(self._lengths)
+            ]
+            logits = torch.cat(alone)
+        else:
+            longest = max(self._lengths)
+            uniform = min(self._lengths) == longest
+            logits = self._run(GenerationStep(ids, self._positions, max_position=longest, uniform=uniform))
         self._lengths = [length + 1 for length in self._lengths]
         self._positions = self._positions + 1
         self._beginnings.grow()
@@ -127,7 +147,7 @@ class TorchSession:
     def prompt_logits(
         self, prompt: Sequence[int], places: Sequence[int], virtual: VirtualTokens | None = None
     ) -> torch.Tensor:
-        step = dataclasses.replace(_packed_step([prompt], self.device), last=torch.tensor(places, device=self.device))
+        step = replace(_packed_step([prompt], self.device), last=torch.tensor(places, device=self.device))
         return self._run(step if virtual is None else self._with_table(step, virtual))
 
     def _with_table(self, step: ContextStep, virtual: VirtualTokens) -> ContextStep:
@@ -136,12 +156,15 @@ class TorchSession:
         counts = torch.tensor(step.lengths, device=self.device)
         if step.padded:
             counts.fill_(max(step.lengths))
-        return dataclasses.replace(step, prompt_table=table, first_row=first_rows.repeat_interleave(counts))
+        return replace(step, prompt_table=table, first_row=first_rows.repeat_interleave(counts))
 
     def _run(self, step: ContextStep | GenerationStep) -> torch.Tensor:
+        return self._forward(step, self._cache())
+
+    def _cache(self) -> KvCache:
         if self.cache is None:
             raise RuntimeError("start comes before context and generation")
-        return self._forward(step, self.cache)
+        return self.cache
 
     def _forward(self, step: Step, cache: KvCache) -> torch.Tensor:
         with torch.inference_mode():
@@ -152,17 +175,43 @@ class TorchSession:
     def start_paged(self, num_blocks: int, tokens_per_block: int) -> None:
         self._num_best = None
         pool = self.pool
-        if pool is None or (pool.num_blocks, pool.tokens_per_block) != (num_blocks, tokens_per_block):
+        if pool is None or pool.num_blocks < num_blocks or pool.tokens_per_block != tokens_per_block:
             self.cache = self.pool = None  # the old ones are gone before the new one is made
             self.pool = self._make_cache(num_blocks, tokens_per_block)
 
+    @property
+    def num_pool_blocks(self) -> int:
+        return 0 if self.pool is None else self.pool.num_blocks
+
     def run_paged(self, step: PagedStep) -> torch.Tensor:
-        return self._forward(step, self._pool())
+        if not self.batch_invariant:
+            return self._forward(step, self._pool())
+        rows = range(len(step.num_new))
+        return torch.cat([self._forward(paged_part(step, [row])[0], self._pool()) for row in rows])
 
     def _pool(self) -> KvCache:
         if self.pool is None:
             raise RuntimeError("start_paged comes before run_paged")
         return self.pool
+
+
+def paged_part(step: PagedStep, rows: Sequence[int]) -> tuple[PagedStep, torch.Tensor]:
+    """The step of some of its sequences, in order, and where their tokens stand among those of the whole step."""
+    starts = list(accumulate(step.num_new, initial=0))
+    places = [place for row in rows for place in range(starts[row], starts[row + 1])]
+    device = step.ids.device
+    picked = torch.tensor(places, device=device)
+    part = PagedStep(
+        ids=step.ids[picked],
+        positions=step.positions[picked],
+        wanted=torch.isin(picked, step.wanted).nonzero().flatten(),
+        num_new=tuple(step.num_new[row] for row in rows),
+        num_past=tuple(step.num_past[row] for row in rows),
+        block_table=step.block_table[torch.tensor(rows, device=device)],
+        prompt_table=step.prompt_table,
+        first_row=None if step.first_row is None else step.first_row[picked],
+    )
+    return part, picked
 
 
 def _packed_step(prompts: Sequence[Sequence[int]], device: torch.device) -> ContextStep:

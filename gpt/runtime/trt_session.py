@@ -49,9 +49,12 @@ class TrtSession:
         trt: Any,
         comm: Communicator | None = None,
         capture: Capture | None = None,
+        *,
+        graphs: bool = True,
     ):
         """engine: an ICudaEngine, or a `gpt.engine.trt_stand_in.EvaluatorEngine` with `device` cpu; trt: its library.
-        comm: to the other ranks of `mapping`.  capture: instead of CUDA graphs, which need a GPU.
+        comm: to the other ranks of `mapping`.  capture: instead of CUDA graphs, which need a GPU.  graphs: whether a
+        GPU has them.
 
         Raises EngineError where the engine is not one that `gpt.engine.trt_builder` makes for this model and build.
         """
@@ -68,7 +71,9 @@ class TrtSession:
         _check_engine(engine, trt, self._inputs + self._caches, self._outputs)
         self._recorder = error_recorder(trt)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._capture = cuda_graphs(self._stream) if capture is None and self._stream is not None else capture
+        if graphs and capture is None and self._stream is not None:
+            capture = cuda_graphs(self._stream)
+        self._capture = capture
         self._scratch = working_memory(engine, self.device)
         self._context = self._phase(trt_io.CONTEXT, None)
         self._generation: dict[tuple[int, int], Phase] = {}  # by rows of a step, and by the cache it reads
@@ -98,6 +103,7 @@ class TrtSession:
         *,
         library: Dict[str, str],
         comm: Communicator | None = None,
+        graphs: bool = True,
     ) -> TrtSession:
         """Loads this rank's plan at `path` on a GPU; `library` built it, as `gpt.engine.trt_library.library_info` says.
 
@@ -107,7 +113,7 @@ class TrtSession:
         engine, trt = load_engine(path, torch.device(device), library, build.targets)
         if build.weight_streaming:
             _stream_weights(engine)
-        return cls(engine, model, build, mapping, device, trt, comm)
+        return cls(engine, model, build, mapping, device, trt, comm, graphs=graphs)
 
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)

@@ -15,6 +15,8 @@ from gpt.console import log
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.errors import ConfigError, GptError
 from gpt.files import write_text
+from gpt.runtime.batching_config import DEFAULT_BATCHING, BatchingConfig
+from gpt.runtime.execution import DEFAULT_EXECUTION, Execution
 from gpt.text.dataset import Article, load_articles
 from gpt.text.decoding_options import GREEDY_DECODING, DecodingOptions
 from gpt.text.evaluation import (
@@ -48,6 +50,7 @@ class SummarizeConfig:
     eval_type: a key of TASKS.  dataset_path: see `load_articles`; columns of None are those of the task's data set.
     hf_model: None leaves the Hugging Face side out.  threshold: ROUGE-1 that the engine must exceed, None for no check.
     report: HTML file to write.  command: what the report says it was made by.  decoding: of both sides.
+    batching: of an engine with a paged cache.
     """
 
     engine_dir: Path
@@ -68,6 +71,8 @@ class SummarizeConfig:
     command: str = ""
     eval_type: str = "summarize"
     decoding: DecodingOptions = GREEDY_DECODING
+    execution: Execution = DEFAULT_EXECUTION
+    batching: BatchingConfig = DEFAULT_BATCHING
 
     @property
     def task(self) -> Task:
@@ -153,6 +158,8 @@ def _open_engine(config: SummarizeConfig) -> EngineInfo | None:
             found=f"--batch_size {config.batch_size}",
             allowed=f"at most {info.build.max_batch_size}, the engine's --max_batch_size",
         )
+    if config.test_engine:
+        config.batching.check_fits(info.build)
     return info
 
 
@@ -182,7 +189,7 @@ def _run_sides(
     session: Session | None = None
     baseline: HfBaseline | None = None
     if config.test_engine and info is not None:
-        session = load_session(info, config.device)
+        session = load_session(info, config.device, config.execution)
     device = session.device if session is not None else pick_device(config.device)
     if config.hf_model is not None:
         from gpt.text.hf_baseline import HfBaseline
@@ -232,7 +239,7 @@ def _make_sides(
         if session.build.paged_kv_cache:
             from gpt.runtime.batcher import generate_paged
 
-            ours = partial(generate_paged, cast("PagedSession", session), **settings)
+            ours = partial(generate_paged, cast("PagedSession", session), batching=config.batching, **settings)
         if decoding.uses_beams:
             ours = partial(generate_beams, session, beams=decoding.search, **settings)
         sides.append(Side("Engine", "Engine", ours, decoding.num_results))

@@ -78,7 +78,7 @@ class Conversation:
         self._tokenizer = require_tokenizer(chosen, self._info, "read what is typed")
         self._end_id = choose_end_id(config.end_id, self._tokenizer, self._info.model)
         self._check(config)
-        self._session = load_session(self._info, config.device)
+        self._session = load_session(self._info, config.device, config.execution)
         self._prompt: list[int] = []
         self._virtual: VirtualTokens | None = None
         self._answer: list[int] = []

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gpt.config import BuildConfig, ModelConfig
-from gpt.console import log
+from gpt.console import print_notice
 from gpt.errors import ConfigError, Problems
 
 ON_LONG_PROMPT = ("refuse", "truncate")
+_MAX_LISTED = 20
 
 
 def prompt_limit(model: ModelConfig, build: BuildConfig, max_new_tokens: int, asked: int | None) -> tuple[int, str]:
@@ -39,6 +40,16 @@ def last_tokens(tokens: Sequence[int], limit: int, num_virtual: int = 0) -> list
     return [*tokens[:num_virtual], *tokens[-kept:]]
 
 
+def listed(lines: Sequence[str]) -> str:
+    """How many, and each on a line of its own, the first ones of many."""
+    return "\n  ".join([str(len(lines)), *first_lines(lines)])
+
+
+def first_lines(lines: Sequence[str]) -> list[str]:
+    rest = len(lines) - _MAX_LISTED
+    return [*lines[:_MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])]
+
+
 def fit_prompts(prompts: Sequence[list[int]], limit: int, reason: str, *, truncate: bool) -> list[list[int]]:
     """All prompts, long ones cut and told of, or with `truncate` false refused: ConfigError lists them."""
     problems = Problems()
@@ -48,5 +59,5 @@ def fit_prompts(prompts: Sequence[list[int]], limit: int, reason: str, *, trunca
     if not truncate:
         problems.raise_if_any(ConfigError, f"prompts of more than {limit} tokens: {reason}", hint="--on_long_prompt")
     elif problems:
-        log.warning("Cut to their last %d tokens (%s):\n%s", limit, reason, "\n".join(problems.items[:20]))
+        print_notice(f"Prompts cut to their last {limit} tokens ({reason}): {listed(problems.items)}")
     return [last_tokens(prompt, limit) for prompt in prompts]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gpt.comm import Communicator
-from gpt.console import log, progress
+from gpt.console import log, print_notice, progress
 from gpt.engine.folder import EngineInfo
 from gpt.errors import GptError, InterruptError
 from gpt.files import file_checksum
 from gpt.text.pipeline import batches, check_vocabulary, describe_speed, generate_batches, search_batches
-from gpt.text.prompt_fit import last_tokens, prompt_limit
+from gpt.text.prompt_fit import first_lines, last_tokens, listed, prompt_limit
 from gpt.text.prompt_rows import PromptRow, holds_tokens, read_rows
 from gpt.text.prompt_tuning import PromptTuning, load_prompt_tuning
 from gpt.text.prompts import check_output_file
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from gpt.runtime.generate import Generation
     from gpt.runtime.sampling_config import SamplingConfig
     from gpt.text.run_prompts import RunConfig
-
-_MAX_LISTED = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +187,7 @@ def _compute(job: Job, sampling: SamplingConfig, writer: _Writer, num_done: int)
         return results
     from gpt.runtime.load import load_session
 
-    session = load_session(job.info, job.config.device)
+    session = load_session(job.info, job.config.device, job.config.execution)
     if not decoding.uses_beams:
         settings |= {"on_token": writer.add, "on_end": writer.end, "batching": job.config.batching}
         return generate_batches(
@@ -261,13 +259,8 @@ def _tell(job: Job, path: Path, num_before: int, out: TextIO) -> None:
     out.flush()
     cut = [f"line {job.rows[index].line}: {length} tokens" for index, length in job.truncated.items()]
     if cut:
-        log.warning("Prompts that were cut to what fits: %d\n%s", len(cut), "\n".join(_first(cut)))
+        print_notice(f"Prompts cut to what fits: {listed(cut)}")
     if job.problems:
         wrong = [f"line {job.rows[index].line}: {problem}" for index, problem in sorted(job.problems.items())]
         what = f"{len(wrong)} of {len(job.rows)} prompts could not be run"
-        raise GptError(what, found=_first(wrong), hint=f"{path} says it in their places")
-
-
-def _first(lines: Sequence[str]) -> list[str]:
-    rest = len(lines) - _MAX_LISTED
-    return [*lines[:_MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])]
+        raise GptError(what, found=first_lines(wrong), hint=f"{path} says it in their places")

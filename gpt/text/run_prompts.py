@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from gpt.cli import reject_unsupported
 from gpt.comm import start
 from gpt.engine.folder import EngineInfo, open_engine
-from gpt.errors import ConfigError
 from gpt.runtime.batching_config import DEFAULT_BATCHING, BatchingConfig
+from gpt.runtime.execution import DEFAULT_EXECUTION, Execution
 from gpt.runtime.limits import check_prompts
 from gpt.runtime.ranks import join_ranks
 from gpt.text.decoding_options import GREEDY_DECODING, DecodingOptions
@@ -72,6 +72,7 @@ class RunConfig:
     max_input_length: int | None = None
     on_long_prompt: str = "refuse"
     batching: BatchingConfig = DEFAULT_BATCHING
+    execution: Execution = DEFAULT_EXECUTION
 
     def __post_init__(self) -> None:
         reject_unsupported(self._contradictions())
@@ -93,15 +94,6 @@ class RunConfig:
             self.decoding.num_results,
         )
 
-    def check_batching(self, info: EngineInfo) -> None:
-        """Raises ConfigError for settings of a paged cache that the engine does not have."""
-        if self.batching != DEFAULT_BATCHING and not info.build.paged_kv_cache:
-            raise ConfigError(
-                "the engine has no paged cache",
-                found="--max_draft_len, --kv_cache_free_gpu_memory_fraction or --max_tokens_in_paged_kv_cache",
-                hint="build.py --paged_kv_cache makes one that has",
-            )
-
     def _contradictions(self) -> list[str]:
         problems = []
         if self.resume and self.output_file is None:
@@ -110,10 +102,7 @@ class RunConfig:
             problems.append("--output_file with --output_csv, --output_npy or --streaming: results go to one place")
         if self.output_file is not None and self.decoding.logprobs is not None:
             problems.append("--output_file with --logprobs: that file is written at the end, and cannot be resumed")
-        if self.decoding.uses_beams and self.batching.max_draft_len > 0:
-            problems.append(
-                f"--max_draft_len {self.batching.max_draft_len} with beams: drafts are checked for one text"
-            )
+        problems += self.batching.contradictions(self.decoding.beams.num_beams)
         if self.streaming and self.writes_files:
             problems.append("--streaming prints text, --output_csv and --output_npy write token ids instead of it")
         if self.streaming and self.decoding.uses_beams:
@@ -140,7 +129,7 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     ranks = join_ranks(info)
     tokenizer = choose_tokenizer(info, config.tokenizer, config.vocab_file)
     end_id = choose_end_id(config.end_id, tokenizer, info.model)
-    config.check_batching(info)
+    config.batching.check_fits(info.build)
     decoding = config.decoding
     decoding.check_fits(info.build, info.model.vocab_size, config.max_output_len)
     choice = decoding.choice(tokenizer)
@@ -161,7 +150,7 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
 
     from gpt.runtime.load import load_session
 
-    session = load_session(info, config.device)
+    session = load_session(info, config.device, config.execution)
     wanted = config.wanted(end_id, info.model.pad_token_id, ranks.rank)
     results = Results(wanted, prompts, tokenizer, end_id, stops, info.model.vocab_size, out)
     batches: list[Generation] = []

@@ -62,7 +62,7 @@ def score_prompts(config: RunConfig, out: TextIO) -> list[float]:
     from gpt.runtime.load import load_session
     from gpt.runtime.scoring import score
 
-    session = load_session(info, config.device)
+    session = load_session(info, config.device, config.execution)
     scores = score(session, prompts, virtual=virtual, num_top_logprobs=config.decoding.top_logprobs)
     if ranks.rank > 0:
         return []

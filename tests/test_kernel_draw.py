@@ -1,0 +1,78 @@
+"""gpt/kernels/draw.py beside the same written plainly in gpt.runtime.sampling."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from kernel_inputs import normal
+
+from gpt.kernels.draw import Filters, draw_tokens
+from gpt.kernels.launch import INTERPRETED
+from gpt.runtime.sampling import SamplingConfig, draw, keep_likely
+
+# Several blocks of the kernel, and a part of one; on a GPU a real vocabulary.
+SIZES = (50, 9000) if INTERPRETED else (50, 9000, 50257)
+FILTERS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "temperature": {"temperature": 0.3},
+    "top-k": {"top_k": 7},
+    "top-k 1 of all": {"top_k": 1},
+    "top-p": {"top_p": 0.8},
+    "tiny top-p": {"top_p": 1e-9},
+    "min-p": {"min_p": 0.1, "temperature": 1.5},
+    "all": {"top_k": 40, "top_p": 0.7, "min_p": 0.01, "temperature": 2.0},
+}
+
+
+def tile_maxima(logits: torch.Tensor, width: int = 64) -> torch.Tensor:
+    tiles = torch.nn.functional.pad(logits, (0, -logits.shape[1] % width), value=-math.inf)
+    return tiles.unflatten(1, (-1, width)).amax(-1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("name", FILTERS)
+def test_tokens_are_those_of_the_plain_form(name: str, tiles: bool, size: int, kernel_device: torch.device) -> None:
+    num_rows, num_steps = 3, 2 if INTERPRETED else 50
+    padded = 4 * normal(num_rows, size + 3, device=kernel_device)
+    logits = padded[:, :size]
+    uniforms = torch.rand((num_steps, num_rows), dtype=torch.float64, device=kernel_device)
+    uniforms[0] = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)  # the ends of the range
+    first = torch.tensor([3, 0, 90], dtype=torch.int32, device=kernel_device)
+    filters = Filters(**FILTERS[name])
+    # One token of all is greedy decoding, which has no settings of a draw.
+    config = SamplingConfig(**{"top_k": 0, **FILTERS[name]}) if filters.top_k != 1 else None
+    for step in range(num_steps):
+        best, token = draw_tokens(
+            logits, filters, uniforms, first + step, first, tile_maxima(logits) if tiles else None
+        )
+        assert torch.equal(best[:, 0], logits.amax(-1))
+        expected = logits.argmax(-1) if config is None else draw(keep_likely(logits, config), uniforms[step])
+        assert token[:, 0].tolist() == expected.tolist()
+
+
+def test_equal_logits_stay_together(kernel_device: torch.device) -> None:
+    """Both of the second largest, as with transformers; also where tiles hold more than one of them."""
+    logits = torch.tensor([[0.0, 2.0, -math.inf, 2.0, 5.0, -1.0]], device=kernel_device)
+    zero = torch.zeros(1, dtype=torch.int32, device=kernel_device)
+    drawn = set()
+    for number in torch.linspace(0, 0.999, 12).tolist():
+        uniforms = torch.full((1, 1), number, dtype=torch.float64, device=kernel_device)
+        filters = Filters(top_k=2, temperature=4.0)
+        drawn |= {int(draw_tokens(logits, filters, uniforms, zero, zero, tile_maxima(logits, 2))[1])}
+    assert drawn == {1, 3, 4}
+
+
+def test_logits_that_are_no_numbers_give_some_token(kernel_device: torch.device) -> None:
+    logits = normal(2, 60, device=kernel_device)
+    logits[1, 5] = math.nan
+    zeros = torch.zeros(2, dtype=torch.int32, device=kernel_device)
+    uniforms = torch.full((1, 2), 0.4, dtype=torch.float64, device=kernel_device)
+    for tiles in (None, tile_maxima(logits)):
+        for filters in (Filters(top_k=3), Filters(top_p=0.5)):
+            best, token = draw_tokens(logits, filters, uniforms, zeros, zeros, tiles)
+            assert best.isnan().flatten().tolist() == [False, True]
+            assert 0 <= int(token.min()) <= int(token.max()) < 60
