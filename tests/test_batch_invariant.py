@@ -69,6 +69,17 @@ def test_logits(quant: str, heads: int, make_session: MakeSession) -> None:
         assert torch.equal(logits, found[0])
 
 
+def test_libraries_do_not_multiply(make_session: MakeSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("how a library adds depends on the number of rows")
+
+    monkeypatch.setattr("gpt.engine.cuda_ops.LIBRARY_ROWS", 2)
+    for name in ("wide_linear", "library_linear"):
+        monkeypatch.setattr(f"gpt.engine.cuda_ops.{name}", refuse)
+    alone, among = (last_row(make_session(MODEL, BUILD), [*random_prompts(n, 80), [7, 8]], 1) for n in ([], [5, 9]))
+    assert torch.equal(alone, among)
+
+
 @pytest.mark.parametrize("padding", [False, True])
 def test_logits_of_padded_and_packed_prompts(padding: bool, make_session: MakeSession) -> None:
     session = make_session(MODEL, replace(BUILD, remove_input_padding=not padding))

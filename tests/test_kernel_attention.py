@@ -90,20 +90,12 @@ def test_one_token_of_three_sequences(
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize(
-    "config",
-    [AttentionConfig(16, 1, 4, 3), AttentionConfig(32, 2, 1, 2, matrix=True), AttentionConfig(16, 1, 2, 1, True)],
-)
-@pytest.mark.parametrize("one_block", [False, True])
-def test_other_ways_through_the_past(
-    heads: tuple[int, int, int], config: AttentionConfig, one_block: bool, kernel_device: torch.device
-) -> None:
+def test_one_block_of_the_cache_per_sequence(heads: tuple[int, int, int], kernel_device: torch.device) -> None:
     step = make_step(heads, kernel_device, torch.float16, rotary_dim=8, quantized=False)
-    if one_block:
-        shape = (len(POSITIONS), heads[1], BLOCKS * TOKENS_PER_BLOCK, heads[2])
-        step.keys, step.values = step.keys.view(shape), step.values.view(shape)
-        step.table = torch.tensor([[2], [0], [1]], dtype=torch.int32, device=kernel_device)
-    check(step, heads[0], config, BOUND[torch.float16])
+    shape = (len(POSITIONS), heads[1], BLOCKS * TOKENS_PER_BLOCK, heads[2])
+    step.keys, step.values = step.keys.view(shape), step.values.view(shape)
+    step.table = torch.tensor([[2], [0], [1]], dtype=torch.int32, device=kernel_device)
+    check(step, heads[0], AttentionConfig(16, 1, 2), BOUND[torch.float16])
 
 
 # The interpreter multiplies bfloat16 matrices bit pattern by bit pattern; one head at a time goes without.

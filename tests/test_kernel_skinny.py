@@ -90,3 +90,23 @@ def test_default_config_divides_only_what_is_added_up(kernel_device: torch.devic
     for shape in ((8, 1024, 4096), (64, 50304, 1024)):
         assert default_config(*shape, kernel_device, splits=False).split_k == 1
     assert default_config(8, 64, 4096, kernel_device, splits=True).split_k > 1
+
+
+@pytest.mark.parametrize(("num_tokens", "itemsize"), [(8, 2), (64, 1), (64, 2), (64, 4)])
+@pytest.mark.parametrize("shape", [(1024, 1024), (1600, 6400), (2304, 2048), (8192, 2048), (50257, 1600)])
+def test_default_config_fits_into_shared_memory(
+    num_tokens: int, itemsize: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an H100, which has 227 KB and 132 multiprocessors."""
+    monkeypatch.setattr("gpt.kernels.skinny.num_multiprocessors", lambda device: 132)
+    device = torch.device("cpu")
+    config = default_config(num_tokens, *shape, device, splits=True, itemsize=itemsize)
+    columns = config.block_n + config.rows_of(num_tokens)
+    assert config.num_stages * columns * config.block_k * max(2, itemsize) <= 227 << 10
+    assert config.split_k * 2 * config.block_k <= shape[1] + config.block_k
+    assert config.weights_first == (num_tokens == 8 or itemsize != 2)
+
+
+def test_weights_are_asked_for_ahead_where_rows_are_short(kernel_device: torch.device) -> None:
+    assert default_config(64, 64, 1024, kernel_device, splits=False).ahead
+    assert not default_config(64, 64, 2048, kernel_device, splits=False).ahead

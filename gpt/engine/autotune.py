@@ -89,31 +89,21 @@ def gemv_candidates(num_columns: int) -> Iterator[gemv.GemvConfig]:
 
 def attention_candidates(shared: bool, head_size: int, num_slots: int) -> Iterator[attention.AttentionConfig]:
     """shared: whether several heads read the same K and V, which then goes to the matrix units."""
-    # Tokens of a block, warps, blocks on their way, single heads on the matrix units.
-    forms: list[tuple[int, int, int, bool]] = [
-        (16, 1, 1, False),
-        (16, 2, 1, False),
-        (32, 2, 1, False),
-        (32, 4, 1, False),
-        (64, 4, 1, False),
-        (32, 4, 3, False),
-        (64, 4, 3, False),
-    ]
+    forms = [(16, 1), (16, 2), (32, 2), (32, 4), (64, 4)]  # tokens of a block, warps
     if not shared:
-        forms = [(32, 1, 1, False), (64, 1, 1, False), (64, 2, 1, False), (128, 4, 1, False), (256, 8, 1, False)]
-        forms += [(64, 2, 3, False), (32, 1, 4, True), (64, 2, 3, True), (64, 4, 3, True), (128, 4, 2, True)]
-    for (block_t, num_warps, num_stages, matrix), num_splits in itertools.product(forms, (1, 2, 4, 8, 16)):
+        forms = [(16, 1), (32, 1), (64, 1), (64, 2), (128, 2), (128, 4), (256, 8)]
+    for (block_t, num_warps), num_splits in itertools.product(forms, (1, 2, 4, 8, 16)):
         per_thread = block_t * head_size // (32 * num_warps)
         if num_splits * block_t <= num_slots and per_thread <= 128:
-            yield attention.AttentionConfig(block_t, num_splits, num_warps, num_stages, matrix)
+            yield attention.AttentionConfig(block_t, num_splits, num_warps)
 
 
 def skinny_candidates(
     num_rows: int, num_columns: int, splits: bool, device: torch.device
 ) -> Iterator[skinny.SkinnyConfig]:
     processors = num_multiprocessors(device)
-    for block_n, block_k, stages, split_k, first in itertools.product(
-        (16, 32, 64), (64, 128, 256), (3, 5), (1, 2, 4, 8), (True, False)
+    for block_n, block_k, stages, split_k, first, ahead in itertools.product(
+        (16, 32, 64), (64, 128), (4, 6), (1, 2, 4, 8), (True, False), (True, False)
     ):
         programs = -(-num_rows // block_n) * split_k
         in_flight = (block_n + 64) * block_k * 2 * stages
@@ -121,7 +111,7 @@ def skinny_candidates(
             continue
         if num_columns < 2 * block_k * split_k or in_flight > 160 << 10 or (block_n == 16 and not first):
             continue
-        yield skinny.SkinnyConfig(block_n, block_k, 4, stages, split_k, first)
+        yield skinny.SkinnyConfig(block_n, block_k, 4, stages, split_k, first, ahead)
 
 
 def _attention_launcher(

@@ -225,7 +225,9 @@ class DecodeOps:
         if self._takes_library(weight):
             stream.parts, stream.bias = wide_linear(h, weight)[None], bias
             return
-        skinny_config = self.tuning.skinny(self._batch_size, num_rows, num_columns, splits=True)
+        skinny_config = self.tuning.skinny(
+            self._batch_size, num_rows, num_columns, splits=True, itemsize=weight.itemsize
+        )
         parts = torch.empty(
             (skinny_config.split_k, self._batch_size, num_rows), dtype=torch.float32, device=self.device
         )
@@ -364,7 +366,9 @@ class DecodeOps:
                 y.mul_(library_linear(h, gate.weight, gate.bias, "none"))
             out.copy_(y)
         else:
-            skinny_config = self.tuning.skinny(self._batch_size, num_rows, num_columns, splits=False)
+            skinny_config = self.tuning.skinny(
+                self._batch_size, num_rows, num_columns, splits=False, itemsize=weight.itemsize
+            )
             options: dict[str, Any] = {"bias": bias, "scale": scale, "activation": activation, "gate": gate}
             if num_valid is not None:
                 options |= {"tiles": self._make_tiles(num_rows, skinny_config.block_n), "num_valid": num_valid}

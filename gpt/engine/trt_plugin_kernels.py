@@ -321,7 +321,7 @@ class WeightOnlyGemm(Product):
             constants["GROUP"] = self.group
         else:
             constants |= {**_without("tile_max_ptr", "tile_argmax_ptr"), "num_valid": 0}
-            constants |= {"HAS_SCALE": True, "ARGMAX": False}
+            constants |= {"HAS_SCALE": True, "ARGMAX": False, "AHEAD": False}
         return KernelCall(
             int4_skinny_kernel if self.bits == 4 else skinny_kernel,
             _types(self.inputs, types, ("M",), ("out",)),

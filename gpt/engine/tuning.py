@@ -33,11 +33,18 @@ class Tuning:
     def gemv(self, num_rows: int, num_columns: int) -> gemv.GemvConfig:
         return self.gemvs.get((num_rows, num_columns)) or gemv.default_config(num_rows, num_columns, self.device)
 
-    def skinny(self, num_tokens: int, num_rows: int, num_columns: int, *, splits: bool) -> skinny.SkinnyConfig:
-        """splits: whether the reader can add partial sums."""
+    def skinny(
+        self, num_tokens: int, num_rows: int, num_columns: int, *, splits: bool, itemsize: int = 2
+    ) -> skinny.SkinnyConfig:
+        """splits: whether the reader can add partial sums.  itemsize: bytes of a weight."""
         bucket = skinny.MAX_BLOCK_M if self.batch_invariant else token_bucket(num_tokens)
         config = self.skinnies.get((bucket, num_rows, num_columns, int(splits))) or skinny.default_config(
-            bucket if self.batch_invariant else num_tokens, num_rows, num_columns, self.device, splits=splits
+            bucket if self.batch_invariant else num_tokens,
+            num_rows,
+            num_columns,
+            self.device,
+            splits=splits,
+            itemsize=itemsize,
         )
         return dataclasses.replace(config, block_m=bucket) if self.batch_invariant else config
 

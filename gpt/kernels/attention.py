@@ -22,14 +22,9 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """num_stages: blocks of the past that are on their way at a time, in shared memory; with 1 the next one, in
-    registers.  matrix: a head that shares its K and V with no other goes to the matrix units too, in a tile of 16."""
-
     block_t: int
     num_splits: int
     num_warps: int
-    num_stages: int = 1
-    matrix: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,6 @@ def _attention_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
     NEXT_CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -93,23 +87,22 @@ def _attention_kernel(
     if QUANTIZED:
         k_scale = tl.load(kv_scale_ptr)
         v_scale = tl.load(kv_scale_ptr + 1)
-    if STAGES == 1:
-        k, v = _load_past(
-            keys_ptr,
-            values_ptr,
-            table_ptr,
-            row,
-            group,
-            begin,
-            end,
-            table_width,
-            G,
-            TOKENS_PER_BLOCK,
-            ONE_BLOCK,
-            D,
-            BLOCK_T,
-            BLOCK_D,
-        )
+    k, v = _load_past(
+        keys_ptr,
+        values_ptr,
+        table_ptr,
+        row,
+        group,
+        begin,
+        end,
+        table_width,
+        G,
+        TOKENS_PER_BLOCK,
+        ONE_BLOCK,
+        D,
+        BLOCK_T,
+        BLOCK_D,
+    )
     wait_for_inputs(DEPENDENT)
     heads = tl.arange(0, BLOCK_H)
     in_group = heads < heads_per_group
@@ -139,49 +132,28 @@ def _attention_kernel(
         largest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)
         out = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-    if STAGES == 1:
-        for start in range(begin, end, BLOCK_T):
-            # The next block is on its way while this one is worked on.
-            next_k, next_v = _load_past(
-                keys_ptr,
-                values_ptr,
-                table_ptr,
-                row,
-                group,
-                start + BLOCK_T,
-                end,
-                table_width,
-                G,
-                TOKENS_PER_BLOCK,
-                ONE_BLOCK,
-                D,
-                BLOCK_T,
-                BLOCK_D,
-            )
-            inside = (start + tl.arange(0, BLOCK_T) < end)[None, :]
-            largest, total, out = attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H, qkv_ptr)
-            k = next_k
-            v = next_v
-    else:
-        for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
-            k, v = _load_past(
-                keys_ptr,
-                values_ptr,
-                table_ptr,
-                row,
-                group,
-                start,
-                end,
-                table_width,
-                G,
-                TOKENS_PER_BLOCK,
-                ONE_BLOCK,
-                D,
-                BLOCK_T,
-                BLOCK_D,
-            )
-            inside = (start + tl.arange(0, BLOCK_T) < end)[None, :]
-            largest, total, out = attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H, qkv_ptr)
+    for start in range(begin, end, BLOCK_T):
+        # The next block is on its way while this one is worked on.
+        next_k, next_v = _load_past(
+            keys_ptr,
+            values_ptr,
+            table_ptr,
+            row,
+            group,
+            start + BLOCK_T,
+            end,
+            table_width,
+            G,
+            TOKENS_PER_BLOCK,
+            ONE_BLOCK,
+            D,
+            BLOCK_T,
+            BLOCK_D,
+        )
+        inside = (start + tl.arange(0, BLOCK_T) < end)[None, :]
+        largest, total, out = attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H, qkv_ptr)
+        k = next_k
+        v = next_v
     if NUM_SPLITS == 1:
         out = out / total[:, None]
         target = out_ptr + (row * H + group * heads_per_group + heads).to(tl.int64)[:, None] * D + dims[None, :]
@@ -385,10 +357,9 @@ def decode_attention(
         ONE_BLOCK=table.shape[1] == 1,
         QUANTIZED=kv_scale is not None,
         NUM_SPLITS=config.num_splits,
-        BLOCK_H=1 if per_group == 1 and not config.matrix else max(16, triton.next_power_of_2(per_group)),
+        BLOCK_H=1 if per_group == 1 else max(16, triton.next_power_of_2(per_group)),
         BLOCK_T=config.block_t,
         BLOCK_D=block_d,
-        STAGES=config.num_stages,
         NEXT_CHUNKS=num_chunks,
         CHUNK=_CHUNK,
         num_warps=config.num_warps,
@@ -421,12 +392,11 @@ def default_config(
     batch_size: int, num_heads: int, num_kv_heads: int, num_slots: int, device: torch.device
 ) -> AttentionConfig:
     """As many programs as fill the card, none with less than a block of the past."""
-    shared = num_heads > num_kv_heads
-    block_t, num_warps = (32, 4) if shared else (64, 2)
+    if batch_size > 1 and num_slots <= 1024 and batch_size * num_kv_heads >= 2 * num_multiprocessors(device) // 5:
+        return AttentionConfig(64, 1, 4 if num_heads > num_kv_heads else 2)  # joining costs a launch of its own
+    block_t, num_warps = (32, 4) if num_heads > num_kv_heads else (64, 2)
     wanted = triton.cdiv(2 * num_multiprocessors(device), batch_size * num_kv_heads)
     num_splits = triton.next_power_of_2(max(1, min(wanted, num_slots // block_t, 16)))
-    if batch_size > 1 and num_slots <= 1024 and batch_size * num_kv_heads >= num_multiprocessors(device) // 2:
-        num_splits = 1  # joining costs a launch of its own
     return AttentionConfig(block_t, num_splits, num_warps)
 
 

@@ -1,7 +1,7 @@
 """Drawing the next tokens of a decode step: temperature, top-k, top-p, min-p and the draw, one program per sequence.
 
 Nothing is sorted.  A filter keeps what is not below a threshold, and the threshold is found bit by bit: each pass over
-the logits counts them, or adds up their probabilities, from a trial value on.  With top-k most passes see few tokens:
+the logits counts them, or adds up their probabilities, from trial values on.  With top-k most passes see few tokens:
 at least k logits are as large as the k-th largest of the tiles' maxima that the head has left, and what is smaller is
 out.  The same written plainly is `gpt.runtime.sampling`.
 """
@@ -110,11 +110,13 @@ def _draw_kernel(
         wanted = _mass(source, count, threshold, largest, temperature, 0.0, lanes, STEP) * top_p
         after_top_k = threshold
         threshold = _nothing()
-        for bit in range(32):
-            trial = threshold | (_top_bit() >> bit)
-            lowest_in = tl.maximum(trial, after_top_k)
-            mass = _mass(source, count, lowest_in, largest, temperature, 0.0, lanes, STEP)
+        for digit in range(16):  # two bits a pass: exponentials cost more than sums
+            unit = (_top_bit() >> 1) >> (2 * digit)
+            trial = threshold | unit
+            mass, mass_2, mass_3 = _masses(source, count, trial, unit, after_top_k, largest, temperature, lanes, STEP)
             threshold = tl.where(mass >= wanted, trial, threshold)
+            threshold = tl.where(mass_2 >= wanted, trial + unit, threshold)
+            threshold = tl.where(mass_3 >= wanted, trial + 2 * unit, threshold)
         threshold = tl.maximum(threshold, after_top_k)
     # The inverse of the distribution function: a mass above 0 and up to the whole.
     step = (tl.load(positions_ptr + row) - tl.load(first_ptr + row)).to(tl.int64)
@@ -169,6 +171,21 @@ def _mass(source, count, threshold, largest, temperature, min_p, lanes, STEP: tl
     for start in range(0, count, STEP):
         total += _weights(source, start + lanes, count, threshold, largest, temperature, min_p).to(tl.float64)
     return tl.sum(total, 0)
+
+
+@triton.jit
+def _masses(source, count, threshold, unit, lowest, largest, temperature, lanes, STEP: tl.constexpr):
+    """`_mass` from `threshold`, from one and from two units above it on, of what is not below `lowest`."""
+    total = tl.zeros((STEP,), tl.float64)
+    total_2 = tl.zeros((STEP,), tl.float64)
+    total_3 = tl.zeros((STEP,), tl.float64)
+    for start in range(0, count, STEP):
+        x = tl.load(source + start + lanes, mask=start + lanes < count, other=float("-inf"))
+        weights = tl.where(_rank(x) >= lowest, tl.exp((x - largest) / temperature), 0.0).to(tl.float64)
+        total += tl.where(_rank(x) >= threshold, weights, 0.0)
+        total_2 += tl.where(_rank(x) >= threshold + unit, weights, 0.0)
+        total_3 += tl.where(_rank(x) >= threshold + 2 * unit, weights, 0.0)
+    return tl.sum(total, 0), tl.sum(total_2, 0), tl.sum(total_3, 0)
 
 
 def draw_tokens(

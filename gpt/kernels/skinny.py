@@ -1,6 +1,7 @@
 """A few tokens' product with a weight matrix on the matrix units: 2 to 128 rows.
 
-Still a read of the weights, now with enough arithmetic that plain multiply-adds would be late.  A program owns BLOCK_N
+Still a read of the weights, now with enough arithmetic that plain multiply-adds would be late.  Short weight rows are
+asked for before the kernel waits for its inputs.  A program owns BLOCK_N
 weight rows, or with SPLIT_K part of their length; parts are stored side by side and added in a fixed order by the
 kernel that reads them (gpt.kernels.norm), which has to read the residual anyway.
 """
@@ -18,16 +19,22 @@ from gpt.kernels.launch import (
     activate,
     launch_options,
     num_multiprocessors,
+    prefetch,
+    supports_dependent_launch,
     wait_for_inputs,
 )
 from gpt.kernels.product import Gate, check_product
 
 MAX_BLOCK_M = 64
+# Columns up to which fetching a program's weights into the L2 cache ahead of its inputs gains: with more it delays what
+# is needed first (H100).
+_AHEAD_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
 class SkinnyConfig:
     """weights_first: the weights are the left operand, which the matrix units want 64 rows of; else the tokens.
+    ahead: the weights are asked for before the kernel waits for its inputs, where the device can.
     block_m: tokens of a program, 16 to 64; 0 for what the number of tokens suggests."""
 
     block_n: int
@@ -36,6 +43,7 @@ class SkinnyConfig:
     num_stages: int = 4
     split_k: int = 1
     weights_first: bool = True
+    ahead: bool = False
     block_m: int = 0
 
     def rows_of(self, num_tokens: int) -> int:
@@ -65,6 +73,7 @@ def skinny_kernel(
     GATED: tl.constexpr,
     ARGMAX: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
+    AHEAD: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -80,24 +89,24 @@ def skinny_kernel(
     length: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + SPLIT_K - 1) // SPLIT_K * BLOCK_K
     begin = part * length
     end = tl.minimum(begin + length, K)
-    # The last part may begin behind the end.
-    EVEN: tl.constexpr = K % (BLOCK_K * SPLIT_K) == 0
-    first = _load_tile(weight_ptr, rows, begin + columns, N, K, EVEN)
-    if GATED:
-        first_gate = _load_tile(gate_ptr, rows, begin + columns, N, K, EVEN)
+    if AHEAD:
+        blocks: tl.constexpr = triton.next_power_of_2(length // BLOCK_K)
+        starts = tl.minimum(begin + tl.arange(0, blocks) * BLOCK_K, K - BLOCK_K)
+        places = tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K + starts[None, :]
+        BYTES: tl.constexpr = BLOCK_K * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        prefetch(weight_ptr, places, BYTES)
+        if GATED:
+            prefetch(gate_ptr, places, BYTES)
     wait_for_inputs(DEPENDENT)
-    x = _load_tile(x_ptr, tokens, begin + columns, M, K, EVEN)
     if WEIGHTS_FIRST:
         sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         gate_sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         gate_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    sums = _multiply_add(x, first, sums, WEIGHTS_FIRST)
-    if GATED:
-        gate_sums = _multiply_add(x, first_gate, gate_sums, WEIGHTS_FIRST)
     WHOLE: tl.constexpr = K % BLOCK_K == 0
-    for start in tl.range(begin + BLOCK_K, end, BLOCK_K, num_stages=STAGES):
+    # The last part may begin behind the end.
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         x = _load_tile(x_ptr, tokens, start + columns, M, K, WHOLE)
         weights = _load_tile(weight_ptr, rows, start + columns, N, K, WHOLE)
         sums = _multiply_add(x, weights, sums, WEIGHTS_FIRST)
@@ -204,6 +213,7 @@ def skinny(
         GATED=gate is not None,
         ARGMAX=tiles is not None,
         WEIGHTS_FIRST=config.weights_first,
+        AHEAD=config.ahead and _can_prefetch(weight, config.block_k),
         SPLIT_K=config.split_k,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
@@ -215,13 +225,37 @@ def skinny(
     )
 
 
+def _can_prefetch(weight: torch.Tensor, block_k: int) -> bool:
+    """Whole multiples of 16 bytes, inside the matrix."""
+    num_columns = weight.shape[1]
+    aligned = num_columns * weight.itemsize % 16 == 0 and block_k * weight.itemsize % 16 == 0
+    return aligned and num_columns >= block_k and supports_dependent_launch(weight.device)
+
+
 def default_config(
-    num_tokens: int, num_rows: int, num_columns: int, device: torch.device, *, splits: bool
+    num_tokens: int, num_rows: int, num_columns: int, device: torch.device, *, splits: bool, itemsize: int = 2
 ) -> SkinnyConfig:
-    """splits: whether the reader can add partial sums."""
-    block_n = 64 if num_rows >= 64 * num_multiprocessors(device) else 32
+    """What was fastest on an H100 for the shapes of GPT-2, SantaCoder and StarCoder (docs/performance.md).
+
+    splits: whether the reader can add partial sums.  itemsize: bytes of a weight; only half-precision ones go to the
+    matrix units straight from shared memory, as the right operand has to.
+    """
+    processors = num_multiprocessors(device)
+    few = num_tokens <= 32 or itemsize != 2
+    block_n = 64 if num_rows >= 45 * processors else 32
     num_tiles = triton.cdiv(num_rows, block_n)
+    enough = processors if few else 3 * processors // 4
     split_k = 1
-    while splits and num_tiles * split_k < num_multiprocessors(device) and num_columns >= 512 * split_k:
+    while splits and num_tiles * split_k < enough and num_columns >= 512 * split_k:
         split_k *= 2
-    return SkinnyConfig(block_n, 128 if num_columns % 128 == 0 else 64, 4, 4, split_k)
+    num_programs = num_tiles * split_k
+    return SkinnyConfig(
+        block_n,
+        64 if itemsize == 4 else 128,
+        num_warps=4,
+        # More blocks on their way leave the programs no room side by side.
+        num_stages=6 if split_k > 1 and num_programs <= processors and not few else 4,
+        split_k=split_k,
+        weights_first=few,
+        ahead=num_columns <= _AHEAD_COLUMNS * split_k and num_programs <= 2 * processors,
+    )
