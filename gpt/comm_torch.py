@@ -5,14 +5,18 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import gc
 import os
 import re
 import socket
+import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from gpt.comm import POLL_S, Communicator, SmallSum, Watch, summable, time_limit_s
+from gpt.console import print_error
 from gpt.errors import ConfigError, GptError
 from gpt.launch import Launch
 
@@ -170,9 +174,17 @@ class NcclCommunicator:
         self.small_sum: SmallSum | None = None  # where the GPUs reach each other's memory
         # NCCL sees no hang of a graph, and nobody that of a sum through shared memory.
         self._watch = Watch(self)
+        self._releases: list[weakref.WeakMethod[Callable[[], None]]] = []
+        self._leaving, self._left = threading.Event(), threading.Event()
+        threading.Thread(target=self._end_late, daemon=True, name="leaving").start()
         if dist.is_initialized():
             self.group = dist.new_group(backend="nccl", timeout=_time_limit(), device_id=device)
-            return
+        else:
+            self.group = self._make_group(device)
+        atexit.register(self._leave)
+
+    def _make_group(self, device: torch.device) -> torch.distributed.ProcessGroup:
+        dist, control = self._dist, self._control
         # Rank 0 takes any free port, so that two jobs on one machine never meet.
         store = None
         address = None
@@ -186,8 +198,34 @@ class NcclCommunicator:
         dist.init_process_group(
             "nccl", store=store, rank=self.rank, world_size=self.size, timeout=_time_limit(), device_id=device
         )
-        atexit.register(dist.destroy_process_group)
-        self.group = dist.group.WORLD
+        return dist.group.WORLD
+
+    def before_leaving(self, release: Callable[[], None]) -> None:
+        """`release`, a method, is called at the end of the process while its object lives: NCCL does not end before the
+        last CUDA graph is gone that holds one of its sums."""
+        self._releases.append(weakref.WeakMethod(release))
+
+    def release_all(self) -> None:
+        """What `before_leaving` was told to call."""
+        for reference in self._releases:
+            release = reference()
+            if release is not None:
+                release()
+
+    def _leave(self) -> None:
+        """At the end of the process, when everything is written: graphs, then NCCL, which may not keep us."""
+        self._leaving.set()
+        self.release_all()
+        gc.collect()  # graphs in cycles that nobody refers to
+        self._dist.destroy_process_group(self.group)
+        self._left.set()
+
+    def _end_late(self) -> None:
+        """A thread of its own from the start: an interpreter that ends starts none."""
+        self._leaving.wait()
+        if not self._left.wait(_LEAVING_TIME_S):
+            print_error(f"rank {self.rank}: NCCL has not ended within {_LEAVING_TIME_S:g} s; all work was done before")
+            os._exit(1)
 
     def nccl_address(self) -> int:
         """Where the NCCL communicator lies in memory, for a library that calls NCCL itself.  All ranks call this.

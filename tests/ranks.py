@@ -6,9 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
+from gpt.comm import NullCommunicator, Watch
+from gpt.comm_torch import NcclCommunicator
 from gpt.launch import find_mpirun
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,3 +59,13 @@ def without_mpi(num_ranks: int, *command: object, **variables: str) -> list[subp
         for process in processes:
             process.kill()
     return results
+
+
+def without_nccl(dist: Any = None) -> NcclCommunicator:
+    """The communicator of a GPU rank that is alone and exchanges nothing.  dist: instead of torch.distributed."""
+    gpus = NcclCommunicator.__new__(NcclCommunicator)
+    gpus._control, gpus._watch, gpus._releases = NullCommunicator(), Watch(NullCommunicator()), []
+    gpus.rank, gpus.size, gpus.small_sum = 0, 1, None
+    gpus._dist, gpus.group = dist, None
+    gpus._leaving, gpus._left = threading.Event(), threading.Event()
+    return gpus

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import threading
 
 import pytest
 import torch
-from ranks import PROGRAMS, mpirun, without_mpi
+from ranks import PROGRAMS, mpirun, without_mpi, without_nccl
 
-from gpt import comm
+from gpt import comm, comm_torch
 from gpt.comm import NullCommunicator, Watch, describe_rank, summable, time_limit_s
-from gpt.comm_torch import NcclCommunicator, first_host
+from gpt.comm_torch import first_host
 from gpt.errors import ConfigError
 from gpt.launch import Launch, launch_command, read_launch, singletons
 
@@ -139,9 +140,8 @@ def test_a_step_on_gpus_takes_no_longer_than_a_wait(
     monkeypatch.setenv("GPT_RANK_TIMEOUT", "0.2")
     monkeypatch.setattr(Watch, "interval_s", 0.05)
     control = Recorder()
-    gpus = NcclCommunicator.__new__(NcclCommunicator)  # without NCCL
-    gpus._control, gpus.rank, gpus.size = control, 0, 2
-    gpus._watch = Watch(gpus)
+    gpus = without_nccl()
+    gpus._control, gpus.size, gpus._watch = control, 2, Watch(gpus)
     for stage in stages:
         gpus.stage = stage
     assert control.ended.wait(1.0) == ends
@@ -151,13 +151,64 @@ def test_a_step_on_gpus_takes_no_longer_than_a_wait(
 
 
 def test_exchanges_of_gpu_ranks_end_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus = NcclCommunicator.__new__(NcclCommunicator)
-    gpus._control, gpus._watch = NullCommunicator(), Watch(NullCommunicator())
+    gpus = without_nccl()
     for exchange in (lambda: gpus.broadcast_object(1), lambda: gpus.gather_objects(1), gpus.barrier):
         gpus.stage = "step 3"
         assert gpus._watch._since is not None
         exchange()
         assert gpus._watch._since is None
+
+
+class Graphs:
+    """What a session holds, or has let go."""
+
+    def __init__(self, events: list[str]):
+        self.events = events
+
+    def release(self) -> None:
+        self.events.append("graphs released")
+
+
+class Groups:
+    """Of torch.distributed, only the end."""
+
+    def __init__(self, events: list[str]):
+        self.events = events
+        self.ends = threading.Event()
+
+    def destroy_process_group(self, group: None) -> None:
+        assert self.ends.wait(10)
+        self.events.append("NCCL ended")
+
+
+def test_graphs_go_before_nccl() -> None:
+    """NCCL waits for the last graph that holds one of its sums."""
+    events: list[str] = []
+    groups = Groups(events)
+    groups.ends.set()
+    gpus = without_nccl(groups)
+    alive, gone = Graphs(events), Graphs(events)
+    for graphs in (alive, gone):
+        gpus.before_leaving(graphs.release)
+    del graphs, gone
+    gpus._leave()
+    assert events == ["graphs released", "NCCL ended"]
+
+
+def test_nccl_that_does_not_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    groups, codes = Groups([]), []
+
+    def end(code: int) -> None:
+        codes.append(code)
+        groups.ends.set()
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(comm_torch, "_LEAVING_TIME_S", 0.1)
+    gpus = without_nccl(groups)
+    threading.Thread(target=gpus._end_late, daemon=True).start()
+    gpus._leave()
+    assert codes == [1]
+    assert capsys.readouterr().err == "error: rank 0: NCCL has not ended within 0.1 s; all work was done before\n"
 
 
 @pytest.mark.mpi

@@ -12,8 +12,8 @@ from kernel_inputs import TOLERANCE, int8_weight, normal, tiles_of
 from gpt.kernels.gemv import GemvConfig, default_config, gemv
 from gpt.kernels.product import ACTIVATION_FUNCTIONS, Gate, Norm, reference
 
-# Neither whole blocks of rows nor of columns; one with several blocks of columns.
-SHAPES = [(50, 96), (33, 160)]
+# Neither whole blocks of rows nor of columns; with several blocks of columns, and in several stretches of them.
+SHAPES = [(50, 96), (33, 160), (20, 600)]
 CONFIG = GemvConfig(8, 64, 4)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engines import random_prompts, relative_error
+from ranks import without_nccl
 
 from gpt.checkpoint.random_weights import RandomWeights
 from gpt.comm import NullCommunicator
@@ -69,6 +70,20 @@ def make_pair(model: ModelConfig, dtype: str, device: torch.device) -> Iterator[
 def begin(session: TorchSession, prompts: list[list[int]]) -> torch.Tensor:
     session.start(len(prompts), MAX_SEQ_LEN)
     return session.context(prompts).cpu()
+
+
+def test_graphs_are_released_before_nccl_ends(kernel_device: torch.device) -> None:
+    """What a session recorded is gone when its ranks leave; the next step records it again."""
+    gpus = without_nccl()
+    build = make_build("float32")
+    weights = {name: tensor.to(kernel_device) for name, tensor in make_weights(MODEL, build).items()}
+    session = CudaSession(MODEL, build, Mapping(), weights, kernel_device, gpus)
+    ids = begin(session, [[1, 2, 3]]).argmax(-1).to(kernel_device)
+    session.generation(ids)
+    assert session._decoders
+    gpus.release_all()
+    assert not session._decoders
+    assert session._active is None
 
 
 @pytest.mark.parametrize(

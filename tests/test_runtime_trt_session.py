@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from engines import build_engine, convert, random_prompts, relative_error
+from ranks import without_nccl
 from transformers import GPT2LMHeadModel
 from trt_matrix import record
 from trt_models import LENGTHS, MODELS, RANK, build_config, random_weights
@@ -260,9 +261,13 @@ class TestBucketsAndGraphs:
 
             return counted
 
-        session = TrtSession(engine, self.model, build_config(), RANK, "cpu", engine.trt, capture=capture)
+        gpus = without_nccl()
+        session = TrtSession(engine, self.model, build_config(), RANK, "cpu", engine.trt, gpus, capture=capture)
         greedy(session, [[1, 2, 3]], 10)
         assert num_replays == 8  # the prompt and the first step are launched
+        assert session._generation
+        gpus.release_all()  # at the end of the process, before NCCL
+        assert not session._generation
 
     @pytest.mark.parametrize("how", ["refused", "failed"])
     def test_steps_that_cannot_be_captured_are_launched(

@@ -75,29 +75,33 @@ def _gemv_kernel(
     if NORM != "none":
         whole = tl.arange(0, PADDED_K)
         mean, inverse = moments(tl.load(x_ptr + whole, mask=whole < K, other=0.0).to(tl.float32), epsilon, K, NORM)
+    # All of a row is written out, tile by tile; of a long one, whose tiles would not fit the registers, a stretch.
+    STRETCH: tl.constexpr = K if K <= 6 * BLOCK_K else 4 * BLOCK_K
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     gate_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
-        if SPLITS > 1:
-            x = load_joined(x_ptr, part_sum_ptr, start, K, SPLITS, HEAD_SIZE, BLOCK_K)
-        else:
-            x = tl.load(x_ptr + start + columns, mask=start + columns < K, other=0.0).to(tl.float32)
-        if start == 0:
-            weights = first
-        else:
-            weights = _load_weights(weight_ptr, rows, start + columns, in_rows, K)
-            stretch, shift = load_norm(norm_weight_ptr, norm_bias_ptr, start + columns, K, NORM)
-        if NORM != "none":
-            x = (x - mean) * inverse * stretch
-        if NORM == "layernorm":
-            x += shift
-        sums += weights.to(tl.float32) * x[None, :]
-        if GATED:
-            if start == 0:
-                gates = first_gate
+    for begin in tl.range(0, K, STRETCH):
+        for piece in tl.static_range(0, STRETCH, BLOCK_K):
+            start = begin + piece
+            if SPLITS > 1:
+                x = load_joined(x_ptr, part_sum_ptr, start, K, SPLITS, HEAD_SIZE, BLOCK_K)
             else:
-                gates = _load_weights(gate_ptr, rows, start + columns, in_rows, K)
-            gate_sums += gates.to(tl.float32) * x[None, :]
+                x = tl.load(x_ptr + start + columns, mask=start + columns < K, other=0.0).to(tl.float32)
+            if piece == 0 and STRETCH >= K:
+                weights = first
+            else:
+                weights = _load_weights(weight_ptr, rows, start + columns, in_rows, K)
+                stretch, shift = load_norm(norm_weight_ptr, norm_bias_ptr, start + columns, K, NORM)
+            if NORM != "none":
+                x = (x - mean) * inverse * stretch
+            if NORM == "layernorm":
+                x += shift
+            sums += weights.to(tl.float32) * x[None, :]
+            if GATED:
+                if piece == 0 and STRETCH >= K:
+                    gates = first_gate
+                else:
+                    gates = _load_weights(gate_ptr, rows, start + columns, in_rows, K)
+                gate_sums += gates.to(tl.float32) * x[None, :]
     y = tl.sum(sums, 1)
     if HAS_SCALE:
         y *= tl.load(scale_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)

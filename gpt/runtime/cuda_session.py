@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 
 from gpt.comm import Communicator
+from gpt.comm_torch import NcclCommunicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
 from gpt.engine.cuda_prompt_ops import PromptOps
@@ -106,12 +107,18 @@ class CudaSession(TorchSession):
         self._prompts = PromptGraphs(self._forward_whole) if self.graphs and not batch_invariant else None
         self._active: _Decoder | None = None  # the one that holds the positions of the batch
         self._num_generated = 0  # since it does
+        if isinstance(self.comm, NcclCommunicator):
+            self.comm.before_leaving(self.release_graphs)
+
+    def release_graphs(self) -> None:
+        """Forgets all that was recorded; the next step records it again."""
+        self._forget("batch")
+        self._forget("paged")
 
     def exchange_through(self, comm: Communicator) -> None:
         super().exchange_through(comm)
         self._decode_ops.comm = comm
-        self._forget("batch")
-        self._forget("paged")
+        self.release_graphs()
 
     def start(self, batch_size: int, max_seq_len: int) -> None:
         check_start(self.model, self.build, batch_size, max_seq_len)

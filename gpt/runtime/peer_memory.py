@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from gpt.kernels.peer_all_reduce import PeerBuffers
 
 LIMIT_VARIABLE = "GPT_PEER_SUM_BYTES"
-# Up to here GPUs that read each other's memory are faster than NCCL: measured for two (benchmarks/bench_allreduce.py).
-# Eight read seven times as much, 16 us of NVLink for 1 MiB, about what NCCL needs in all.
+# Up to here GPUs that use each other's memory are faster than NCCL: measured for two by benchmarks/bench_allreduce.py,
+# for eight in steps, where they won at 192 KiB and lost at 384.  Four, not measured, move less than half of eight.
 _MAX_RANKS = 8
-_DEFAULT_LIMIT_BYTES = {2: 1 << 20, 4: 1 << 20}
-_OTHER_LIMIT_BYTES = 1 << 19
+_DEFAULT_LIMIT_BYTES = {2: 1 << 20, 4: 1 << 19}
+_OTHER_LIMIT_BYTES = 1 << 18
 
 
 class PeerSum:

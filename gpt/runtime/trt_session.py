@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gpt.comm import Communicator, NullCommunicator
+from gpt.comm_torch import NcclCommunicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.console import log
 from gpt.dtypes import torch_dtype
@@ -84,6 +85,12 @@ class TrtSession:
         self._batch_size = 0
         self._lengths: list[int] = []
         self._generating = False
+        if isinstance(self.comm, NcclCommunicator):
+            self.comm.before_leaving(self.release_graphs)
+
+    def release_graphs(self) -> None:
+        """Forgets all that was captured, with what captured it; the next step begins anew."""
+        self._generation.clear()
 
     @classmethod
     def from_plan(
