@@ -21,6 +21,7 @@ from gpt.engine.folder import open_engine
 from gpt.engine.trt_builder import NetworkBuild, build_plan, check_build, read_timing_cache, write_timing_cache
 from gpt.engine.trt_weights import weights_in_file
 from gpt.errors import ConfigError, EngineError, GptError
+from gpt.runtime import trt_session
 
 pytestmark = pytest.mark.tensorrt
 
@@ -88,6 +89,17 @@ def test_timing_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypa
         elsewhere.write_plan(plan)
     assert plan.tell() > 0
     assert "Timing cache: not written" in caplog.text
+
+
+def test_streaming_keeps_what_the_library_says(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("gpt"), "propagate", True)
+    engine = SimpleNamespace(get_weight_streaming_automatic_budget=lambda: 3 << 20, streamable_weights_size=8 << 20)
+    with caplog.at_level("INFO", logger="gpt"):
+        trt_session._stream_weights(engine)
+    assert engine.weight_streaming_budget_v2 == 3 << 20
+    assert "3 of 8 MiB stay on the GPU" in caplog.text
 
 
 class TestRefusals:
