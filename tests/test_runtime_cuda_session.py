@@ -308,7 +308,7 @@ def test_sequences_that_join_while_others_run_ahead(
     prompts = random_prompts([3, 9, 1, 6], MODEL.vocab_size)
     free = [generate(oracle, [prompt], max_new_tokens=num_new, end_id=None).tokens[0] for prompt in prompts]
     end_id = free[0][2]
-    assert len({token for row in free for token in row}) > num_new
+    assert len({token for row in free for token in row}) > len(prompts)  # they say different things
     ahead: list[tuple[int, int]] = []
     run_ahead = session.run_paged_ahead
 
