@@ -275,7 +275,7 @@ def warm_up(session: Session, way: Way, work: Work, static_batch: int) -> None:
     if session.device.type != "cuda":
         way.run(session, work.part(0, static_batch))
         return
-    from gpt.runtime.cuda_session import batch_bucket
+    from gpt.engine.kv_cache import batch_bucket
 
     # The longest prompts first: graphs hold the addresses of the memory that those need.
     most = session.build.max_batch_size

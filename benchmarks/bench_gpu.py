@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from gpu_measure import Budget, Ceilings, Timing
     from gpu_systems import Setup, System
 
+    from gpt.config import ModelConfig
+
 # This project's engines with int8 and FP8 products: flags of build.py.
 QUANTISED = {
     "ours_smoothquant": "--use_smooth_quant --per_token --per_channel",
@@ -374,11 +376,11 @@ def make_system(name: str, setup: Setup) -> System:
     return system
 
 
-def random_prompts(case: Case, shape: Shape) -> list[list[int]]:
+def random_prompts(model: Case | ModelConfig, shape: Shape) -> list[list[int]]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(case.vocab_size, (shape.batch_size, shape.input_len), generator=generator).tolist()
+    return torch.randint(model.vocab_size, (shape.batch_size, shape.input_len), generator=generator).tolist()
 
 
 def describe(work: Work) -> str:

@@ -104,9 +104,10 @@ class Bench:
         self.comm = self.session.comm
 
     def measure(self, shape: Shape) -> None:
+        from bench_gpu import random_prompts
         from gpu_cases import prefill_flops, step_bytes
 
-        prompts = random_prompts(self.info.model.vocab_size, shape)
+        prompts = random_prompts(self.info.model, shape)
         timing, needed_bytes = self._time_and_memory(shape, prompts)
         first, token = Sample(timing.first_token_ms), Sample(timing.token_ms)
         ranks = self.comm.size
@@ -268,13 +269,6 @@ def describe(device: torch.device, ranks: int) -> dict[str, object]:
 
     names = installed("torch", "triton")
     return {"device": f"{ranks} x {device_name(str(device))}", "versions": describe_versions(*names)}
-
-
-def random_prompts(vocab_size: int, shape: Shape) -> list[list[int]]:
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab_size, (shape.batch_size, shape.input_len), generator=generator).tolist()
 
 
 def plot(path: Path) -> int:

@@ -133,7 +133,8 @@ class NullCommunicator:
 
 
 # Stages that may last: nobody waits for this rank's part of a step.
-IDLE_STAGES = ("", "waiting for prompts")
+WAITING = "waiting for prompts"
+IDLE_STAGES = ("", WAITING)
 
 
 class Watch:

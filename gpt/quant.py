@@ -84,11 +84,6 @@ class QuantConfig:
         return self.weights in ("int8", "int4") and self.activations is None
 
     @property
-    def weight_itemsize(self) -> float:
-        """Bytes of one quantised weight."""
-        return 0.5 if self.weights == "int4" else 1.0
-
-    @property
     def quant_mode(self) -> int:
         """The original's bits, for config.json."""
         present = {

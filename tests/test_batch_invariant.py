@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from engines import build_engine, random_prompts
 
 from gpt.checkpoint.random_weights import RandomWeights
 from gpt.config import BuildConfig, ModelConfig
+from gpt.engine.step import AheadStep
 from gpt.engine.weights import engine_tensors
 from gpt.errors import ConfigError
 from gpt.kernels.launch import INTERPRETED
@@ -112,6 +113,29 @@ def test_a_paged_cache(make_session: MakeSession) -> None:
     alone = run([], 0)
     assert run([17, 30, 3], 2) == alone
     assert run([30, 5], 1) == alone
+
+
+def test_steps_that_run_ahead(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over blocks, where the device chooses: the first sequence's tokens and their logits."""
+    build = replace(BUILD, paged_kv_cache=True, use_inflight_batching=True, tokens_per_block=16)
+    weights = dict(engine_tensors(MODEL, build, Mapping(), RandomWeights(MODEL, 1, kernel_device)))
+    session = CudaSession(MODEL, build, Mapping(), weights, kernel_device, batch_invariant=True)
+    run_ahead, first = session.run_paged_ahead, list[tuple[int, float]]()
+
+    def listen(step: AheadStep) -> Iterator[tuple[list[int], list[float]]]:
+        for tokens, largest in run_ahead(step):
+            first.append((tokens[0], largest[0]))
+            yield tokens, largest
+
+    monkeypatch.setattr(session, "run_paged_ahead", listen)
+    found = []
+    for others in OTHERS[:2]:
+        first.clear()
+        prompts = [*random_prompts([7], 80), *random_prompts(others, 80)]
+        generate_paged(session, prompts, max_new_tokens=3 if INTERPRETED else 16, end_id=None)
+        found.append(list(first))
+    assert len(found[0]) > 1
+    assert found[1] == found[0]
 
 
 def test_drafts_are_refused(make_session: MakeSession) -> None:

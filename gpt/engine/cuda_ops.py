@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from gpt.comm import Communicator, NullCommunicator
 from gpt.config import ModelConfig
 from gpt.engine.cuda_w8a8 import W8a8Linear
+from gpt.engine.decode_values import Normed, Parts, Places, Product, Rotated, Stream, Sum, Value, Words
 from gpt.engine.kv_cache import KvCache
 from gpt.engine.linear import library_linear, wide_linear
 from gpt.engine.quant_linear import QuantizedRows
@@ -51,67 +52,6 @@ class DecodeInputs:
 
 
 @dataclass
-class _Words:
-    """An embedding nobody has looked up yet."""
-
-    table: str
-
-
-@dataclass
-class _Places:
-    table: str
-
-
-@dataclass
-class _Stream:
-    """The residual stream x [B, E] float32; `parts` [P, B, E] and `bias` [E] still have to be added to it."""
-
-    x: torch.Tensor
-    parts: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-
-
-@dataclass
-class _Normed:
-    stream: _Stream
-    norm: Norm
-    value: torch.Tensor | QuantizedRows | None = None
-
-
-@dataclass
-class _Product:
-    """activation(input @ weight.T + bias) * (input @ gate.T + its bias)."""
-
-    input: _Normed | _Parts | QuantizedRows | torch.Tensor
-    name: str
-    activation: str
-    bias: bool
-    gate: str | None = None
-
-
-@dataclass
-class _Rotated:
-    qkv: _Product
-    rotary: Rotary
-
-
-@dataclass
-class _Sum:
-    """A finished product, of which every rank has a part, and the bias that is still to be added to the ranks' sum."""
-
-    value: torch.Tensor
-    bias: torch.Tensor | None = None
-
-
-@dataclass
-class _Parts:
-    """An attention's output in parts, as `decode_attention` leaves them: a product of one row joins them itself."""
-
-    parts: torch.Tensor
-    num_splits: int
-
-
-@dataclass
 class _Scratch:
     """Grown to the largest attention's need; layers follow each other, so one is enough."""
 
@@ -123,9 +63,6 @@ class _Scratch:
         if self.tensor.numel() < size:
             self.tensor = torch.empty(size, dtype=torch.float32, device=device)
         return self.tensor
-
-
-Value = _Words | _Places | _Stream | _Normed | _Product | _Rotated | _Sum | _Parts | QuantizedRows | torch.Tensor
 
 
 class DecodeOps:
@@ -178,7 +115,7 @@ class DecodeOps:
 
     def embedding(self, table: str) -> Value:
         if self.mapping.embedding is Split.NONE:
-            return _Words(table)
+            return Words(table)
         ids = self.inputs.ids
         weights = self.weights[table]
         if self.mapping.embedding is Split.COLUMN:
@@ -188,39 +125,39 @@ class DecodeOps:
         return F.embedding(own.masked_fill(elsewhere, 0), weights).masked_fill(elsewhere[:, None], 0).float()
 
     def position_embedding(self, table: str) -> Value:
-        return _Places(table)
+        return Places(table)
 
     def add(self, a: Value, b: Value) -> Value:
-        if isinstance(b, _Places):
+        if isinstance(b, Places):
             return self._embedded(a, b)
         stream = self._stream(a)
-        if isinstance(b, _Product):
+        if isinstance(b, Product):
             self._add_product(stream, b)
-        elif isinstance(b, _Sum):
+        elif isinstance(b, Sum):
             self._add_sum(stream, b)
         else:
             raise TypeError(f"nothing adds {type(b).__name__} to the residual stream")
         return stream
 
-    def _embedded(self, words: Value, places: _Places | None) -> _Stream:
+    def _embedded(self, words: Value, places: Places | None) -> Stream:
         table = self.weights[places.table] if places else None
         if isinstance(words, torch.Tensor):
-            return _Stream(words if table is None else words.add_(F.embedding(self.inputs.positions, table)))
-        if not isinstance(words, _Words):
+            return Stream(words if table is None else words.add_(F.embedding(self.inputs.positions, table)))
+        if not isinstance(words, Words):
             raise TypeError(f"no embedding: {type(words).__name__}")
         x = self._empty(self.model.n_embd, torch.float32)
         embed(self.inputs.ids, self.inputs.positions, self.weights[words.table], table, x)
-        return _Stream(x)
+        return Stream(x)
 
-    def _stream(self, x: Value) -> _Stream:
-        if isinstance(x, _Stream):
+    def _stream(self, x: Value) -> Stream:
+        if isinstance(x, Stream):
             if x.parts is not None:  # two sums without a norm between them
                 add_norm(x.x, None, None, parts=x.parts, bias=x.bias)
                 x.parts = x.bias = None
             return x
         return self._embedded(x, None)
 
-    def _add_product(self, stream: _Stream, product: _Product) -> None:
+    def _add_product(self, stream: Stream, product: Product) -> None:
         if product.name in self.products:
             quantized = self.products[product.name]
             rows = self._rows(product.input, quantized)
@@ -245,7 +182,7 @@ class DecodeOps:
         multiply(h, weight, parts, config=skinny_config, scale=scale)
         stream.parts, stream.bias = parts, bias
 
-    def _add_sum(self, stream: _Stream, part: _Sum) -> None:
+    def _add_sum(self, stream: Stream, part: Sum) -> None:
         """In one kernel where the GPUs share memory."""
         if self.comm.small_sum is not None and self.comm.small_sum(part.value, stream.x, part.bias):
             return
@@ -258,32 +195,32 @@ class DecodeOps:
     def rms_norm(self, x: Value, name: str, epsilon: float, feeds: str | None = None) -> Value:
         return self._normed(x, Norm(self._norms[name + ".weight"], None, epsilon))
 
-    def _normed(self, x: Value, norm: Norm) -> _Normed:
-        return _Normed(x if isinstance(x, _Stream) else self._stream(x), norm)
+    def _normed(self, x: Value, norm: Norm) -> Normed:
+        return Normed(x if isinstance(x, Stream) else self._stream(x), norm)
 
     def linear(
         self, x: Value, name: str, *, activation: str | None = None, bias: bool = True, feeds: str | None = None
     ) -> Value:
-        if isinstance(x, _Product) and x.name in self.products and x.gate is None:
+        if isinstance(x, Product) and x.name in self.products and x.gate is None:
             quantized = self.products[x.name]
             rows = self._rows(x.input, quantized)
             x = quantized.multiply_for(self.products[name], rows, self._bias(x), x.activation)
-        elif not isinstance(x, (_Normed, _Parts, torch.Tensor)):
+        elif not isinstance(x, (Normed, Parts, torch.Tensor)):
             x = self.value(x)
-        return _Product(x, name, activation or "none", bias)
+        return Product(x, name, activation or "none", bias)
 
     def multiply(self, a: Value, b: Value) -> Value:
-        if not (isinstance(a, _Product) and isinstance(b, _Product)):
+        if not (isinstance(a, Product) and isinstance(b, Product)):
             raise TypeError(f"nothing multiplies {type(a).__name__} and {type(b).__name__}")
-        return _Product(a.input, a.name, a.activation, a.bias, gate=b.name)
+        return Product(a.input, a.name, a.activation, a.bias, gate=b.name)
 
     def rotary(self, qkv: Value, rotary_dim: int, base: float, scaling: float) -> Value:
-        if not isinstance(qkv, _Product) or self._rotary is None:
+        if not isinstance(qkv, Product) or self._rotary is None:
             raise TypeError(f"nothing rotates {type(qkv).__name__}")
-        return _Rotated(qkv, self._rotary)
+        return Rotated(qkv, self._rotary)
 
     def attention(self, qkv: Value, layer: int, scale: float) -> Value:
-        qkv, rotary = (qkv.qkv, qkv.rotary) if isinstance(qkv, _Rotated) else (qkv, None)
+        qkv, rotary = (qkv.qkv, qkv.rotary) if isinstance(qkv, Rotated) else (qkv, None)
         cache = self.inputs.cache
         head_size = self.model.head_size
         num_slots = self.inputs.table.shape[1] * cache.tokens_per_block
@@ -308,13 +245,13 @@ class DecodeOps:
             next_weight=self.weights.get(f"model.layers.{layer}.mlp.dense_h_to_4h.weight"),
         )
         if parts is not None and in_parts:
-            return _Parts(parts, config.num_splits)
+            return Parts(parts, config.num_splits)
         return out
 
     def all_reduce(self, x: Value) -> Value:
         value = self.value(x)
-        if isinstance(x, _Product):
-            return _Sum(value)  # with what it is added to
+        if isinstance(x, Product):
+            return Sum(value)  # with what it is added to
         self.comm.all_reduce(value)
         return value
 
@@ -322,9 +259,9 @@ class DecodeOps:
         return self.comm.all_gather(self.value(x), -1)
 
     def add_bias(self, x: Value, name: str) -> Value:
-        if not isinstance(x, _Sum):
+        if not isinstance(x, Sum):
             raise TypeError(f"nothing adds a bias to {type(x).__name__}")
-        return _Sum(x.value, self.weights.get(name + ".bias"))
+        return Sum(x.value, self.weights.get(name + ".bias"))
 
     def gather_last(self, x: Value) -> Value:
         return x
@@ -346,7 +283,7 @@ class DecodeOps:
         """The tensor a description stands for."""
         if isinstance(x, torch.Tensor):
             return x
-        if not isinstance(x, _Product):
+        if not isinstance(x, Product):
             raise TypeError(f"{type(x).__name__} has no value of its own")
         if x.name in self.products:
             return self._quantized_value(x)
@@ -359,7 +296,7 @@ class DecodeOps:
         self._multiply(x.input, weight, out, bias=bias, scale=scale, activation=x.activation, gate=gate)
         return out
 
-    def _quantized_value(self, x: _Product) -> torch.Tensor:
+    def _quantized_value(self, x: Product) -> torch.Tensor:
         quantized = self.products[x.name]
         rows = self._rows(x.input, quantized)
         y = quantized.multiply(rows, self._bias(x), x.activation)
@@ -371,7 +308,7 @@ class DecodeOps:
         """What a product that quantises its input multiplies; a pending sum enters the residual stream first."""
         if isinstance(x, QuantizedRows):
             return x
-        if not isinstance(x, _Normed):
+        if not isinstance(x, Normed):
             return product.prepare(self.value(x))
         if x.value is None:
             x.value = product.prepare(x.stream.x, x.norm, x.stream.parts, x.stream.bias)
@@ -380,7 +317,7 @@ class DecodeOps:
             raise TypeError("one norm feeds float and quantised products")
         return x.value
 
-    def _bias(self, product: _Product) -> torch.Tensor | None:
+    def _bias(self, product: Product) -> torch.Tensor | None:
         return self.weights.get(product.name + ".bias") if product.bias else None
 
     def _multiply(
@@ -443,10 +380,10 @@ class DecodeOps:
         else:
             config = self.tuning.gemv(num_rows, num_columns)
         norm, splits = None, 1
-        if isinstance(x, _Parts):
+        if isinstance(x, Parts):
             h, splits = x.parts, x.num_splits
             config = dataclasses.replace(config, block_k=max(config.block_k, self.model.head_size))
-        elif isinstance(x, _Normed) and x.value is None and x.stream.parts is None:
+        elif isinstance(x, Normed) and x.value is None and x.stream.parts is None:
             h, norm = x.stream.x, x.norm
         else:
             h = self._input(x)
@@ -470,7 +407,7 @@ class DecodeOps:
 
     def _input(self, x: Value) -> torch.Tensor:
         """What a product multiplies, [B, E] in the engine's dtype; a pending sum enters the residual stream first."""
-        if not isinstance(x, _Normed):
+        if not isinstance(x, Normed):
             return self.value(x)
         if x.value is None:
             x.value = self._empty(x.norm.weight.shape[0], self.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Mapping as Dict
 
 import torch
 
-from gpt.engine.quant_linear import QuantizedRows
+from gpt.engine.quant_linear import QuantizedRows, prepared_rows, quantized_names
 from gpt.kernels.product import Norm
 from gpt.kernels.quantize_rows import quantize_rows
 from gpt.kernels.w8a8 import NextInput, W8a8Config, default_config, w8a8
@@ -56,7 +56,7 @@ class W8a8Linear:
         self, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None, activation: str = "none"
     ) -> torch.Tensor:
         """activation(x @ weight.T + bias): [N, out]."""
-        rows = _rows(x)
+        rows = prepared_rows(x)
         out = torch.empty((len(rows.values), len(self.weight)), dtype=self.dtype, device=self.weight.device)
         self._launch(rows, out, bias=bias, activation=activation)
         return out
@@ -67,7 +67,7 @@ class W8a8Linear:
         """`multiply` for another product: what that one multiplies, where its scale is known before."""
         if following.input_scale is None:
             return self.multiply(x, bias, activation)
-        rows = _rows(x)
+        rows = prepared_rows(x)
         result = following._empty_rows(len(rows.values), len(self.weight))
         next_input = NextInput(following.input_scale, result.scale, following.smoother)
         self._launch(rows, result.values, bias=bias, activation=activation, next_input=next_input)
@@ -75,7 +75,7 @@ class W8a8Linear:
 
     def parts(self, x: QuantizedRows | torch.Tensor) -> torch.Tensor:
         """x @ weight.T as partial sums float32 [P, N, out], for a reader that adds them anyway."""
-        rows = _rows(x)
+        rows = prepared_rows(x)
         config = self._config(len(rows.values), splits=True)
         out = torch.empty((config.split_k, len(rows.values), len(self.weight)), device=self.weight.device)
         w8a8(rows.values, rows.scale, self.weight, self.scale, out, config=config)
@@ -112,15 +112,8 @@ class W8a8Linear:
         return default_config(num_tokens, num_rows, num_columns, self.weight.device, splits=splits)
 
 
-def _rows(x: QuantizedRows | torch.Tensor) -> QuantizedRows:
-    if not isinstance(x, QuantizedRows):
-        raise TypeError("this product multiplies prepared rows")
-    return x
-
-
 def w8a8_linears(weights: Dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, W8a8Linear]:
     """The products of a SmoothQuant or FP8 engine's weights, by the name of the linear layer."""
-    names = [name.removesuffix(".weight_scale") for name in weights if name.endswith(".weight_scale")]
     return {
         name: W8a8Linear(
             weights[name + ".weight"],
@@ -129,5 +122,5 @@ def w8a8_linears(weights: Dict[str, torch.Tensor], dtype: torch.dtype) -> dict[s
             weights.get(name + ".smoother"),
             dtype,
         )
-        for name in names
+        for name in quantized_names(weights)
     }

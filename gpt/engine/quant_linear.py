@@ -65,7 +65,7 @@ class Int8Weights:
         return QuantizedRows(torch.cat([high, low]).to(self._product.takes), largest)
 
     def multiply(self, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        rows = _rows(x)
+        rows = prepared_rows(x)
         high, low = self._product(rows.values).chunk(2)  # [N, out] each
         return _scaled(torch.add(high, low, alpha=0.5 / INT8_MAX), rows.scale, bias)
 
@@ -145,7 +145,7 @@ class SmoothQuantLinear:
         return QuantizedRows(to_int8(x, scale, self._product.takes), scale)
 
     def multiply(self, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        rows = _rows(x)
+        rows = prepared_rows(x)
         return _scaled(self._product(rows.values), rows.scale, bias).to(self._dtype)
 
 
@@ -164,7 +164,7 @@ class Fp8Linear:
         return QuantizedRows(to_fp8(x, scale), scale)
 
     def multiply(self, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        rows = _rows(x)
+        rows = prepared_rows(x)
         values = rows.values.to(self._wide)
         if not self._weight.is_cuda:
             return _with_bias(F.linear(values, self._weight).float() * self._scale * rows.scale, bias)
@@ -172,7 +172,8 @@ class Fp8Linear:
         return _with_bias((y * self._scale * rows.scale).to(self._dtype), bias)
 
 
-def _rows(x: QuantizedRows | torch.Tensor) -> QuantizedRows:
+def prepared_rows(x: QuantizedRows | torch.Tensor) -> QuantizedRows:
+    """x itself.  Raises TypeError for rows that nothing has prepared."""
     if not isinstance(x, QuantizedRows):
         raise TypeError("this product multiplies prepared rows")
     return x
@@ -195,6 +196,11 @@ def _with_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 _MORE_THAN_A_CACHE = 32 << 20  # bytes of weights that are read from memory at each step
 
 
+def quantized_names(weights: Dict[str, torch.Tensor]) -> list[str]:
+    """Of the linear layers whose weights are quantised."""
+    return [name.removesuffix(".weight_scale") for name in weights if name.endswith(".weight_scale")]
+
+
 def quantized_linears(
     weights: Dict[str, torch.Tensor], quant: QuantConfig, dtype: torch.dtype
 ) -> dict[str, QuantLinear]:
@@ -202,7 +208,7 @@ def quantized_linears(
 
     weights: as `gpt.engine.weights.engine_tensors` makes them.  dtype: the engine's.
     """
-    names = [name.removesuffix(".weight_scale") for name in weights if name.endswith(".weight_scale")]
+    names = quantized_names(weights)
     linears = {name: _make(weights, name, quant, dtype) for name in names}
     on_cpu = [weights[name + ".weight"].nbytes for name in names if not weights[name + ".weight"].is_cuda]
     if sum(on_cpu) >= _MORE_THAN_A_CACHE:

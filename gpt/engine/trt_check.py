@@ -168,7 +168,7 @@ def _notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]:
         notes.append("Context FMHA: the fused attention layer works in both phases and chooses its accumulation itself")
     if build.gpt_attention_plugin not in (None, build.dtype):
         notes.append(f"Attention plugin: {build.gpt_attention_plugin} asked for, the engine's {build.dtype} selected")
-    notes += _plugin_notes(trt, model, build)
+    notes += _plugin_notes(trt, build)
     if build.remove_input_padding:
         notes.append("Remove Padding Enabled: packed everywhere but inside attention")
     if build.timing_cache is not None and library_name(trt) == TENSORRT_RTX:
@@ -181,7 +181,7 @@ def _notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]:
     return notes
 
 
-def _plugin_notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]:
+def _plugin_notes(trt: Any, build: BuildConfig) -> list[str]:
     """One line for the plugins there are, one for each flag that gets the library's own layers, with the reason."""
     flags = {
         "attention": (build.gpt_attention_plugin, f"its kernel takes head sizes to {_LARGEST_PLUGIN_HEAD}"),

@@ -299,10 +299,9 @@ class WeightOnlyGemm(Product):
 
         num_stages = 2 if types[0] == "FLOAT" else 3
         block_k = min(64, self.group) if self.group else 64
-        return SkinnyConfig(64 if tactic > 1 else 32, block_k, 4, num_stages, 1, weights_first=tactic < 2)
-
-    def _block_m(self, tactic: int) -> int:
-        return 64 if tactic > 1 else 16
+        if tactic > 1:
+            return SkinnyConfig(64, block_k, 4, num_stages, weights_first=False, block_m=64)
+        return SkinnyConfig(32, block_k, 4, num_stages, block_m=16)
 
     def call(self, types: Sequence[str], tactic: int) -> KernelCall:
         from gpt.kernels.aot import KernelCall
@@ -319,7 +318,7 @@ class WeightOnlyGemm(Product):
             "GATED": False,
             "WEIGHTS_FIRST": config.weights_first,
             "SPLIT_K": 1,
-            "BLOCK_M": self._block_m(tactic),
+            "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "STAGES": config.num_stages,
@@ -339,8 +338,8 @@ class WeightOnlyGemm(Product):
         )
 
     def launch(self, shapes: Sequence[Shape], types: Sequence[str], tactic: int, ceil_div: CeilDiv) -> Launch:
-        num_tokens, block_n = _num_rows(shapes[0]), self._config(types, tactic).block_n
-        return Launch((-(-self.num_out // block_n), 1, ceil_div(num_tokens, self._block_m(tactic))), (num_tokens,))
+        config, num_tokens = self._config(types, tactic), _num_rows(shapes[0])
+        return Launch((-(-self.num_out // config.block_n), 1, ceil_div(num_tokens, config.block_m)), (num_tokens,))
 
 
 @dataclass(frozen=True)

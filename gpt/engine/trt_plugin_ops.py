@@ -32,6 +32,8 @@ class Rotated:
 
 
 class PluginOps(TrtOps):
+    """Takes the arguments of TrtOps."""
+
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self.capability = compute_capability(self.layers.trt)

@@ -65,16 +65,12 @@ def cdiv(first: SymInt32, second: int | SymInt32) -> SymInt32:
 class TensorDesc:
     """dtype: a member of the library's DataType, or of the one above."""
 
-    def __init__(self, shape_expr: Iterable[int | SymInt32 | None], dtype: Any, aliased_to: TensorDesc | None = None):
+    def __init__(self, shape_expr: Iterable[int | SymInt32 | None], dtype: Any):
         self.shape_expr = [ShapeExpr(size) for size in shape_expr]
         self.dtype = dtype
-        self._aliased_to = aliased_to
 
     def aliased(self) -> TensorDesc:
-        return TensorDesc(self.shape_expr, self.dtype, self)
-
-    def get_aliased(self) -> TensorDesc | None:
-        return self._aliased_to
+        return TensorDesc(self.shape_expr, self.dtype)
 
 
 def from_shape_expr(shape_expr: tuple[int | SymInt32, ...], dtype: Any) -> TensorDesc:

@@ -223,6 +223,8 @@ def _places(
 
 @triton.jit
 def rotated(ptr, dims, inside, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr):
+    """Heads at `ptr` as float32 of the shape of `ptr + dims`, the first ROTARY_DIM dims rotated by `position`, which is
+    one for all of them or one for each row."""
     x = tl.load(ptr + dims, mask=inside, other=0.0).to(tl.float32)
     if ROTARY_DIM > 0:
         half: tl.constexpr = ROTARY_DIM // 2
@@ -238,6 +240,7 @@ def rotated(ptr, dims, inside, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.conste
 
 @triton.jit
 def stored(x, scale, ptr, QUANTIZED: tl.constexpr):
+    """float32 values as the cache at `ptr` keeps them, scale: the value of one step."""
     if QUANTIZED:
         return to_steps(x * tl.div_rn(1.0, scale), ptr)
     else:

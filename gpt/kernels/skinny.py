@@ -1,9 +1,9 @@
 """A few tokens' product with a weight matrix on the matrix units: 2 to 128 rows.
 
 Still a read of the weights, now with enough arithmetic that plain multiply-adds would be late.  Short weight rows are
-asked for before the kernel waits for its inputs.  A program owns BLOCK_N
-weight rows, or with SPLIT_K part of their length; parts are stored side by side and added in a fixed order by the
-kernel that reads them (gpt.kernels.norm), which has to read the residual anyway.
+asked for before the kernel waits for its inputs.  A program owns BLOCK_N weight rows, or with SPLIT_K part of their
+length; parts are stored side by side and added in a fixed order by the kernel that reads them (gpt.kernels.norm), which
+has to read the residual anyway.
 """
 
 from __future__ import annotations

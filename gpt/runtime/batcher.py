@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from gpt.comm import WAITING
 from gpt.errors import ConfigError
 from gpt.runtime.batching_config import BatchingConfig
 from gpt.runtime.blocks import BlockManager
@@ -48,7 +49,7 @@ def generate_paged(
 
     Raises ConfigError for prompts the engine cannot take, GptError where the logits are no numbers.
     """
-    session.comm.stage = "waiting for prompts"
+    session.comm.stage = WAITING
     batching = batching or BatchingConfig()
     num_blocks, table = 0, None
     if session.comm.rank == 0:

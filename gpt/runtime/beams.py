@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gpt.comm import WAITING
 from gpt.errors import ConfigError, GptError
 from gpt.runtime.beam_config import BeamConfig
 from gpt.runtime.generate import Generation, check_finite, check_request
@@ -45,7 +46,7 @@ def generate_beams(
 
     Raises ConfigError for what the engine cannot take, GptError where the logits are no numbers or nothing can come.
     """
-    session.comm.stage = "waiting for prompts"
+    session.comm.stage = WAITING
     request = (prompts, beams, max_new_tokens, end_id, virtual, sampling or GREEDY, stops is not None, num_top_logprobs)
     request = session.comm.broadcast_object(request)
     prompts, beams, max_new_tokens, end_id, virtual, sampling, has_stops, num_top_logprobs = request

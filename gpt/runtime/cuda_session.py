@@ -27,7 +27,7 @@ from gpt.runtime.limits import check_start
 from gpt.runtime.prompt_graphs import PromptGraphs
 from gpt.runtime.recording import record
 from gpt.runtime.sampling import Draws
-from gpt.runtime.torch_session import TorchSession
+from gpt.runtime.torch_session import TorchSession, paged_part
 from gpt.runtime.virtual_tokens import VirtualTokens
 
 # Steps that may be under way while the host still reads older tokens.
@@ -215,29 +215,14 @@ class CudaSession(TorchSession):
         logits = self._decode_rows(step, rows, [starts[row] for row in rows])
         if all(decoding):
             return logits[step.wanted]
-        others = [row for row, one in enumerate(decoding) if not one]
-        places = [place for row in others for place in range(starts[row], starts[row + 1])]
-        picked = torch.tensor(places, device=self.device)
-        # Lines of the result: from decoded rows, and from tokens of `part`.
         lines = {token: line for line, token in enumerate(step.wanted.tolist())}
-        decoded = [(lines[starts[row]], index) for index, row in enumerate(rows) if starts[row] in lines]
-        wanted = [(lines[place], index) for index, place in enumerate(places) if place in lines]
         result = logits.new_empty((len(lines), logits.shape[1]))
+        decoded = [(lines[starts[row]], index) for index, row in enumerate(rows) if starts[row] in lines]
         if decoded:
             target, source = torch.tensor(decoded, device=self.device).T
             result[target] = logits[source]
-        target, source = torch.tensor(wanted, dtype=torch.int64, device=self.device).view(-1, 2).T
-        part = PagedStep(
-            ids=step.ids[picked],
-            positions=step.positions[picked],
-            wanted=source,
-            num_new=tuple(step.num_new[row] for row in others),
-            num_past=tuple(step.num_past[row] for row in others),
-            block_table=step.block_table[torch.tensor(others, device=self.device)],
-            prompt_table=step.prompt_table,
-            first_row=None if step.first_row is None else step.first_row[picked],
-        )
-        result[target] = super().run_paged(part)
+        part, others = paged_part(step, [row for row, one in enumerate(decoding) if not one], lines)
+        result[torch.tensor(others, dtype=torch.int64, device=self.device)] = super().run_paged(part)
         return result
 
     def run_paged_ahead(self, step: AheadStep) -> Iterator[tuple[list[int], list[float]]]:

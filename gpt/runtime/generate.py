@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gpt.comm import WAITING
 from gpt.errors import ConfigError, GptError
 from gpt.runtime.limits import check_prompts
 from gpt.runtime.logprobs import TokenLogprob, record
@@ -75,7 +76,7 @@ def generate(
 
     Raises ConfigError for prompts the engine cannot take, GptError where the logits are no numbers.
     """
-    session.comm.stage = "waiting for prompts"
+    session.comm.stage = WAITING
     if sampling is not None:
         sampling = sampling.with_seed()
     keys = [(first_row + row,) for row in range(len(prompts))] if keys is None else list(keys)

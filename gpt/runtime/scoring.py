@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gpt.comm import WAITING
 from gpt.runtime.generate import check_finite
 from gpt.runtime.limits import check_prompts
 from gpt.runtime.logprobs import TokenLogprob, record
@@ -47,7 +48,7 @@ def score(
     Raises ConfigError for prompts the engine cannot take, and for an engine that only tells the last token's logits;
     GptError where the logits are no numbers.
     """
-    session.comm.stage = "waiting for prompts"
+    session.comm.stage = WAITING
     request = session.comm.broadcast_object((prompts, virtual, num_top_logprobs))
     prompts, virtual, num_top_logprobs = request
     if virtual is not None:

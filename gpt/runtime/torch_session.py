@@ -186,8 +186,9 @@ class TorchSession:
     def run_paged(self, step: PagedStep) -> torch.Tensor:
         if not self.batch_invariant:
             return self._forward(step, self._pool())
-        rows = range(len(step.num_new))
-        return torch.cat([self._forward(paged_part(step, [row])[0], self._pool()) for row in rows])
+        lines = {token: line for line, token in enumerate(step.wanted.tolist())}
+        parts = [paged_part(step, [row], lines)[0] for row in range(len(step.num_new))]
+        return torch.cat([self._forward(part, self._pool()) for part in parts])
 
     def _pool(self) -> KvCache:
         if self.pool is None:
@@ -195,23 +196,27 @@ class TorchSession:
         return self.pool
 
 
-def paged_part(step: PagedStep, rows: Sequence[int]) -> tuple[PagedStep, torch.Tensor]:
-    """The step of some of its sequences, in order, and where their tokens stand among those of the whole step."""
+def paged_part(step: PagedStep, rows: Sequence[int], lines: Dict[int, int]) -> tuple[PagedStep, list[int]]:
+    """The step of some of its sequences, in order, and which lines of the whole step's logits its own are.
+
+    lines: by the place of a wanted token in the whole step; on the host, so that nothing waits for the device.
+    """
     starts = list(accumulate(step.num_new, initial=0))
     places = [place for row in rows for place in range(starts[row], starts[row + 1])]
     device = step.ids.device
     picked = torch.tensor(places, device=device)
+    wanted = [index for index, place in enumerate(places) if place in lines]
     part = PagedStep(
         ids=step.ids[picked],
         positions=step.positions[picked],
-        wanted=torch.isin(picked, step.wanted).nonzero().flatten(),
+        wanted=torch.tensor(wanted, dtype=torch.int64, device=device),
         num_new=tuple(step.num_new[row] for row in rows),
         num_past=tuple(step.num_past[row] for row in rows),
         block_table=step.block_table[torch.tensor(rows, device=device)],
         prompt_table=step.prompt_table,
         first_row=None if step.first_row is None else step.first_row[picked],
     )
-    return part, picked
+    return part, [lines[places[index]] for index in wanted]
 
 
 def _packed_step(prompts: Sequence[Sequence[int]], device: torch.device) -> ContextStep:
