@@ -91,16 +91,40 @@ class TestDiff:
         assert main("--diff", "--bound", "10", engines["plan"].folder, other.folder)[0] == 0
 
     def test_rounding_to_integers_in_half_precision_is_no_difference(self, tmp_path: Path) -> None:
-        """Of a trained model: its inputs have outliers, which make steps large."""
+        """Of a trained model, whose inputs have outliers, which make steps large.  A bias a tenth less differs."""
         assets = Path(__file__).resolve().parent.parent / "assets"
         calibration = ["-sq", "0.5", "--calib-data", str(assets / "calibration.txt"), "--calib-size", "2"]
         source = ["-i", str(assets / "gpt2-tiny"), "-o", str(tmp_path), "-t", "float16"]
         assert hf_gpt_convert.main([*source, *calibration]) == 0
-        flags = ["--use_smooth_quant", "--per_token", "--per_channel", *LIMITS]
-        reference = build_engine(tmp_path / "1-gpu", tmp_path / "torch", *flags)
-        plan = replace(reference, build=replace(reference.build, backend="tensorrt"))
-        comparison = compare_engines(plan, reference)
-        assert comparison.first is None, list(comparison.lines())
+        checkpoint = tmp_path / "1-gpu"
+        for quant, dtype in [(["--per_token", "--per_channel"], "float16"), ([], "bfloat16")]:
+            flags = ["--use_smooth_quant", *quant, "--dtype", dtype, *LIMITS]
+            reference = build_engine(checkpoint, tmp_path / dtype, *flags)
+            plan = replace(reference, build=replace(reference.build, backend="tensorrt"))
+            comparison = compare_engines(plan, reference)
+            assert comparison.first is None, list(comparison.lines())
+            # In the engines' own types every layer differs by more than these allow.
+            assert compare_engines(plan, reference, bound=5e-3).first is not None
+        bias = checkpoint / "model.layers.2.attention.dense.bias.bin"
+        values = torch.frombuffer(bytearray(bias.read_bytes()), dtype=torch.float16)
+        bias.write_bytes((0.9 * values).numpy().tobytes())
+        (checkpoint / "manifest.json").unlink()
+        found = compare_engines(plan, reference).first
+        assert found is not None
+        assert (found.name, found.moved) == ("context, layers.2.mlp", found.num_rows)
+        assert found.error < 4e-2  # what a single rounding may become
+
+    def test_rows_tell_a_defect_from_a_rounding(self) -> None:
+        """The first tensor with any that moved decides, where there are enough of them."""
+        ones = torch.ones(16, 4)
+        some, all_rows, few = ones.clone(), 1.001 * ones, 1.001 * ones[:2]
+        some[3] += 1e-3
+        for first, expected in ((some, None), (all_rows, "a"), (few, None)):
+            found = compare({"a": ones[: len(first)], "b": ones}, {"a": first, "b": all_rows}, 4e-2, 1e-5)
+            assert (found.first and found.first.name) == expected
+            verdict = [*found.lines()][-1]
+            assert verdict.startswith("no tensor of 2 differs" if expected is None else "first difference: a, 1.00e-03")
+        assert next(compare({"a": ones}, {"a": some}, 4e-2, 1e-5).lines()).endswith("in 1 of 16 rows")
 
     def test_weights_are_gone(self, checkpoint: Path, tmp_path: Path, main: Main) -> None:
         moved = tmp_path / "1-gpu"

@@ -21,6 +21,7 @@ from gpt.engine.folder import open_engine
 from gpt.engine.trt_builder import NetworkBuild, build_plan, check_build, read_timing_cache, write_timing_cache
 from gpt.engine.trt_weights import weights_in_file
 from gpt.errors import ConfigError, EngineError, GptError
+from gpt.runtime import trt_session
 
 pytestmark = pytest.mark.tensorrt
 
@@ -79,6 +80,26 @@ def test_timing_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypa
     with pytest.warns(DeprecationWarning, match="no-ops in TensorRT-RTX"):
         other.write_plan(io.BytesIO())
     assert path.is_file()
+    elsewhere = define(network.trt, MODEL, build_config(timing_cache=str(tmp_path / "nowhere" / "model.cache")))
+    plan = io.BytesIO()
+    with (
+        caplog.at_level("INFO", logger="gpt"),
+        pytest.warns(DeprecationWarning, match="no-ops in TensorRT-RTX"),
+    ):
+        elsewhere.write_plan(plan)
+    assert plan.tell() > 0
+    assert "Timing cache: not written" in caplog.text
+
+
+def test_streaming_keeps_what_the_library_says(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("gpt"), "propagate", True)
+    engine = SimpleNamespace(get_weight_streaming_automatic_budget=lambda: 3 << 20, streamable_weights_size=8 << 20)
+    with caplog.at_level("INFO", logger="gpt"):
+        trt_session._stream_weights(engine)
+    assert engine.weight_streaming_budget_v2 == 3 << 20
+    assert "3 of 8 MiB stay on the GPU" in caplog.text
 
 
 class TestRefusals:
@@ -121,11 +142,33 @@ class TestRefusals:
         assert "the tactic has no memory" in str(caught.value)
         assert "--log_level verbose" in str(caught.value)
 
-    def test_network_that_cannot_begin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("call", "what"), [("create_network", "a network"), ("create_builder_config", "a configuration")]
+    )
+    def test_builder_that_makes_nothing(self, call: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
         trt = trt_library.load()
-        monkeypatch.setattr(trt.Builder, "create_network", lambda *_: None)
-        with pytest.raises(EngineError, match="could not begin a network"):
-            NetworkBuild(trt, MODEL, build_config(), RANK, random_weights(MODEL))
+
+        def nothing(builder: Any, *_: object) -> None:
+            builder.error_recorder.report_error(trt.ErrorCodeTRT.INTERNAL_ERROR, "there is no memory")
+
+        monkeypatch.setattr(trt.Builder, call, nothing)
+        with pytest.raises(EngineError, match=f"could not begin {what}") as caught:
+            NetworkBuild(trt, MODEL, build_config(), RANK, random_weights(MODEL)).write_plan(io.BytesIO())
+        assert "there is no memory" in str(caught.value)
+
+    @pytest.mark.parametrize("kind", ["Builder", "Runtime"])
+    def test_library_that_cannot_begin(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As it fails where the driver is too old: its classes' constructors return nothing."""
+
+        def nothing(log: object) -> None:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+        trt = trt_library.load()
+        monkeypatch.setattr(trt, kind, nothing)
+        with pytest.raises(EngineError, match="cannot begin on this machine") as caught:
+            trt_library.begin_library(trt, kind)
+        for part in (trt.__version__, "factory function returned nullptr", "--log_level verbose", "driver"):
+            assert part in str(caught.value)
 
 
 class TestNotes:

@@ -57,17 +57,19 @@ def main() -> None:
 
     device = torch.cuda.get_device_name()
     versions = {"device": device, "torch": torch.__version__, "triton": TRITON_VERSION}
-    versions["command"] = "python tests/test_gpu_plugins.py"
+    versions["command"] = "PYTHONPATH=. python tests/test_gpu_plugins.py"
+    date = {"date": time.strftime("%Y-%m-%d")}
     for case in cases(capability()):
         begin = time.perf_counter()
         try:
             for tactic, error in errors(case):
                 bound = BOUNDS[case.dtype]
-                rows.append({"case": case.name, "tactic": tactic, "error": error, "bound": bound})
+                rows.append({**date, "case": case.name, "tactic": tactic, "error": error, "bound": bound})
                 rows[-1] |= {"passed": error < bound, **versions}
         except Exception:
             traceback.print_exc()
-            rows.append({"case": case.name, "tactic": "", "error": "failed", "bound": "", "passed": False, **versions})
+            failed = {"tactic": "", "error": "failed", "bound": "", "passed": False}
+            rows.append({**date, "case": case.name, **failed, **versions})
         print(f"{case.name}: {time.perf_counter() - begin:.1f} s", flush=True)
     if os.environ.get("OUT"):
         with open(Path(os.environ["OUT"]) / "plugins.csv", "w", newline="") as file:

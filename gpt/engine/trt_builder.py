@@ -27,12 +27,12 @@ from gpt.engine.trt_check import (
 from gpt.engine.trt_layers import Layers
 from gpt.engine.trt_library import (
     TENSORRT_RTX,
+    begin_library,
     error_recorder,
     is_available,
     library_info,
     library_name,
     load_for_build,
-    logger,
 )
 from gpt.engine.trt_network import define_network
 from gpt.engine.trt_weights import weights_in_file
@@ -68,16 +68,15 @@ class NetworkBuild:
     ):
         """weights: as `gpt.engine.weights.engine_tensors` makes them, on the CPU.
 
-        Raises EngineError for a layer that the library refuses.
+        Raises EngineError for a layer that the library refuses, and where it cannot begin.
         """
         self.trt = trt
         self.build = build
         self.recorder = error_recorder(trt)
-        self.builder = trt.Builder(logger(trt))
+        self.builder = begin_library(trt, "Builder")
         self.builder.error_recorder = self.recorder
-        self.network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        if self.network is None:
-            raise EngineError("TensorRT could not begin a network", found=list(self.recorder.messages) or "no message")
+        strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        self.network = self._given("a network", self.builder.create_network(strongly_typed))
         self.network.error_recorder = self.recorder
         layers = Layers(trt, self.network, self.recorder)
         define_network(layers, model, build, mapping, weights)
@@ -111,7 +110,10 @@ class NetworkBuild:
                 hint="--log_level verbose shows all its messages; --backend torch does without it",
             )
         if timings is not None:
-            write_timing_cache(config, timings)
+            try:
+                write_timing_cache(config, timings)
+            except OSError as error:  # no reason to lose the plan
+                log.warning("Timing cache: not written: %s", error)
 
     def _timing_cache_path(self) -> Path | None:
         """TensorRT-RTX has no such cache."""
@@ -119,8 +121,14 @@ class NetworkBuild:
             return None
         return Path(self.build.timing_cache)
 
+    def _given(self, what: str, made: Any) -> Any:
+        """What the builder made, unless it is nothing."""
+        if made is None:
+            raise EngineError(f"TensorRT could not begin {what}", found=list(self.recorder.messages) or "no message")
+        return made
+
     def _config(self) -> Any:
-        config = self.builder.create_builder_config()
+        config = self._given("a configuration", self.builder.create_builder_config())
         if self.build.builder_opt is not None:
             config.builder_optimization_level = self.build.builder_opt
         config.profiling_verbosity = getattr(self.trt.ProfilingVerbosity, self.build.profiling_verbosity.upper())

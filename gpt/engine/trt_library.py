@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from gpt.console import log, verbose
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, EngineError
 
 TENSORRT = "tensorrt"
 TENSORRT_RTX = "tensorrt_rtx"
@@ -101,6 +101,19 @@ def logger(trt: Any) -> Any:
                 verbose(f"TensorRT: {message}")
 
     return Log()
+
+
+def begin_library(trt: Any, kind: str) -> Any:
+    """The library's Builder or Runtime.  Raises EngineError where it gives none, as with a driver that is too old."""
+    messages = logger(trt)
+    try:
+        return getattr(trt, kind)(messages)
+    except (TypeError, RuntimeError) as error:  # TypeError: its constructor returned nothing
+        raise EngineError(
+            f"{library_name(trt)} {trt.__version__} cannot begin on this machine",
+            found=str(error),
+            hint="--log_level verbose shows its messages; is the GPU's driver new enough for it?",
+        ) from error
 
 
 # What every failure without a GPU is followed by; it is the consequence of the first error and explains nothing.

@@ -12,7 +12,7 @@ import torch
 
 from gpt.comm import Communicator
 from gpt.engine.trt_check import compute_capabilities, describe_capability, loadable_cards
-from gpt.engine.trt_library import LIBRARIES, TENSORRT_RTX, error_recorder, library_name, load, logger
+from gpt.engine.trt_library import LIBRARIES, TENSORRT_RTX, begin_library, error_recorder, library_name, load
 from gpt.errors import EngineError
 
 
@@ -33,7 +33,7 @@ def load_engine(
     _check_device(trt, device, library, targets)
     recorder = error_recorder(trt)
     with torch.cuda.device(device):
-        runtime = trt.Runtime(logger(trt))
+        runtime = begin_library(trt, "Runtime")
         runtime.error_recorder = recorder
         engine = deserialize(runtime, path)
     if engine is None:
