@@ -11,6 +11,7 @@ input that an attribute switches off is any other tensor of the plugin; the kern
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -48,7 +49,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Plugin:
+class Plugin(ABC):
     """capability: the compute capability that kernels are compiled for, 80, 90, ...
 
     Types are TensorRT's names; those of inputs, or of inputs and outputs where a kernel is compiled.
@@ -61,15 +62,17 @@ class Plugin:
     aliases: ClassVar[dict[int, int]] = {}  # output -> the input in whose memory it is
     capability: int
 
+    @abstractmethod
     def outputs(self, shapes: Sequence[Shape], types: Sequence[str]) -> list[Output]:
-        raise NotImplementedError
+        """What comes out of inputs of these shapes and types."""
 
+    @abstractmethod
     def call(self, types: Sequence[str], tactic: int) -> KernelCall:
-        raise NotImplementedError
+        """The kernel for these types, and its constants."""
 
+    @abstractmethod
     def launch(self, shapes: Sequence[Shape], types: Sequence[str], tactic: int, ceil_div: CeilDiv) -> Launch:
-        """shapes: of the inputs."""
-        raise NotImplementedError
+        """How many programs of it, for inputs of these shapes."""
 
 
 @dataclass(frozen=True)
