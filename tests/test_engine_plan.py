@@ -10,7 +10,7 @@ from engines import build_engine, open_session
 
 import build
 from gpt.config import BuildConfig, ModelConfig
-from gpt.engine.plan import Plan, start_commands
+from gpt.engine.plan import CARDS, Plan, start_commands
 from gpt.engine.tensor_file import map_tensor_file
 from gpt.engine.weights import engine_tensors
 from gpt.mapping import Mapping
@@ -103,3 +103,17 @@ def test_dry_run(sizes: list[str], told: list[str], tmp_path: Path, capsys: pyte
     for text in [*told, "H100 80GB    all 8", "RTX 4090     none", f"--engine_dir {tmp_path / 'e'}"]:
         assert text in out
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "cards"),
+    [("ada", {"L4", "RTX 4090", "L40S"}), ("ampere", {"A100 40GB", "A100 80GB"}), (None, set(CARDS))],
+)
+def test_only_cards_that_load_the_plan_are_listed(
+    target: str | None, cards: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dry_run", "--n_layer", "2", "--n_embd", "64", "--n_head", "2", "--output_dir", str(tmp_path / "e")]
+    flags += ["--backend", "tensorrt", "--target", target] if target else []
+    assert build.main([*flags, "--random_seed", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {card for card in CARDS if any(line.startswith(f"  {card} ") for line in lines)} == cards

@@ -14,18 +14,19 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.console import human_bytes
 from gpt.engine.estimate import Estimate, available_memory_bytes, estimate
 from gpt.engine.kv_cache import batch_bucket, cache_slots
+from gpt.engine.trt_check import compute_capabilities, loadable_cards
 from gpt.mapping import Mapping
 
-# MiB that nvidia-smi shows as a card's total.
-CARD_MEMORY_MIB = {
-    "L4": 23034,
-    "RTX 4090": 24564,
-    "A100 40GB": 40960,
-    "L40S": 46068,
-    "A100 80GB": 81920,
-    "H100 80GB": 81559,
-    "H200": 143771,
-    "B200": 183359,
+# Compute capability, and the MiB that nvidia-smi shows as a card's total.
+CARDS = {
+    "L4": ("SM89", 23034),
+    "RTX 4090": ("SM89", 24564),
+    "A100 40GB": ("SM80", 40960),
+    "L40S": ("SM89", 46068),
+    "A100 80GB": ("SM80", 81920),
+    "H100 80GB": ("SM90", 81559),
+    "H200": ("SM90", 143771),
+    "B200": ("SM100", 183359),
 }
 # What the CUDA context, the libraries' workspaces and NCCL's buffers take of a card, roughly.
 _OVERHEAD_BYTES = 1536 << 20
@@ -97,14 +98,20 @@ class Plan:
         overhead = f" with rounded sizes and about {human_bytes(_OVERHEAD_BYTES)} for CUDA, its libraries and NCCL"
         yield f"  {'on a GPU':12} {human_bytes(self.gpu_bytes):>10}{overhead}"
         yield "sequences of full length that fit at once:"
-        for card, mib in CARD_MEMORY_MIB.items():
-            yield f"  {card:12} {self._fit(self.largest_batch((mib << 20) - _OVERHEAD_BYTES, on_gpu=True))}"
+        for card, (capability, mib) in CARDS.items():
+            if self._runs_on(capability):
+                yield f"  {card:12} {self._fit(self.largest_batch((mib << 20) - _OVERHEAD_BYTES, on_gpu=True))}"
         available = available_memory_bytes()
         if available is not None:
             here = self._fit(self.largest_batch(available // build.world_size))
             yield f"  {'this machine':12} {here} (CPU, all ranks)"
         yield "start it with:"
         yield from (f"  {line}" for line in start_commands(build.world_size, engine_dir, gpus_per_node))
+
+    def _runs_on(self, capability: str) -> bool:
+        """A plan for named targets loads on their cards alone."""
+        targets = self.build.targets
+        return not targets or capability in loadable_cards(compute_capabilities(targets))
 
     def _fit(self, batch: int) -> str:
         if batch == self.build.max_batch_size:
