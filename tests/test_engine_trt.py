@@ -192,6 +192,7 @@ class TestCheckBuild:
     def test_unknown_target(self) -> None:
         with pytest.raises(ConfigError, match="hopper") as caught:
             check_build(self.model, build_config(targets=("ampere", "hopper")))
+        assert "requirements-tensorrt.txt" in str(caught.value)
         record_refusal(caught.value)
         assert "blackwell" in str(caught.value)
 

@@ -59,6 +59,8 @@ def compute_capabilities(targets: tuple[str, ...]) -> list[str]:
             "unknown target",
             found=", ".join(unknown),
             allowed=f"{DEFAULT_TARGET} alone, or any of {', '.join(TARGETS)}",
+            hint="TensorRT-RTX builds for no other cards; for data-centre ones (H100, B200) install "
+            "requirements-tensorrt.txt on a machine with the card and leave --target out",
         )
     return list(dict.fromkeys(name for target in targets for name in spelled[target.lower()]))
 
