@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt.checkpoint import hf, hf_families, hf_files
+from gpt.checkpoint.config_ini import CONFIG_NAME
 from gpt.checkpoint.extend import check_unchanged, find_extendable
-from gpt.checkpoint.store import CONFIG_NAME
 from gpt.cli import ArgumentParser, add_log_level, positive_int, run_main
 from gpt.console import log, print_banner, setup_logging
 from gpt.dtypes import FLOAT_DTYPES, canonical_dtype

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt.checkpoint.config_ini import CONFIG_NAME
 from gpt.checkpoint.extend import check_unchanged, find_extendable
 from gpt.checkpoint.nemo import NemoConfig, read_config
 from gpt.checkpoint.nemo_archive import find_config, read_yaml, unpacked
 from gpt.checkpoint.nemo_tokenizer import find_tokenizer, tokenizer_folder
-from gpt.checkpoint.store import CONFIG_NAME
 from gpt.cli import ArgumentParser, add_log_level, positive_int, run_main
 from gpt.console import log, print_banner, setup_logging
 from gpt.dtypes import FLOAT_DTYPES, canonical_dtype

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt.dtypes import ITEMSIZE, canonical_dtype
-from gpt.errors import ConfigError, GptError, Problems
+from gpt.errors import ConfigError, Problems
 from gpt.quant import FLOAT, QuantConfig
-
-ENGINE_FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -153,110 +151,12 @@ class ModelConfig:
         step = math.lcm(8, world_size)
         return -(-self.vocab_size // step) * step
 
-    def to_ini(self) -> dict[str, str]:
-        """The keys of config.ini's [gpt] section that `from_ini` reads back."""
-        values: dict[str, object] = {
-            "n_embd": self.n_embd,
-            "n_head": self.n_head,
-            "n_layer": self.n_layer,
-            "n_positions": self.n_positions,
-            "vocab_size": self.vocab_size,
-            "activation_function": self.hidden_act,
-            "layer_norm_epsilon": self.layer_norm_epsilon,
-            "intermediate_size": self.inter_size,
-            "rotary_pct": self.rotary_pct,
-            "rotary_base": self.rotary_base,
-            "rotary_scaling_factor": self.rotary_scaling,
-            "normalization": self.normalization,
-            "bias": self.bias,
-            "multi_query_mode": self.multi_query,
-            "num_kv_heads": self.n_kv_head,
-            "scale_attn_weights": self.scale_attn_weights,
-            "scale_attn_by_inverse_layer_idx": self.scale_attn_by_inverse_layer_idx,
-            "tie_word_embeddings": self.tied_head,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_id,
-            "pad_token_id": self.pad_token_id,
-        }
-        return {key: str(value) for key, value in values.items()}
-
-    @classmethod
-    def from_ini(cls, section: Mapping[str, str], *, tied_head: bool | None = None) -> ModelConfig:
-        """Reads config.ini's [gpt] section in the spelling of the converters here or of FasterTransformer.
-
-        `tied_head`: whether the folder lacks a head of its own (a reader that finds no lm_head uses the embedding).
-        Raises ConfigError naming every missing or unreadable key.
-        """
-        problems = Problems()
-
-        def read(names: tuple[str, ...], kind: type, default: Any = dataclasses.MISSING) -> Any:
-            for name in names:
-                text = section.get(name, "None").strip()
-                if text == "None":
-                    continue
-                try:
-                    return _parse(text, kind)
-                except ValueError:
-                    problems.add(f"{name}: found {text!r}, allowed: {kind.__name__}")
-                    return None
-            if default is dataclasses.MISSING:
-                problems.add(f"{' or '.join(names)}: missing")
-                return None
-            return default
-
-        n_head = read(("n_head", "head_num"), int)
-        if "n_embd" not in section and "size_per_head" in section:
-            size_per_head = read(("size_per_head",), int)
-            n_embd = n_head * size_per_head if n_head and size_per_head else None
-        else:
-            n_embd = read(("n_embd",), int)
-        multi_query = read(("multi_query_mode", "multi_query"), bool, False)
-        kv_default = 1 if multi_query else n_head
-        tied = read(("tie_word_embeddings",), bool, True)
-        values = {
-            "vocab_size": read(("vocab_size",), int),
-            "n_positions": read(("n_positions", "max_pos_seq_len"), int),
-            "n_embd": n_embd,
-            "n_head": n_head,
-            "n_layer": read(("n_layer", "num_layer"), int),
-            "n_kv_head": read(("num_kv_heads",), int, kv_default),
-            "inter_size": read(("intermediate_size", "n_inner", "inter_size"), int, 4 * (n_embd or 0)),
-            "hidden_act": read(
-                ("activation_function",), str, "gelu_new" if "head_num" in section else dataclasses.MISSING
-            ),
-            "bias": read(("bias",), bool, True),
-            "layer_norm_epsilon": read(("layer_norm_epsilon", "layernorm_eps"), float, 1e-5),
-            "rotary_pct": read(("rotary_pct",), float, 0.0),
-            "rotary_base": read(("rotary_base",), float, 10000.0),
-            "rotary_scaling": read(("rotary_scaling_factor",), float, 1.0),
-            "normalization": read(("normalization",), str, "layernorm"),
-            "scale_attn_weights": read(("scale_attn_weights",), bool, True),
-            "scale_attn_by_inverse_layer_idx": read(("scale_attn_by_inverse_layer_idx",), bool, False),
-            "tied_head": tied if tied_head is None else tied_head,
-            "bos_token_id": read(("bos_token_id", "start_id"), int, None),
-            "eos_token_id": read(("eos_token_id", "end_id"), int, None),
-            "pad_token_id": read(("pad_token_id",), int, None),
-        }
-        problems.raise_if_any(ConfigError, "config.ini does not describe a model")
-        return cls(**values)
-
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelConfig:
         return cls(**_known_fields(cls, values))
-
-
-def _parse(text: str, kind: type) -> Any:
-    if kind is bool:
-        lowered = text.lower()
-        if lowered in ("true", "1", "yes"):
-            return True
-        if lowered in ("false", "0", "no"):
-            return False
-        raise ValueError(text)
-    return kind(text)
 
 
 def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,20 +175,6 @@ def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 PROFILING_VERBOSITIES = ("layer_names_only", "detailed", "none")
-
-# builder_config of the original; what is not said by ModelConfig and BuildConfig is fixed here.
-_PLUGINS_ABSENT = (
-    "bert_attention_plugin",
-    "identity_plugin",
-    "smooth_quant_gemm_plugin",
-    "layernorm_quantization_plugin",
-    "attention_qk_half_accumulation",
-    "weight_only_groupwise_quant_matmul_plugin",
-    "weight_only_quant_matmul_plugin",
-    "nccl_plugin",
-    "quantize_per_token_plugin",
-    "quantize_tensor_plugin",
-)
 
 
 @dataclass(frozen=True)
@@ -389,59 +275,6 @@ class BuildConfig:
         copies = 1 if self.cache_in_place else 2
         return copies * 2 * model.n_layer * batch_size * heads * num_slots * model.head_size * itemsize
 
-    def builder_config(self, model: ModelConfig) -> dict[str, Any]:
-        """The `builder_config` object of the original's config.json (global sizes, not per rank)."""
-        return {
-            "name": "gpt",
-            "precision": self.dtype,
-            "tensor_parallel": self.world_size,
-            "parallel_build": self.parallel_build,
-            "num_layers": model.n_layer,
-            "num_heads": model.n_head,
-            "num_kv_heads": model.n_kv_head,
-            "hidden_size": model.n_embd,
-            "vocab_size": model.vocab_size,
-            "hidden_act": model.hidden_act,
-            "max_position_embeddings": model.n_positions,
-            "multi_query_mode": model.multi_query,
-            "max_batch_size": self.max_batch_size,
-            "max_input_len": self.max_input_len,
-            "max_output_len": self.max_output_len,
-            "max_beam_width": self.max_beam_width,
-            "max_prompt_embedding_table_size": self.max_prompt_embedding_table_size,
-            "apply_query_key_layer_scaling": False,
-            "max_num_tokens": self.max_num_tokens,
-            "paged_kv_cache": self.paged_kv_cache,
-            "tokens_per_block": self.tokens_per_block,
-            "use_prompt_tuning": self.max_prompt_embedding_table_size > 0,
-            "use_parallel_embedding": self.use_parallel_embedding,
-            "use_refit": False,
-            "int8": self.quant.smooth_quant or "int8" in (self.quant.weights, self.quant.kv_cache),
-            "fp8": "fp8" in (self.quant.weights, self.quant.kv_cache),
-            "quant_mode": self.quant.quant_mode,
-        }
-
-    def plugin_config(self) -> dict[str, Any]:
-        """The `plugin_config` object of the original's config.json: off is false."""
-        config: dict[str, Any] = dict.fromkeys(_PLUGINS_ABSENT, False)
-        if self.quant.smooth_quant:
-            config.update(smooth_quant_gemm_plugin=self.dtype, layernorm_quantization_plugin=self.dtype)
-            config.update(quantize_per_token_plugin=True, quantize_tensor_plugin=True)
-        if self.quant.weight_only:
-            grouped = "groupwise_" if self.quant.group_size else ""
-            config[f"weight_only_{grouped}quant_matmul_plugin"] = self.dtype
-        config.update(
-            gpt_attention_plugin=self.gpt_attention_plugin or False,
-            gemm_plugin=self.gemm_plugin or False,
-            layernorm_plugin=self.layernorm_plugin or False,
-            lookup_plugin=self.lookup_plugin or False,
-            context_fmha_type=self.context_fmha,
-            remove_input_padding=self.remove_input_padding,
-            paged_kv_cache=self.paged_kv_cache,
-            in_flight_batching=self.use_inflight_batching,
-        )
-        return config
-
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -463,9 +296,3 @@ def check_against_positions(model: ModelConfig, build: BuildConfig) -> None:
             allowed=f"at most n_positions = {model.n_positions}",
             hint=f"for example --max_input_len {max(1, model.n_positions - build.max_output_len)}",
         )
-
-
-def rethrow_as(error: GptError, kind: type[GptError], what: str) -> GptError:
-    """The same details under another exit code: a bad config.ini is a bad checkpoint, not a bad command line."""
-    details = [error.what] if error.found is None else error.found
-    return kind(what, found=details, allowed=error.allowed, hint=error.hint)

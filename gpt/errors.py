@@ -70,6 +70,12 @@ class InterruptError(GptError):
     exit_code = 130
 
 
+def rethrow_as(error: GptError, kind: type[GptError], what: str) -> GptError:
+    """The same details under another exit code: a bad config.ini is a bad checkpoint, not a bad command line."""
+    details = [error.what] if error.found is None else error.found
+    return kind(what, found=details, allowed=error.allowed, hint=error.hint)
+
+
 class Problems:
     """Collects problems so that all of them are reported at once."""
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt.checkpoint.config_ini import model_from_ini, model_to_ini
 from gpt.checkpoint.layout import tensors
-from gpt.config import ACTIVATIONS, BuildConfig, ModelConfig, check_against_positions, rethrow_as
+from gpt.config import ACTIVATIONS, BuildConfig, ModelConfig, check_against_positions
 from gpt.dtypes import canonical_dtype
-from gpt.errors import CheckpointError, ConfigError, EngineError, GptError, Problems
+from gpt.engine.original_config import builder_config, plugin_config
+from gpt.errors import CheckpointError, ConfigError, EngineError, GptError, Problems, rethrow_as
 from gpt.mapping import Mapping, Split, check_divides
 
 MODEL = ModelConfig(vocab_size=301, n_positions=64, n_embd=48, n_head=6, n_layer=2, n_kv_head=6, inter_size=120)
@@ -154,7 +156,7 @@ def test_attention_scale() -> None:
     ],
 )
 def test_a_model_survives_its_files(model: ModelConfig) -> None:
-    assert ModelConfig.from_ini(model.to_ini()) == model
+    assert model_from_ini(model_to_ini(model)) == model
     assert ModelConfig.from_json(json.loads(json.dumps(model.to_json()))) == model
 
 
@@ -170,16 +172,16 @@ def test_the_spelling_of_fastertransformer_is_read() -> None:
         "end_id": "50256",
         "layernorm_eps": "1e-5",
     }
-    model = ModelConfig.from_ini(section)
+    model = model_from_ini(section)
     assert (model.n_embd, model.n_head, model.n_layer, model.n_positions) == (1024, 16, 24, 1024)
     assert (model.inter_size, model.eos_token_id, model.activation.function) == (4096, 50256, "gelu_tanh")
 
 
 def test_a_damaged_ini_is_told_everything_at_once() -> None:
-    section = {**MODEL.to_ini(), "n_layer": "two", "bias": "perhaps"}
+    section = {**model_to_ini(MODEL), "n_layer": "two", "bias": "perhaps"}
     del section["vocab_size"]
     with pytest.raises(ConfigError) as caught:
-        ModelConfig.from_ini(section)
+        model_from_ini(section)
     text = str(caught.value)
     assert "vocab_size: missing" in text
     assert "n_layer: found 'two', allowed: int" in text
@@ -209,7 +211,7 @@ def test_limits_have_bounds(name: str) -> None:
 
 def test_config_json_says_what_the_original_says() -> None:
     build = BuildConfig(dtype="float16", gpt_attention_plugin="float16", context_fmha=2, remove_input_padding=True)
-    builder, plugins = build.builder_config(MULTI_QUERY), build.plugin_config()
+    builder, plugins = builder_config(MULTI_QUERY, build), plugin_config(build)
     assert (builder["name"], builder["precision"], builder["tensor_parallel"]) == ("gpt", "float16", 1)
     assert (builder["num_heads"], builder["num_kv_heads"], builder["multi_query_mode"]) == (6, 1, True)
     assert plugins["gpt_attention_plugin"] == "float16"
@@ -220,7 +222,7 @@ def test_config_json_says_what_the_original_says() -> None:
 
 def test_config_json_tells_of_the_paged_cache() -> None:
     build = BuildConfig(paged_kv_cache=True, tokens_per_block=16, use_inflight_batching=True, max_num_tokens=512)
-    builder, plugins = build.builder_config(MULTI_QUERY), build.plugin_config()
+    builder, plugins = builder_config(MULTI_QUERY, build), plugin_config(build)
     assert (builder["paged_kv_cache"], builder["tokens_per_block"], builder["max_num_tokens"]) == (True, 16, 512)
     assert (plugins["paged_kv_cache"], plugins["in_flight_batching"]) == (True, True)
 

@@ -13,6 +13,7 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.engine import int8_product
 from gpt.engine.int8_product import FbgemmProduct, OneDnnProduct, PlainProduct, integer_product
 from gpt.engine.kv_cache import KEYS, VALUES, KvCache
+from gpt.engine.original_config import builder_config, plugin_config
 from gpt.engine.quant_linear import QuantizedRows, quantized_linears
 from gpt.errors import ConfigError
 from gpt.mapping import Mapping
@@ -61,13 +62,13 @@ def test_a_build_keeps_its_quantisation(mode: QuantConfig) -> None:
 def test_config_json_of_the_original() -> None:
     model = ModelConfig(vocab_size=9, n_positions=8, n_embd=8, n_head=2, n_layer=1, n_kv_head=2, inter_size=32)
     smooth = BuildConfig(dtype="float16", quant=QuantConfig("int8", "per_token", per_channel=True))
-    plugins, builder = smooth.plugin_config(), smooth.builder_config(model)
+    plugins, builder = plugin_config(smooth), builder_config(model, smooth)
     assert (plugins["smooth_quant_gemm_plugin"], plugins["layernorm_quantization_plugin"]) == ("float16", "float16")
     assert plugins["quantize_per_token_plugin"] is plugins["quantize_tensor_plugin"] is True
     assert (builder["int8"], builder["fp8"], builder["quant_mode"]) == (True, False, 30)
-    plugins = BuildConfig(dtype="float16", quant=QuantConfig("int8")).plugin_config()
+    plugins = plugin_config(BuildConfig(dtype="float16", quant=QuantConfig("int8")))
     assert (plugins["weight_only_quant_matmul_plugin"], plugins["smooth_quant_gemm_plugin"]) == ("float16", False)
-    assert BuildConfig(quant=QuantConfig(kv_cache="fp8")).builder_config(model)["fp8"] is True
+    assert builder_config(model, BuildConfig(quant=QuantConfig(kv_cache="fp8")))["fp8"] is True
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.checkpoint import manifest
+from gpt.checkpoint.config_ini import CONFIG_NAME
 from gpt.checkpoint.layout import QuantFiles, quant_files, quant_tensors, tensors
 from gpt.checkpoint.manifest import Manifest
 from gpt.config import ModelConfig
@@ -16,8 +17,6 @@ from gpt.dtypes import FLOAT_DTYPES, ITEMSIZE
 from gpt.errors import Problems
 from gpt.files import is_lfs_pointer
 from gpt.mapping import Mapping
-
-CONFIG_NAME = "config.ini"
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from gpt.checkpoint.hf_families import FAMILIES, Family
 from gpt.checkpoint.hf_files import read_json
 from gpt.checkpoint.layout import Tensor, tensors
 from gpt.checkpoint.source import SourceTensor
-from gpt.config import ModelConfig, rethrow_as
+from gpt.config import ModelConfig
 from gpt.console import log, verbose
 from gpt.dtypes import FLOAT_DTYPES
-from gpt.errors import CheckpointError, ConfigError, Problems
+from gpt.errors import CheckpointError, ConfigError, Problems, rethrow_as
 
 _GENERATION = "generation_config.json"
 _LAYER = re.compile(r"h\.(\d+)\.")

@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, overload
 
-from gpt.config import ModelConfig, rethrow_as
-from gpt.errors import CheckpointError, ConfigError, Problems
+from gpt.config import ModelConfig
+from gpt.errors import CheckpointError, ConfigError, Problems, rethrow_as
 
 _NORMALIZATIONS = {
     "layernorm": "layernorm",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import math
 import re
 import shlex
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt.checkpoint import manifest
-from gpt.checkpoint.expected import CONFIG_NAME, check_files, find_quant_files
+from gpt.checkpoint.config_ini import CONFIG_NAME, model_from_ini, read_section, storage_dtype
+from gpt.checkpoint.expected import check_files, find_quant_files
 from gpt.checkpoint.layout import QKV, QuantFiles, Tensor, quant_tensors
 from gpt.checkpoint.manifest import Manifest
-from gpt.config import ModelConfig, rethrow_as
-from gpt.dtypes import canonical_dtype, torch_dtype
-from gpt.errors import CheckpointError, ConfigError, Problems
+from gpt.config import ModelConfig
+from gpt.dtypes import torch_dtype
+from gpt.errors import CheckpointError, ConfigError, Problems, rethrow_as
 from gpt.mapping import Mapping, check_divides
 
 if TYPE_CHECKING:
@@ -87,23 +87,23 @@ class Checkpoint:
         read too (their key names, no manifest).  Raises CheckpointError listing every problem.
         """
         folder = find_folder(folder)
-        section = _read_config(folder)
+        section = read_section(folder)
         listed = Manifest.load(folder) if (folder / manifest.FILE_NAME).is_file() else None
         tied_head = listed.model.tied_head if listed else not (folder / HEAD_FILE).exists()
         try:
-            model = ModelConfig.from_ini(section, tied_head=tied_head)
-            storage_dtype = _storage_dtype(section)
+            model = model_from_ini(section, tied_head=tied_head)
+            dtype = storage_dtype(section)
             world_size = _world_size(folder, section, listed)
             check_divides(model, world_size)
         except ConfigError as error:
             raise rethrow_as(error, CheckpointError, f"{error.what}: {folder / CONFIG_NAME}") from error
         problems = Problems()
         if listed:
-            _compare(problems, listed, model, storage_dtype)
+            _compare(problems, listed, model, dtype)
         quant = find_quant_files(folder, listed)
-        check_files(problems, folder, model, storage_dtype, world_size, listed, quant)
+        check_files(problems, folder, model, dtype, world_size, listed, quant)
         problems.raise_if_any(CheckpointError, f"this checkpoint cannot be used: {folder}", hint=_hint(listed))
-        return cls(folder, model, storage_dtype, world_size, listed, quant)
+        return cls(folder, model, dtype, world_size, listed, quant)
 
     def read(self, tensor: Tensor, mapping: Mapping) -> torch.Tensor:
         """This rank's part of `tensor` in FT local shape and in its own or the storage dtype, memory-mapped.
@@ -208,22 +208,6 @@ def find_folder(folder: Path) -> Path:
         hint = f"this looks like a model not yet converted: python hf_gpt_convert.py -i {folder} -o <output folder>"
     found = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "an empty folder"
     raise CheckpointError(f"no {CONFIG_NAME} in {folder}", found=found, hint=hint)
-
-
-def _read_config(folder: Path) -> Section[str, str]:
-    parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read_string((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        return parser["gpt"]
-    except (configparser.Error, UnicodeDecodeError, KeyError) as error:
-        reason = "no section [gpt]" if isinstance(error, KeyError) else str(error).replace("\n", " ")
-        raise CheckpointError(
-            f"damaged: {folder / CONFIG_NAME}", found=reason, allowed="[gpt] and lines of key = value", hint=_hint(None)
-        ) from error
-
-
-def _storage_dtype(section: Section[str, str]) -> str:
-    return canonical_dtype(section.get("storage_dtype", section.get("weight_data_type", "float32")))
 
 
 def _world_size(folder: Path, section: Section[str, str], listed: Manifest | None) -> int:

@@ -6,7 +6,6 @@ this one; numpy, torch, xxhash and file writes release the interpreter lock, so 
 
 from __future__ import annotations
 
-import configparser
 import math
 import shlex
 import shutil
@@ -19,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import gpt
+from gpt.checkpoint.config_ini import model_to_ini, write_config
 from gpt.checkpoint.layout import Tensor
 from gpt.checkpoint.manifest import FileRecord, Manifest
 from gpt.checkpoint.source import SourceTensor
-from gpt.checkpoint.store import CONFIG_NAME
 from gpt.config import ModelConfig
 from gpt.console import human_bytes, log, progress
 from gpt.dtypes import ITEMSIZE, torch_dtype
@@ -70,7 +69,7 @@ def write_checkpoint(
     started = time.perf_counter()
     files = write_tensors(target, pairs, in_flight=in_flight)
     own = {"storage_dtype": target.storage_dtype, "tensor_parallelism": target.world_size}
-    write_config(target.folder, {**section, **target.model.to_ini(), **own})
+    write_config(target.folder, {**section, **model_to_ini(target.model), **own})
     for name, path in tokenizer_files.items():
         shutil.copyfile(path, target.folder / name)
     manifest = Manifest(
@@ -160,14 +159,6 @@ def check_space(folder: Path, num_bytes: int) -> None:
             allowed=f"at least {human_bytes(num_bytes)}",
             hint="free space or choose another output folder",
         )
-
-
-def write_config(folder: Path, section: Mapping[str, object]) -> None:
-    """config.ini with one section [gpt], every value as Python's str() of it; keys become lower case."""
-    parser = configparser.ConfigParser(interpolation=None)
-    parser["gpt"] = {key.lower(): " ".join(str(value).splitlines()) for key, value in section.items()}
-    with open(folder / CONFIG_NAME, "w", encoding="utf-8") as file:
-        parser.write(file)
 
 
 def _write_tensor(

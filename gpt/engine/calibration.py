@@ -25,8 +25,9 @@ from gpt.console import human_bytes, log, progress
 from gpt.engine.kv_cache import KvCache
 from gpt.engine.quant_errors import ErrorRow, cache_errors, linear_errors
 from gpt.engine.step import ContextStep
-from gpt.engine.torch_executor import ACTIVATION_FUNCTIONS, TorchOps
+from gpt.engine.torch_executor import TorchOps
 from gpt.errors import CheckpointError, Problems
+from gpt.kernels.product import ACTIVATION_FUNCTIONS
 from gpt.mapping import Mapping as Ranks
 from gpt.network.gpt import block, embed
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpt.config import ENGINE_FORMAT_VERSION, BuildConfig, ModelConfig, rethrow_as
+from gpt.config import BuildConfig, ModelConfig
 from gpt.console import human_bytes
-from gpt.errors import ConfigError, EngineError, Problems
+from gpt.engine.original_config import builder_config, plugin_config
+from gpt.errors import ConfigError, EngineError, Problems, rethrow_as
 
 CONFIG_NAME = "config.json"
+_FORMAT_VERSION = 1
 TOKENIZER_FOLDER = "tokenizer"
 _REBUILD = "build it with build.py --output_dir <folder>"
 
@@ -76,10 +78,10 @@ def engine_config(
     """The text of config.json: the original's two objects, and `engine` with everything needed to run and to explain
     it."""
     content = {
-        "builder_config": build.builder_config(model),
-        "plugin_config": build.plugin_config(),
+        "builder_config": builder_config(model, build),
+        "plugin_config": plugin_config(build),
         "engine": {
-            "format_version": ENGINE_FORMAT_VERSION,
+            "format_version": _FORMAT_VERSION,
             "build_id": build_id,
             "library": dict(library),
             "model": model.to_json(),
@@ -99,11 +101,11 @@ def open_engine(folder: Path | str) -> EngineInfo:
     folder = Path(folder)
     engine = _read_engine_object(folder)
     version = engine.get("format_version")
-    if version != ENGINE_FORMAT_VERSION:
+    if version != _FORMAT_VERSION:
         raise EngineError(
             f"the engine in {folder} has another format",
             found=f"version {version}",
-            allowed=f"version {ENGINE_FORMAT_VERSION}",
+            allowed=f"version {_FORMAT_VERSION}",
             hint="build it again with this version's build.py",
         )
     try:
