@@ -70,6 +70,11 @@ class InterruptError(GptError):
     exit_code = 130
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without the rest of a long text; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def rethrow_as(error: GptError, kind: type[GptError], what: str) -> GptError:
     """The same details under another exit code: a bad config.ini is a bad checkpoint, not a bad command line."""
     details = [error.what] if error.found is None else error.found

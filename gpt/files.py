@@ -14,6 +14,7 @@ from gpt.errors import ConfigError
 
 _LFS_MAGIC = b"version https://git-lfs"
 _READ_BYTES = 1 << 22
+_MAX_LISTED = 8
 
 
 @contextmanager
@@ -81,6 +82,13 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def listing(folder: Path) -> str:
+    """The first names in a folder, for messages: `a, b, ...`."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    more = ["..."] if len(names) > _MAX_LISTED else []
+    return ", ".join([*names[:_MAX_LISTED], *more]) or "an empty folder"
+
+
 def is_lfs_pointer(path: Path) -> bool:
     """Whether `path` holds the few lines that git leaves where a large file was not downloaded."""
     with open(path, "rb") as file:
@@ -96,21 +104,19 @@ def _check_replaceable(target: Path, *, force: bool, marker: str) -> None:
         return
     if not target.is_dir():
         raise ConfigError("the output path is a file", found=target, allowed="a folder that can be made")
-    names = sorted(entry.name for entry in target.iterdir())
-    if not names:
+    if not any(target.iterdir()):
         return
-    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    if marker not in names:
+    if not (target / marker).exists():
         raise ConfigError(
             f"the output folder holds something else and is left alone: {target}",
-            found=shown,
+            found=listing(target),
             allowed=f"an absent or empty folder, or one with {marker}",
             hint="choose another output folder",
         )
     if not force:
         raise ConfigError(
             f"the output folder is in use: {target}",
-            found=shown,
+            found=listing(target),
             allowed="an absent or empty folder",
             hint="choose another output folder, or replace this one with --force",
         )

@@ -16,6 +16,7 @@ from gpt.config import ModelConfig
 from gpt.console import log, verbose
 from gpt.dtypes import FLOAT_DTYPES
 from gpt.errors import CheckpointError, ConfigError, Problems, rethrow_as
+from gpt.files import listing
 
 _GENERATION = "generation_config.json"
 _LAYER = re.compile(r"h\.(\d+)\.")
@@ -28,10 +29,13 @@ def read_model(folder: Path, chosen: str | None = None) -> tuple[Family, dict[st
     """
     path = folder / "config.json"
     if not path.is_file():
-        names = sorted(entry.name for entry in folder.iterdir())
-        found = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "an empty folder"
-        hint = "this folder is converted already: give it to build.py --model_dir" if "config.ini" in names else None
-        raise CheckpointError(f"no config.json in {folder}", found=found, allowed="a Hugging Face model", hint=hint)
+        converted = (folder / "config.ini").is_file()
+        raise CheckpointError(
+            f"no config.json in {folder}",
+            found=listing(folder),
+            allowed="a Hugging Face model",
+            hint="this folder is converted already: give it to build.py --model_dir" if converted else None,
+        )
     config = read_json(path)
     family = _recognise(config, chosen)
     problems = Problems()

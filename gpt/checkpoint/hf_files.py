@@ -16,7 +16,7 @@ from gpt.checkpoint.store import TOKENIZER_FILES
 from gpt.checkpoint.torch_file import read_torch_file
 from gpt.console import log
 from gpt.errors import CheckpointError, ConfigError, Problems
-from gpt.files import is_lfs_pointer
+from gpt.files import is_lfs_pointer, listing
 
 _FORMATS: tuple[tuple[str, str, Callable[[Path], dict[str, SourceTensor]]], ...] = (
     ("model", "safetensors", read_safetensors),
@@ -37,10 +37,9 @@ def open_weights(folder: Path) -> dict[str, SourceTensor]:
             return read(single)
         if index.is_file():
             return _read_shards(index, read)
-    names = sorted(path.name for path in folder.iterdir())
     raise CheckpointError(
         f"no weights in {folder}",
-        found=", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "an empty folder",
+        found=listing(folder),
         allowed="model.safetensors or pytorch_model.bin, or the .index.json of either with its shards",
         hint="download the model's PyTorch weights into this folder",
     )

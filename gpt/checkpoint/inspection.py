@@ -17,8 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from gpt.checkpoint import manifest
 from gpt.checkpoint.expected import expected_files, find_quant_files
+from gpt.checkpoint.hf import match_tensors, read_model
+from gpt.checkpoint.hf_files import find_tokenizer, open_weights
 from gpt.checkpoint.layout import QuantFiles, tensors
 from gpt.checkpoint.manifest import Manifest
+from gpt.checkpoint.nemo import read_config
+from gpt.checkpoint.nemo_archive import CONFIG_NAME, find_config, is_compressed, read_yaml
+from gpt.checkpoint.prompt_table import description_path, read_tasks
+from gpt.checkpoint.source import SourceTensor
 from gpt.checkpoint.store import TOKENIZER_FILES, Checkpoint, find_folder
 from gpt.config import ModelConfig
 from gpt.console import human_bytes, progress
@@ -29,10 +35,7 @@ from gpt.files import file_checksum, is_lfs_pointer
 if TYPE_CHECKING:
     import torch
 
-    from gpt.checkpoint.source import SourceTensor
-
 _BLOCK_VALUES = 1 << 22
-_GZIP_MAGIC = b"\x1f\x8b"
 _MAX_CONFIG_BYTES = 11 << 20  # a little more than the reader of the file accepts
 
 
@@ -167,9 +170,6 @@ def _has_size(path: Path, num_bytes: int) -> bool:
 
 def inspect_hugging_face(path: Path, *, values: bool) -> Inspection:
     """A Hugging Face folder of a family that can be converted."""
-    from gpt.checkpoint.hf import match_tensors, read_model
-    from gpt.checkpoint.hf_files import find_tokenizer, open_weights
-
     result = Inspection(path, "Hugging Face model")
     weights: dict[str, SourceTensor] = {}
     with result.collecting():
@@ -192,16 +192,13 @@ def inspect_hugging_face(path: Path, *, values: bool) -> Inspection:
 
 def inspect_nemo(path: Path) -> Inspection:
     """A .nemo archive or its unpacked folder: its configuration.  A compressed archive is only named."""
-    from gpt.checkpoint.nemo_archive import CONFIG_NAME, find_config
-
     result = Inspection(path, "NeMo archive" if path.is_file() else "unpacked NeMo archive")
     with result.collecting(), tempfile.TemporaryDirectory(prefix="nemo-check-") as scratch:
         if path.is_dir():
             _describe_nemo(result, find_config(path))
             return result
         result.facts["size"] = human_bytes(path.stat().st_size)
-        with open(path, "rb") as file:
-            compressed = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+        compressed = is_compressed(path)
         result.facts["compression"] = "gzip; what is inside shows when it is converted" if compressed else "none"
         result.next_step = f"python nemo_ckpt_convert.py -i {shlex.quote(str(path))} -o <output folder>"
         if not compressed:
@@ -213,8 +210,6 @@ def inspect_nemo(path: Path) -> Inspection:
 
 def inspect_prompt_table(path: Path) -> Inspection:
     """A table of virtual tokens, or the folder of an adapter that has one."""
-    from gpt.checkpoint.prompt_table import description_path, read_tasks
-
     result = Inspection(path, "prompt table" if path.is_file() else "prompt-tuning adapter")
     with result.collecting():
         tasks = read_tasks(path)
@@ -277,8 +272,6 @@ def _source_blocks(weights: dict[str, SourceTensor]) -> Iterator[tuple[str, torc
 
 def _extract_config(archive_path: Path, target: Path) -> int:
     """Copies model_config.yaml, wherever it lies, to `target`; returns the number of files in the archive."""
-    from gpt.checkpoint.nemo_archive import CONFIG_NAME
-
     if is_lfs_pointer(archive_path):
         raise CheckpointError("a Git LFS pointer instead of the archive", hint="git lfs pull")
     try:
@@ -297,9 +290,6 @@ def _extract_config(archive_path: Path, target: Path) -> int:
 
 
 def _describe_nemo(result: Inspection, config_path: Path) -> None:
-    from gpt.checkpoint.nemo import read_config
-    from gpt.checkpoint.nemo_archive import read_yaml
-
     values = read_yaml(config_path)
     source = shlex.quote(str(result.path))
     if "task_templates" in values or values.get("peft") is not None:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from gpt.console import human_bytes, log
 from gpt.errors import CheckpointError, ConfigError, GptError
-from gpt.files import is_lfs_pointer
+from gpt.files import is_lfs_pointer, listing
 
 CONFIG_NAME = "model_config.yaml"
 WEIGHTS_NAME = "model_weights.ckpt"
@@ -55,9 +55,8 @@ def unpacked(source: Path, scratch: Path) -> Iterator[Path]:
 def unpack(source: Path, folder: Path) -> int:
     """Unpacks `source` into the empty `folder` and returns the number of bytes; see `unpacked` for what it raises."""
     total = 0
+    compressed = is_compressed(source)
     with open(source, "rb") as file:
-        compressed = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
-        file.seek(0)
         size = source.stat().st_size
         allowed = max(_ALWAYS_ALLOWED_BYTES, size * (_MAX_EXPANSION if compressed else 1))
         stream: Any = _SmallHeaders(gzip.GzipFile(fileobj=file) if compressed else file)
@@ -71,6 +70,12 @@ def unpack(source: Path, folder: Path) -> int:
         except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, UnicodeError) as error:
             raise _not_an_archive(source, error) from error
     return total
+
+
+def is_compressed(source: Path) -> bool:
+    """Whether `source` is a gzip file."""
+    with open(source, "rb") as file:
+        return file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
 
 
 class _SmallHeaders:
@@ -160,10 +165,9 @@ def find_config(folder: Path) -> Path:
     """The only model_config.yaml at or below `folder`.  Raises CheckpointError where there is none, or another."""
     found = sorted(path for path in folder.rglob(CONFIG_NAME) if path.is_file())
     if not found:
-        names = sorted(path.name for path in folder.iterdir())
         raise CheckpointError(
             f"no {CONFIG_NAME} in the archive",
-            found=", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing",
+            found=listing(folder),
             hint="a training checkpoint keeps its configuration as pickled objects, which are not loaded: unpack it, "
             f"write the configuration into {CONFIG_NAME} beside the weights, and name the folder",
         )

@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 from gpt.checkpoint.source import FileTensor, SourceTensor
 from gpt.dtypes import ITEMSIZE, torch_dtype
 from gpt.errors import CheckpointError
+from gpt.files import listing
 
 if TYPE_CHECKING:
     import torch
@@ -95,10 +96,9 @@ def read_distributed(folder: Path) -> dict[str, SourceTensor]:
     elif arrays := sorted(shards.glob("*/.zarray")):
         found = {path.parent.name: _read_zarr(path) for path in arrays}
     else:
-        names = sorted(path.name for path in shards.iterdir())
         raise CheckpointError(
             f"a distributed checkpoint of an unknown format: {FOLDER_NAME}/",
-            found=", ".join(names[:8]) or "an empty folder",
+            found=listing(shards),
             allowed="zarr arrays, or torch_dist shards with .metadata",
             hint="save the model in NeMo with dist_ckpt_format torch_dist or zarr, or without distributed checkpoints",
         )

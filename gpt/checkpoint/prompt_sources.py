@@ -11,6 +11,7 @@ from gpt.checkpoint.hf_files import read_json
 from gpt.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, find_config, read_yaml, weights_file
 from gpt.console import log
 from gpt.errors import CheckpointError, Problems
+from gpt.files import listing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +55,7 @@ def read_archive(source: Path, folder: Path) -> list[Task]:
     if path is None:
         raise CheckpointError(
             f"no weights beside {CONFIG_NAME}: {source}",
-            found=", ".join(sorted(entry.name for entry in root.iterdir())),
+            found=listing(root),
             allowed=f"{WEIGHTS_NAME}, here or in mp_rank_00/",
         )
     content = load_torch_file(path)

@@ -17,6 +17,7 @@ from gpt.checkpoint.manifest import Manifest
 from gpt.config import ModelConfig
 from gpt.dtypes import torch_dtype
 from gpt.errors import CheckpointError, ConfigError, Problems, rethrow_as
+from gpt.files import listing
 from gpt.mapping import Mapping, check_divides
 
 if TYPE_CHECKING:
@@ -200,14 +201,13 @@ def find_folder(folder: Path) -> Path:
             found=", ".join(child.name for child in children),
             hint=f"choose one, for example {children[0]}",
         )
-    names = sorted(child.name for child in folder.iterdir())
+    names = [child.name for child in folder.iterdir()]
     hint = "convert the model first: python hf_gpt_convert.py -i <model folder> -o <output folder>"
     if any(".partial-" in name for name in names):
         hint = "a conversion was interrupted here, run it again"
     elif "config.json" in names:
         hint = f"this looks like a model not yet converted: python hf_gpt_convert.py -i {folder} -o <output folder>"
-    found = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "an empty folder"
-    raise CheckpointError(f"no {CONFIG_NAME} in {folder}", found=found, hint=hint)
+    raise CheckpointError(f"no {CONFIG_NAME} in {folder}", found=listing(folder), hint=hint)
 
 
 def _world_size(folder: Path, section: Section[str, str], listed: Manifest | None) -> int:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from gpt.checkpoint.source import FileTensor, SourceTensor
 from gpt.console import log
-from gpt.errors import CheckpointError
+from gpt.dtypes import dtype_name
+from gpt.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ class LoadedTensor:
 
     @property
     def dtype(self) -> str:
-        return str(self.values.dtype).removeprefix("torch.")
+        return dtype_name(self.values.dtype)
 
     def read(self, first: int, last: int) -> torch.Tensor:
         return self.values.reshape(-1, self.shape[-1])[first:last]
@@ -84,7 +85,7 @@ def load_torch_file(path: Path) -> dict[Any, Any]:
     except Exception as error:  # a damaged pickle can fail in any way
         raise CheckpointError(
             f"truncated or corrupt: {path}",
-            found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            found=f"{type(error).__name__}: {first_line(error)}",
             hint="download the file again",
         ) from error
     if not isinstance(content, dict):
@@ -95,7 +96,7 @@ def load_torch_file(path: Path) -> dict[Any, Any]:
 def _reason(error: pickle.UnpicklingError) -> str:
     """What the file wanted to run, in torch's long message; else the message's first line."""
     match = re.search(r"GLOBAL (\S+)", str(error))
-    return f"the pickle calls {match[1]}" if match else str(error).partition("\n")[0]
+    return f"the pickle calls {match[1]}" if match else first_line(error)
 
 
 def is_named_tensor(name: object, value: object) -> bool:

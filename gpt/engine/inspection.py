@@ -20,6 +20,7 @@ from gpt.config import BuildConfig
 from gpt.console import human_bytes
 from gpt.engine.folder import CONFIG_NAME, EngineInfo, open_engine
 from gpt.errors import ConfigError
+from gpt.files import listing
 from gpt.mapping import Mapping
 
 _KNOWN = (
@@ -49,7 +50,7 @@ def inspect(path: Path, *, checksums: bool = True, values: bool = True) -> Inspe
         return inspect_nemo(path)
     if (path / CONFIG_NAME).is_file():
         return inspect_hugging_face(path, values=values)
-    return _unknown(path, ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "an empty folder")
+    return _unknown(path, listing(path))
 
 
 def _inspect_file(path: Path) -> Inspection:

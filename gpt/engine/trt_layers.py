@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gpt.dtypes import torch_dtype
+from gpt.dtypes import dtype_name, torch_dtype
 from gpt.engine.trt_plugin_kernels import Plugin
 from gpt.engine.trt_plugins import attributes, definition
 from gpt.errors import EngineError
@@ -267,8 +267,7 @@ class Layers:
         return x
 
     def library_dtype(self, dtype: torch.dtype) -> Any:
-        name = str(dtype).removeprefix("torch.")
-        return self.trt.fp8 if dtype == torch.float8_e4m3fn else getattr(self.trt, name)
+        return self.trt.fp8 if dtype == torch.float8_e4m3fn else getattr(self.trt, dtype_name(dtype))
 
     def torch_type(self, x: Any) -> torch.dtype:
         return to_torch_dtype(self.trt, x.dtype)

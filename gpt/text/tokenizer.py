@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, first_line
+from gpt.files import listing
 from gpt.text.hub import use_cache_when_offline
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def load_tokenizer(location: str | Path) -> Tokenizer:
         return SentencePieceTokenizer(models[0])
     raise ConfigError(
         f"no tokenizer in {path}",
-        found=", ".join(sorted(item.name for item in path.iterdir())) or "an empty folder",
+        found=listing(path),
         allowed="tokenizer.json, vocab.json with merges.txt, tokenizer_config.json, or one *.model file",
     )
 
@@ -130,7 +131,7 @@ class TransformersTokenizer:
         except Exception as error:  # transformers raises many kinds for unusable files
             raise ConfigError(
                 f"no tokenizer could be loaded from {location!r}",
-                found=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+                found=first_line(error),
                 hint="--tokenizer takes a local folder or a name on the model hub, --vocab_file a sentencepiece model",
             ) from error
         self.name = location
