@@ -18,6 +18,7 @@ import hf_gpt_convert
 import nemo_ckpt_convert
 from gpt.checkpoint.manifest import Manifest
 from gpt.checkpoint.store import Checkpoint
+from gpt.errors import ConfigError
 from gpt.text import quant_report
 from gpt.text.calibration_data import BUNDLED
 
@@ -204,7 +205,7 @@ def test_everything_wrong_is_said_at_once_before_anything_is_read(tmp_path: Path
     options = hf_gpt_convert.ProgArgs(
         str(tmp_path / "out"), "absent", smoothquant=2.0, calib_size=0, calib_length=-1, calib_batch_size=0
     )
-    with pytest.raises(hf_gpt_convert.ConfigError) as caught:
+    with pytest.raises(ConfigError) as caught:
         hf_gpt_convert.run_conversion(options)
     assert len(caught.value.found) == 4  # type: ignore[arg-type]
 

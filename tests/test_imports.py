@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,9 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports_of(source: str) -> Iterator[Import]:
-    yield from _walk(ast.parse(source), at_load=True)
+@functools.cache
+def imports_of(source: str) -> tuple[Import, ...]:
+    return tuple(_walk(ast.parse(source), at_load=True))
 
 
 def _walk(node: ast.AST, *, at_load: bool) -> Iterator[Import]:

@@ -7,7 +7,6 @@ this one; numpy, torch, xxhash and file writes release the interpreter lock, so 
 from __future__ import annotations
 
 import math
-import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,14 +85,6 @@ def write_checkpoint(
     manifest.save(target.folder)
     num_bytes = sum(record.bytes for record in files.values())
     log.info("%d files, %s, in %.1f s", len(files), human_bytes(num_bytes), time.perf_counter() - started)
-
-
-def convert_command(
-    tool: str, in_file: str, out_dir: str, tensor_parallelism: int, storage_dtype: str, more: Sequence[str] = ()
-) -> str:
-    """The command line that makes the same checkpoint again."""
-    options = ["-i", in_file, "-o", out_dir, "-tp", str(tensor_parallelism), "-t", storage_dtype]
-    return shlex.join(["python", tool, *options, *more])
 
 
 def write_tensors(target: Target, pairs: Sequence[Pair], *, in_flight: int) -> dict[str, FileRecord]:

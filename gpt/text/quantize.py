@@ -61,8 +61,8 @@ class QuantOptions:
         values = {f"--{field.name.replace('_', '-')}": getattr(self, field.name) for field in fields}
         return {flag: values[flag] for flag, field in zip(values, fields, strict=True) if values[flag] != field.default}
 
-    def command(self) -> list[str]:
-        """The flags, as words of a command line."""
+    def quant_flags(self) -> list[str]:
+        """The flags of this class that were given, as words of a command line."""
         words: list[str] = []
         for flag, value in self.changed_flags().items():
             words += [flag] if value is True else [flag, str(value)]
