@@ -29,6 +29,21 @@ def kernel_device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
+def call_script(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`call_script(run.main, *arguments)` -> exit code, stdout, stderr of a script's `main` in this process."""
+
+    def call(main: Callable[[list[str]], int], *arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
 def make_gpt2(tmp_path: Path) -> Callable[..., Path]:
     """`make_gpt2(name="hf", **overrides)` saves a tiny GPT-2 under the test's folder (see tiny_models.tiny_gpt2)."""
 

@@ -25,13 +25,8 @@ Result = dict[str, Any]
 
 
 @pytest.fixture
-def main(capsys: pytest.CaptureFixture[str]) -> Main:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = check.main([*map(str, arguments), "--log_level", "error"])
-        return (code, *capsys.readouterr())
-
-    return call
+def main(call_script: Main) -> Main:
+    return lambda *arguments: call_script(check.main, *arguments, "--log_level", "error")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tmp_path: Path, call_script: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`run(*flags)` converts <tmp>/hf into <tmp>/out: exit code, stdout, stderr.  The plot is left out."""
     monkeypatch.setattr(quant_report, "_plot", lambda errors: "")
     texts = tmp_path / "texts.txt"
@@ -35,10 +35,8 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     def call(
         *flags: str, source: Path = tmp_path / "hf", main: Callable[..., int] = hf_gpt_convert.main
     ) -> tuple[int, str, str]:
-        capsys.readouterr()
-        data = [] if "--calib-data" in flags else ["--calib-data", str(texts)]
-        code = main(["-i", str(source), "-o", str(tmp_path / "out"), *data, *flags])
-        return (code, *capsys.readouterr())
+        data = [] if "--calib-data" in flags else ["--calib-data", texts]
+        return call_script(main, "-i", source, "-o", tmp_path / "out", *data, *flags)
 
     return call
 

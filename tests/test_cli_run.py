@@ -25,6 +25,7 @@ from gpt.text.tokenizer import load_tokenizer
 ROOT = Path(__file__).parents[1]
 MAX_INPUT, MAX_OUTPUT, END = 44, 20, 263
 PROMPTS = ["the end", "a", "in the north, naïve", "on"]
+Main = Callable[..., tuple[int, str, str]]
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,14 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 
 @pytest.fixture
-def main(engine: Engine, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def main(engine: Engine, call_script: Main) -> Main:
     """`main(*flags)` -> exit code, stdout, stderr; engine and length are given unless the flags name them."""
 
     def call(*flags: object, engine_dir: Path = engine.folder, max_output_len: int = 8) -> tuple[int, str, str]:
-        arguments = ["--engine_dir", engine_dir, "--max_output_len", max_output_len, "--device", "cpu", *flags]
-        capsys.readouterr()
-        try:
-            code = run.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capsys.readouterr())
+        given = ["--engine_dir", engine_dir, "--max_output_len", max_output_len, "--device", "cpu"]
+        return call_script(run.main, *given, *flags)
 
     return call
-
-
-Main = Callable[..., tuple[int, str, str]]
 
 
 def _hf_rows(engine: Engine, prompts: Sequence[Sequence[int]], count: int, end_id: int = END) -> list[list[int]]:

@@ -40,19 +40,10 @@ def engine(hf_model: Path) -> Path:
 
 
 @pytest.fixture
-def main(engine: Path, capsys: pytest.CaptureFixture[str]) -> Main:
+def main(engine: Path, call_script: Main) -> Main:
     """`main(*flags)` -> exit code, stdout, stderr of run.py with three prompts."""
-
-    def call(*flags: object) -> tuple[int, str, str]:
-        given = ["--engine_dir", engine, "--device", "cpu", "--max_output_len", COUNT, "--input_text", *PROMPTS, *flags]
-        capsys.readouterr()
-        try:
-            code = run.main([str(flag) for flag in given])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capsys.readouterr())
-
-    return call
+    given = ["--engine_dir", engine, "--device", "cpu", "--max_output_len", COUNT, "--input_text", *PROMPTS]
+    return lambda *flags: call_script(run.main, *given, *flags)
 
 
 def outputs(out: str) -> list[str]:

@@ -38,14 +38,12 @@ def engines(hf_model: Path) -> dict[int, Path]:
 
 
 @pytest.fixture
-def main(engines: dict[int, Path], capsys: pytest.CaptureFixture[str]) -> Main:
+def main(engines: dict[int, Path], call_script: Main) -> Main:
     """`main(*flags)` -> exit code, stdout, stderr of run.py with four prompts, two of them equal."""
 
     def call(*flags: object, batch_size: int = 3) -> tuple[int, str, str]:
-        arguments = ["--engine_dir", engines[batch_size], "--max_output_len", 12, "--device", "cpu", *flags]
-        capsys.readouterr()
-        code = run.main([*map(str, arguments), "--input_text", *PROMPTS])
-        return (code, *capsys.readouterr())
+        given = ["--engine_dir", engines[batch_size], "--max_output_len", 12, "--device", "cpu"]
+        return call_script(run.main, *given, *flags, "--input_text", *PROMPTS)
 
     return call
 

@@ -79,12 +79,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 
 @pytest.fixture
-def main(engine: Engine, capsys: pytest.CaptureFixture[str]) -> Main:
+def main(engine: Engine, call_script: Main) -> Main:
     def call(*flags: object, engine_dir: Path = engine.folder, max_output_len: int = 6) -> tuple[int, str, str]:
-        arguments = ["--engine_dir", engine_dir, "--max_output_len", max_output_len, "--device", "cpu", *flags]
-        capsys.readouterr()
-        code = run.main([str(argument) for argument in arguments])
-        return (code, *capsys.readouterr())
+        given = ["--engine_dir", engine_dir, "--max_output_len", max_output_len, "--device", "cpu"]
+        return call_script(run.main, *given, *flags)
 
     return call
 

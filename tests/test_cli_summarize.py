@@ -49,6 +49,7 @@ class BundledRun:
     report: Path
 
 
+_QUIET = ["--device", "cpu", "--log_level", "error"]
 _BUNDLED_LIMITS = ["--max_batch_size", "10", "--max_input_len", "412", "--max_output_len", "100"]
 _BUNDLED_WORK = ["--dataset_path", ARTICLES, "--batch_size", 10, "--max_ite", 10, "--output_len", 40]
 
@@ -62,7 +63,7 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> BundledRun:
     check = ["--check_accuracy", "--tensorrt_llm_rouge1_threshold=14", "--report", report]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = _summarize(*sides, *_BUNDLED_WORK, *check)
+        code = summarize.main([*map(str, [*sides, *_BUNDLED_WORK, *check]), *_QUIET])
     return BundledRun(checkpoint, code, out.getvalue(), err.getvalue(), report)
 
 
@@ -78,20 +79,8 @@ def articles(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def main(capsys: pytest.CaptureFixture[str]) -> Main:
-    def call(*flags: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        return (_summarize(*flags), *capsys.readouterr())
-
-    return call
-
-
-def _summarize(*flags: object) -> int:
-    """The exit code."""
-    try:
-        return summarize.main([*map(str, flags), "--device", "cpu", "--log_level", "error"])
-    except SystemExit as end:
-        return int(end.code or 0)
+def main(call_script: Main) -> Main:
+    return lambda *flags: call_script(summarize.main, *flags, *_QUIET)
 
 
 def _both(engine: Engine, articles: Path) -> list[object]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines import random_prompts, relative_error
+from engines import random_prompts
 from trt_matrix import record
-from trt_models import MODELS, RANK, build_config, define, random_weights
+from trt_models import MODELS, RANK, build_config, define, logit_errors, random_weights
 
 import build as build_script
 from gpt.config import BuildConfig, ModelConfig
@@ -32,7 +32,6 @@ NUM_ROWS = NUM_TASKS * NUM_VIRTUAL
 BOUNDS = {"float32": 1e-5, "float16": 5e-3}  # of the logits, relative L2, against the torch session of the same dtype
 LEARNED, ROTARY = "gpt2", "rotary_swiglu_grouped"
 TASKS = (2, 0, 1, 2)
-NUM_STEPS = 4
 
 layouts = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 positions = pytest.mark.parametrize("name", [LEARNED, ROTARY], ids=["learned", "rotary"])
@@ -67,18 +66,8 @@ def both_sessions(model: ModelConfig, build: BuildConfig) -> tuple[TrtSession, T
 def test_logits_of_both_phases(name: str, packed: bool, dtype: str) -> None:
     """Several tasks in one batch, two prompts of the same."""
     model, build = MODELS[name], prompt_build(dtype, fused=True, packed=packed)
-    sessions = both_sessions(model, build)
-    prompts, virtual = virtual_prompts(model), virtual_tokens(model)
-    for session in sessions:
-        session.start(len(prompts), 12 + NUM_STEPS)
-    actual, expected = (session.context(prompts, virtual) for session in sessions)
-    errors = []
-    for step in range(NUM_STEPS + 1):
-        errors.append(relative_error(actual, expected))
-        assert errors[-1] < BOUNDS[dtype], f"step {step}"
-        chosen = expected.argmax(-1)
-        if step < NUM_STEPS:
-            actual, expected = (session.generation(chosen) for session in sessions)
+    errors = logit_errors(*both_sessions(model, build), virtual_prompts(model), 4, virtual_tokens(model))
+    assert all(error < BOUNDS[dtype] for error in errors), errors
     record(name, build, error=max(errors))
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from engines import build_engine, convert, random_prompts, relative_error
+from engines import build_engine, convert, random_prompts
 from ranks import without_nccl
 from transformers import GPT2LMHeadModel
 from trt_matrix import record
-from trt_models import LENGTHS, MODELS, RANK, build_config, random_weights
+from trt_models import LENGTHS, MODELS, RANK, build_config, logit_errors, random_weights
 
 import build as build_script
 from gpt.config import BuildConfig, ModelConfig
@@ -38,7 +38,6 @@ pytestmark = pytest.mark.tensorrt
 # Of the logits, relative L2, against the torch session of the same dtype.  float32: the order of additions; half
 # precision: the rounding of every layer's result (2^-11 and 2^-8), which the two executors do at different places.
 BOUNDS = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
-NUM_STEPS = 8
 
 
 def open_trt(model: ModelConfig, build: BuildConfig, weights: dict[str, torch.Tensor] | None = None) -> TrtSession:
@@ -62,17 +61,8 @@ def test_logits_of_both_phases(name: str, fused: bool, packed: bool, dtype: str)
     model, build = MODELS[name], build_config(dtype, fused=fused, packed=packed)
     weights = random_weights(model, dtype)
     sessions = open_trt(model, build, weights), TorchSession(model, build, RANK, weights)
-    prompts = random_prompts(LENGTHS, model.vocab_size)
-    for session in sessions:
-        session.start(len(prompts), max(LENGTHS) + NUM_STEPS)
-    actual, expected = (session.context(prompts) for session in sessions)
-    errors = []
-    for step in range(NUM_STEPS + 1):
-        errors.append(relative_error(actual, expected))
-        assert errors[-1] < BOUNDS[dtype], f"step {step}"
-        chosen = expected.argmax(-1)
-        if step < NUM_STEPS:
-            actual, expected = (session.generation(chosen) for session in sessions)
+    errors = logit_errors(*sessions, random_prompts(LENGTHS, model.vocab_size), 8)
+    assert all(error < BOUNDS[dtype] for error in errors), errors
     record(name, build, error=max(errors))
 
 

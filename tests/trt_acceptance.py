@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import random_prompts, relative_error
-from trt_models import LENGTHS, MODELS, RANK, build_config, random_weights
+from engines import random_prompts
+from trt_models import LENGTHS, MODELS, RANK, build_config, logit_errors, random_weights
 
 from gpt.config import BuildConfig, ModelConfig
 from gpt.errors import EngineError
@@ -69,16 +69,8 @@ def check_logits(report: Report, open_session: Open, name: str, layout: str, dty
     seconds = time.perf_counter() - begin
     reference = TorchSession(model, build, RANK, weights)
     prompts = random_prompts(LENGTHS, model.vocab_size)
-    for each in (session, reference):
-        each.start(len(prompts), max(LENGTHS) + 8)
-    actual, expected = session.context(prompts), reference.context(prompts)
-    errors = []
-    for step in range(9):
-        errors.append(relative_error(actual.cpu(), expected))
-        if step < 8:
-            chosen = expected.argmax(-1)
-            actual, expected = session.generation(chosen.to(session.device)), reference.generation(chosen)
-    passed = max(errors) < BOUNDS[dtype]
+    errors = logit_errors(session, reference, prompts, 8)
+    passed = all(error < BOUNDS[dtype] for error in errors)
     report.add(
         "logits", f"{name}, {layout}, {dtype}", passed=passed, errors=errors, bound=BOUNDS[dtype], build_s=seconds
     )

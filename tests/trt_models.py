@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from engines import relative_error
 
 from gpt.config import BuildConfig, ModelConfig
 from gpt.dtypes import torch_dtype
@@ -14,6 +16,8 @@ from gpt.engine.trt_builder import NetworkBuild
 from gpt.engine.trt_evaluator import NetworkEvaluator
 from gpt.engine.weights import engine_layout
 from gpt.mapping import Mapping
+from gpt.runtime.session import Session
+from gpt.runtime.virtual_tokens import VirtualTokens
 
 RANK = Mapping()
 LENGTHS = (5, 1, 11, 3)
@@ -93,6 +97,25 @@ def context_inputs(model: ModelConfig, build: BuildConfig, mapping: Mapping = RA
         "cache_write_index": torch.zeros(batch, dtype=torch.int32),
         **{port.name: torch.zeros(port.shape_for({"B": batch})) for port in caches},
     }
+
+
+def logit_errors(
+    session: Session,
+    reference: Session,
+    prompts: Sequence[Sequence[int]],
+    num_steps: int,
+    virtual: VirtualTokens | None = None,
+) -> list[float]:
+    """Relative L2 of the session's logits after the prompts and after each of `num_steps` tokens, the reference's."""
+    for each in (session, reference):
+        each.start(len(prompts), max(map(len, prompts)) + num_steps)
+    logits, expected = session.context(prompts, virtual), reference.context(prompts, virtual)
+    errors = [relative_error(logits.cpu(), expected)]
+    for _ in range(num_steps):
+        chosen = expected.argmax(-1)
+        logits, expected = session.generation(chosen.to(session.device)), reference.generation(chosen)
+        errors.append(relative_error(logits.cpu(), expected))
+    return errors
 
 
 def evaluate(network: NetworkBuild, model: ModelConfig) -> dict[str, torch.Tensor]:
