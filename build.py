@@ -8,9 +8,17 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from gpt.build_options import (
+from gpt.checkpoint.layout import QuantFiles
+from gpt.checkpoint.store import Checkpoint
+from gpt.cli import reject_unsupported, run_main
+from gpt.config import BuildConfig, ModelConfig, check_against_positions
+from gpt.console import log, setup_logging
+from gpt.errors import ConfigError
+from gpt.launch import read_launch
+from gpt.mapping import check_divides
+from gpt.quant import QuantConfig
+from gpt.text.build_options import (
     MAX_NUM_TOKENS,
     RANDOM_DEFAULTS,
     TOKENS_PER_BLOCK,
@@ -24,17 +32,7 @@ from gpt.build_options import (
     seed_of,
     unsupported,
 )
-from gpt.cli import reject_unsupported, run_main
-from gpt.config import BuildConfig, ModelConfig, check_against_positions
-from gpt.console import log, setup_logging
-from gpt.errors import ConfigError
-from gpt.launch import read_launch
-from gpt.mapping import check_divides
-from gpt.quant import QuantConfig
-from gpt.quant_options import CalibratedParts, check_calibrated, quantization_of
-
-if TYPE_CHECKING:
-    from gpt.checkpoint.store import Checkpoint
+from gpt.text.quant_options import check_calibrated, quantization_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +54,6 @@ def _run(args: Namespace) -> None:
             hint="start it once; --parallel_build uses several processes",
         )
     reject_unsupported(unsupported(args))
-    from gpt.checkpoint.store import Checkpoint
     from gpt.engine.builder import build_engine
 
     checkpoint = Checkpoint.open(Path(args.model_dir)) if args.model_dir else None
@@ -146,10 +143,9 @@ def _build_config(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | 
 def _quantization(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | None) -> QuantConfig:
     """What the flags ask for.  Raises CheckpointError, with the command that adds them, for scales that are missing."""
     if checkpoint is None:
-        return quantization_of(args, model, CalibratedParts(smooth_quant=True, smoothers=False, kv_cache=True))
-    calibrated = CalibratedParts(checkpoint.has_smoothquant, checkpoint.has_smoothers, checkpoint.has_kv_scales)
-    check_calibrated(args, calibrated, checkpoint.folder, checkpoint.quantize_command)
-    return quantization_of(args, model, calibrated)
+        return quantization_of(args, model, QuantFiles(smoothquant=True, kv_separate=True))  # ranges by rule
+    check_calibrated(args, checkpoint)
+    return quantization_of(args, model, checkpoint.quant)
 
 
 if __name__ == "__main__":

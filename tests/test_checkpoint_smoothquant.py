@@ -282,7 +282,7 @@ def test_what_a_checkpoint_has_is_told(tmp_path: Path, convert: Convert) -> None
     plain = Checkpoint.open(convert(source, out="plain"))
     kv = Checkpoint.open(convert(source, "-kv", out="kv"))
     smooth = Checkpoint.open(convert(source, "-sq", "0.5", out="sq"))
-    told = [(c.has_smoothquant, c.has_kv_scales, c.has_smoothers) for c in (plain, kv, smooth)]
+    told = [(c.quant.smoothquant, c.quant.kv_scales, c.quant.smoothers) for c in (plain, kv, smooth)]
     assert told == [(False, False, False), (False, True, False), (True, True, False)]
     assert not plain.quant
     with pytest.raises(CheckpointError) as caught:

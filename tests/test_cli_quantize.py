@@ -163,7 +163,7 @@ def test_the_cache_scales_are_added_to_an_earlier_conversion(hf: Path, tmp_path:
         assert run("-kv", "-t", "float16")[0] == 0
         now = Manifest.load(folder(tmp_path)).files
         assert plain.items() < now.items()
-        assert Checkpoint.open(folder(tmp_path)).has_kv_scales
+        assert Checkpoint.open(folder(tmp_path)).quant.kv_scales
 
 
 def test_another_folder_is_not_replaced_without_force(hf: Path, tmp_path: Path, run: Run) -> None:
@@ -318,7 +318,7 @@ def test_space_is_looked_at_before_the_work(
     assert code == 1
     assert "not enough space" in errors
     assert sizes["int8"] > sizes["float"] + 10
-    assert Checkpoint.open(folder(tmp_path)).has_smoothquant  # the earlier one is still there
+    assert Checkpoint.open(folder(tmp_path)).quant.smoothquant  # the earlier one is still there
 
 
 def test_too_little_memory_names_the_flags_that_need_less(
@@ -358,7 +358,7 @@ def test_nemo_archives(tmp_path: Path, run: Run, kind: str) -> None:
     assert code == 0, errors
     assert "mlp.dense_h_to_4h.gate" in out
     checkpoint = Checkpoint.open(tmp_path / "out")
-    assert checkpoint.has_smoothquant
+    assert checkpoint.quant.smoothquant
     assert checkpoint.manifest is not None
     assert "--smoothquant 0.5" in checkpoint.manifest.command
     assert run("-kv", source=source, main=nemo_ckpt_convert.main)[0] == 2  # INT8 weights would be lost

@@ -369,9 +369,9 @@ class TestPlan:
 
     model = MODELS["gpt2"]
 
-    @pytest.fixture
-    def plan(self, tmp_path: Path) -> Path:
-        path = tmp_path / "a.engine"
+    @pytest.fixture(scope="class")
+    def plan(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        path = tmp_path_factory.mktemp("plan") / "a.engine"
         build_plan(self.model, build_config(), RANK, random_weights(self.model).items(), path)
         return path
 
@@ -434,12 +434,12 @@ class TestPlan:
         assert "compute capability 8.0, where it was built" in str(caught.value)
 
     @pytest.mark.parametrize("num_bytes", [0, 40, 100_000])
-    def test_cut_short(self, num_bytes: int, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        with open(plan, "r+b") as file:
-            file.truncate(num_bytes)
+    def test_cut_short(self, num_bytes: int, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        short = tmp_path / "a.engine"
+        short.write_bytes(plan.read_bytes()[:num_bytes])
         pretend_gpu(monkeypatch, (8, 9))
         with pytest.raises(EngineError, match="cannot load") as caught:
-            TrtSession.from_plan(plan, self.model, build_config(), RANK, "cuda", library=RTX)
+            TrtSession.from_plan(short, self.model, build_config(), RANK, "cuda", library=RTX)
         assert "a whole plan" in str(caught.value)
         assert "check.py" in str(caught.value)
 

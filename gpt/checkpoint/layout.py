@@ -64,7 +64,12 @@ class QuantFiles:
     smoothers: bool = False
 
     def __bool__(self) -> bool:
-        return self.smoothquant or self.kv_shared or self.kv_separate or self.smoothers
+        return self != QuantFiles()
+
+    @property
+    def kv_scales(self) -> bool:
+        """Scales of an INT8 cache, in either form; see `Checkpoint.read_kv_scales`."""
+        return self.kv_shared or self.kv_separate
 
 
 @dataclass(frozen=True)

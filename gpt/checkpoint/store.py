@@ -62,21 +62,6 @@ class Checkpoint:
         self.quant = quant
 
     @property
-    def has_smoothquant(self) -> bool:
-        """INT8 weights and scales of every linear layer are there."""
-        return self.quant.smoothquant
-
-    @property
-    def has_kv_scales(self) -> bool:
-        """Scales of an INT8 cache are there, in either form; see `read_kv_scales`."""
-        return self.quant.kv_shared or self.quant.kv_separate
-
-    @property
-    def has_smoothers(self) -> bool:
-        """The INT8 weights of dense and proj want their inputs divided by a vector first."""
-        return self.quant.smoothers
-
-    @property
     def tokenizer_files(self) -> list[Path]:
         return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
 
@@ -130,7 +115,7 @@ class Checkpoint:
         folders have one number for both.  Raises CheckpointError where there is neither."""
         name = "scale_kv_quant_orig" if self.quant.kv_separate else "scale_y_quant_orig"
         wanted = f"model.layers.{layer}.{QKV}.{name}"
-        for tensor in quant_tensors(self.model, self.quant) if self.has_kv_scales else ():
+        for tensor in quant_tensors(self.model, self.quant) if self.quant.kv_scales else ():
             if tensor.name == wanted:
                 return self.read(tensor, Mapping(self.world_size, 0)).expand(2)
         raise CheckpointError(

@@ -10,7 +10,7 @@ from gpt.config import PROFILING_VERBOSITIES, BuildConfig, ModelConfig
 from gpt.console import log
 from gpt.dtypes import FLOAT_DTYPES
 from gpt.errors import ConfigError
-from gpt.quant_options import add_quantization, unsupported_quantization
+from gpt.text.quant_options import add_quantization, unsupported_quantization
 
 # A plugin flag given bare takes the dtype of the model.
 _MODEL_DTYPE = "auto"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace, _ArgumentGroup
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
+from gpt.checkpoint.layout import QuantFiles
+from gpt.checkpoint.store import Checkpoint
 from gpt.config import ModelConfig
 from gpt.console import log
 from gpt.errors import CheckpointError, ConfigError, Problems
@@ -14,15 +13,6 @@ from gpt.quant import GROUP_SIZES, QuantConfig
 
 # The smallest rise of the perplexity for the bytes: docs/quantization.md.
 _DEFAULT_GROUP_SIZE = 64
-
-
-@dataclass(frozen=True)
-class CalibratedParts:
-    """What a checkpoint was calibrated for; random weights count as calibrated."""
-
-    smooth_quant: bool
-    smoothers: bool
-    kv_cache: bool
 
 
 def add_quantization(group: _ArgumentGroup) -> None:
@@ -99,30 +89,30 @@ def unsupported_quantization(args: Namespace) -> list[str]:
     return [reason for present, reason in checks if present]
 
 
-def check_calibrated(
-    args: Namespace, calibrated: CalibratedParts, folder: Path, convert_command: Callable[..., str]
-) -> None:
-    """Raises CheckpointError naming the flags whose scales the checkpoint in `folder` lacks, with the command that adds
-    them."""
+def check_calibrated(args: Namespace, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError naming the flags whose scales the checkpoint lacks, with the command that adds them."""
     lacking = []
-    if args.use_smooth_quant and not calibrated.smooth_quant:
+    if args.use_smooth_quant and not checkpoint.quant.smoothquant:
         lacking.append("--use_smooth_quant: no model.layers.*.weight.int8 and scale_x_orig_quant files")
     lacking += [
         f"--{name}: no scale_kv_quant_orig or query_key_value.scale_y_quant_orig files"
         for name in ("int8_kv_cache", "fp8_kv_cache")
-        if getattr(args, name) and not calibrated.kv_cache
+        if getattr(args, name) and not checkpoint.quant.kv_scales
     ]
     if lacking:
         flags = ("-sq", "0.5") if args.use_smooth_quant else ("-kv",)
         raise CheckpointError(
-            f"the checkpoint lacks the scales that the engine needs: {folder}",
+            f"the checkpoint lacks the scales that the engine needs: {checkpoint.folder}",
             found=lacking,
-            hint=convert_command(*flags),
+            hint=checkpoint.quantize_command(*flags),
         )
 
 
-def quantization_of(args: Namespace, model: ModelConfig, calibrated: CalibratedParts) -> QuantConfig:
-    """The flags as a record.  Raises ConfigError for groups that do not divide the inputs of a rank's products."""
+def quantization_of(args: Namespace, model: ModelConfig, calibrated: QuantFiles) -> QuantConfig:
+    """The flags as a record.  calibrated: what the checkpoint has.
+
+    Raises ConfigError for groups that do not divide the inputs of a rank's products.
+    """
     kv_cache = "int8" if args.int8_kv_cache else "fp8" if args.fp8_kv_cache else None
     activations = "per_token" if args.per_token else "per_tensor"
     if args.use_smooth_quant:
@@ -130,7 +120,7 @@ def quantization_of(args: Namespace, model: ModelConfig, calibrated: CalibratedP
         return QuantConfig("int8", activations, args.per_channel, kv_cache=kv_cache, smoothers=smoothers)
     if args.enable_fp8:
         # Smoothers belong to the int8 weights: the calibrated ranges are not those of the float weights' inputs.
-        if not calibrated.smooth_quant or calibrated.smoothers:
+        if not calibrated.smoothquant or calibrated.smoothers:
             if not args.per_token:
                 log.info("fp8: each row of activations finds its own scale, the checkpoint has none for its float form")
             activations = "per_token"
