@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt.comm import POLL_S, Communicator, SmallSum, Watch, summable, time_limit_s
 from gpt.console import print_error
-from gpt.errors import ConfigError, GptError, first_line
+from gpt.errors import ConfigError, GptError, brief
 from gpt.launch import Launch
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class GlooCommunicator:
         except (RuntimeError, ValueError) as error:
             raise GptError(
                 "the ranks did not find each other",
-                found=f"{host}:{port}: {first_line(error)}",
+                found=f"{host}:{port}: {brief(error)}",
                 hint="MASTER_ADDR and MASTER_PORT, the same on all ranks, name a machine and a free port",
             ) from error
         atexit.register(self._leave)

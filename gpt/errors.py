@@ -6,6 +6,8 @@ anything else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class GptError(Exception):
     """Base of the errors that end a script with one message.
@@ -70,7 +72,13 @@ class InterruptError(GptError):
     exit_code = 130
 
 
-def first_line(error: BaseException) -> str:
+def first_lines(lines: Sequence[str], limit: int = 20) -> list[str]:
+    """The first of many lines, and how many more there are."""
+    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
+    return [*lines[:limit], *more]
+
+
+def brief(error: BaseException) -> str:
     """What a library's error says, without the rest of a long text; its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -95,9 +103,5 @@ class Problems:
 
     def raise_if_any(self, error: type[GptError], what: str, *, hint: str | None = None, limit: int = 20) -> None:
         """Raises `error` listing every problem (the first `limit` in full, the rest counted)."""
-        if not self.items:
-            return
-        shown = self.items[:limit]
-        if len(self.items) > limit:
-            shown = [*shown, f"... and {len(self.items) - limit} more"]
-        raise error(what, found=shown, hint=hint)
+        if self.items:
+            raise error(what, found=first_lines(self.items, limit), hint=hint)

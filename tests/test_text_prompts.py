@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from gpt.errors import ConfigError
+from gpt.text.prompt_rows import read_row_texts
 from gpt.text.prompts import (
     TOKEN_SUFFIXES,
     check_input_file,
     check_output_file,
     full_rows,
-    read_texts,
     read_tokens,
     write_csv,
     write_npy,
@@ -41,7 +41,8 @@ def test_npy_padding_is_stripped_at_the_end_only(tmp_path: Path, dtype: type) ->
 
 
 def test_text_file_has_one_prompt_per_line(tmp_path: Path) -> None:
-    assert read_texts(_file(tmp_path, "a.txt", "first \r\n  é, second\n")) == ["first ", "  é, second"]
+    path = _file(tmp_path, "a.txt", "\ufefffirst \r\n  é, second\n")
+    assert read_row_texts(path, None) == ["first ", "  é, second"]
 
 
 @pytest.mark.parametrize(
@@ -90,11 +91,11 @@ def test_pickles_and_garbage_are_no_arrays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"", "holds no prompts"), (b"one\n \ntwo", "line 2: an empty prompt"), (b"\xff\xff", "cannot be read")],
+    [(b"", "holds no prompts"), (b"one\n \ntwo", "line 2: an empty prompt"), (b"\xff\xff", "line 1: not UTF-8")],
 )
 def test_bad_text_files_are_explained(tmp_path: Path, content: bytes, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        read_texts(_file(tmp_path, "a.txt", content))
+        read_row_texts(_file(tmp_path, "a.txt", content), None)
     assert expected in str(caught.value)
 
 

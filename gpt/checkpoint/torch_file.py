@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gpt.checkpoint.source import FileTensor, SourceTensor
 from gpt.console import log
 from gpt.dtypes import dtype_name
-from gpt.errors import CheckpointError, first_line
+from gpt.errors import CheckpointError, brief
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def load_torch_file(path: Path) -> dict[Any, Any]:
     except Exception as error:  # a damaged pickle can fail in any way
         raise CheckpointError(
             f"truncated or corrupt: {path}",
-            found=f"{type(error).__name__}: {first_line(error)}",
+            found=f"{type(error).__name__}: {brief(error)}",
             hint="download the file again",
         ) from error
     if not isinstance(content, dict):
@@ -96,7 +96,7 @@ def load_torch_file(path: Path) -> dict[Any, Any]:
 def _reason(error: pickle.UnpicklingError) -> str:
     """What the file wanted to run, in torch's long message; else the message's first line."""
     match = re.search(r"GLOBAL (\S+)", str(error))
-    return f"the pickle calls {match[1]}" if match else first_line(error)
+    return f"the pickle calls {match[1]}" if match else brief(error)
 
 
 def is_named_tensor(name: object, value: object) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gpt.comm import Communicator
 from gpt.console import human_bytes, log
-from gpt.errors import ConfigError, first_line
+from gpt.errors import ConfigError, brief
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ def connect_peers(ranks: Communicator, group: torch.distributed.ProcessGroup, de
     try:
         peers = _share_memory(ranks, group, device)
     except (RuntimeError, ImportError, AttributeError) as error:  # an API of PyTorch's that is not stable yet
-        problem = f"{type(error).__name__}: {first_line(error)}"
+        problem = f"{type(error).__name__}: {brief(error)}"
     if not _agree(ranks, problem) or peers is None:
         return None
     log.info("Sums of up to %s read the other GPUs' memory", human_bytes(limit_bytes))

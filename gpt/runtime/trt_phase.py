@@ -11,7 +11,7 @@ import torch
 from gpt.comm import Communicator
 from gpt.console import log, verbose
 from gpt.engine.trt_runtime import create_context, set_communicator
-from gpt.errors import EngineError, first_line
+from gpt.errors import EngineError, brief
 
 Capture = Callable[["Phase"], Callable[[], None]]
 
@@ -87,7 +87,7 @@ class Phase:
             return self._capture(self)
         except (EngineError, RuntimeError) as error:
             self._recorder.clear()
-            log.warning("TensorRT, %s: steps run without a CUDA graph: %s", self.what, first_line(error))
+            log.warning("TensorRT, %s: steps run without a CUDA graph: %s", self.what, brief(error))
             return None
 
     def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.console import log
-from gpt.errors import ConfigError, Problems, first_line
+from gpt.errors import ConfigError, Problems, brief
 from gpt.text.hub import use_cache_when_offline
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -171,7 +171,7 @@ def rows_of_hub(hub: HubData, cache_dir: Path | None) -> Iterator[Mapping[str, A
         reason = "the hub refused" if online else "no hub reachable"
         raise ConfigError(
             f"the data set {hub.name} cannot be loaded",
-            found=f"{reason}, and it is not in {where}: {first_line(error)}",
+            found=f"{reason}, and it is not in {where}: {brief(error)}",
             hint=f"{hub.flag} <file> reads a file with "
             + (f"the columns {hub.text_column} and {hub.reference_column}" if hub.reference_column else "texts"),
         ) from error

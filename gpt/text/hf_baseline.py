@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt.console import log
 from gpt.dtypes import torch_dtype
-from gpt.errors import CheckpointError, ConfigError, first_line
+from gpt.errors import CheckpointError, ConfigError, brief
 from gpt.runtime.beam_config import NO_BEAMS, BeamConfig
 from gpt.runtime.generate import Generation
 from gpt.runtime.sampling_config import SamplingConfig
@@ -46,7 +46,7 @@ class HfBaseline:
         except Exception as error:  # the library raises many kinds for unusable files
             raise CheckpointError(
                 f"the Hugging Face model {location} cannot be loaded",
-                found=first_line(error),
+                found=brief(error),
                 hint="--hf_model_location takes a local folder, or a name on the hub where one can be reached",
             ) from error
         # Sampling settings that came with the checkpoint would make the comparison unequal.

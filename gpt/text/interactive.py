@@ -23,9 +23,8 @@ from gpt.text.pipeline import (
     choose_end_id,
     choose_tokenizer,
     describe_speed,
-    generate_batches,
     require_tokenizer,
-    search_batches,
+    run_batches,
 )
 from gpt.text.run_prompts import RunConfig, make_stops, read_prompts
 from gpt.text.streaming import RowText
@@ -163,29 +162,16 @@ class Conversation:
     def _run(self, batches: list[Generation], on_token: Callable[[int, int], None]) -> None:
         config, decoding = self._config, self._config.decoding
         sampling, stops = decoding.choice(self._tokenizer), make_stops(decoding, self._tokenizer)
-        if decoding.uses_beams:
-            search_batches(
-                self._session,
-                [self._prompt],
-                beams=decoding.search,
-                max_new_tokens=config.max_output_len,
-                end_id=self._end_id,
-                virtual=self._virtual,
-                sampling=sampling,
-                stops=stops,
-                results=batches,
-            )
-            return
-        generate_batches(
+        run_batches(
             self._session,
             [self._prompt],
+            decoding,
             max_new_tokens=config.max_output_len,
             end_id=self._end_id,
-            on_token=on_token,
             virtual=self._virtual,
             sampling=sampling,
-            num_samples=decoding.num_results,
             stops=stops,
+            on_token=on_token,
             results=batches,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from gpt.config import ModelConfig
 from gpt.console import log
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gpt.runtime.session import PagedSession, Session
     from gpt.runtime.stopping import Stops
     from gpt.runtime.virtual_tokens import VirtualTokens
+    from gpt.text.decoding_options import DecodingOptions
 
 T = TypeVar("T")
 _BUNDLED_TOKENIZER = Path(__file__).parents[2] / "assets" / "gpt2-tiny"
@@ -221,6 +222,33 @@ def search_batches(
             )
         )
     return results
+
+
+def run_batches(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    decoding: DecodingOptions,
+    *,
+    on_token: Callable[[int, int], None] | None = None,
+    on_end: Callable[[int], None] | None = None,
+    batching: BatchingConfig | None = None,
+    **settings: Any,
+) -> list[Generation]:
+    """`search_batches` or `generate_batches`, as `decoding` says.
+
+    on_token, on_end, batching: for what is no search, where no text is known before the end.
+    """
+    if decoding.uses_beams:
+        return search_batches(session, prompts, beams=decoding.search, **settings)
+    return generate_batches(
+        session,
+        prompts,
+        num_samples=decoding.num_results,
+        on_token=on_token,
+        on_end=on_end,
+        batching=batching,
+        **settings,
+    )
 
 
 def without_end(tokens: Sequence[int], end_id: int | None) -> Sequence[int]:

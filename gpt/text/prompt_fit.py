@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from gpt.config import BuildConfig, ModelConfig
 from gpt.console import print_notice
-from gpt.errors import ConfigError, Problems
+from gpt.errors import ConfigError, Problems, first_lines
 
 ON_LONG_PROMPT = ("refuse", "truncate")
-_MAX_LISTED = 20
 
 
 def prompt_limit(model: ModelConfig, build: BuildConfig, max_new_tokens: int, asked: int | None) -> tuple[int, str]:
@@ -43,11 +42,6 @@ def last_tokens(tokens: Sequence[int], limit: int, num_virtual: int = 0) -> list
 def listed(lines: Sequence[str]) -> str:
     """How many, and each on a line of its own, the first ones of many."""
     return "\n  ".join([str(len(lines)), *first_lines(lines)])
-
-
-def first_lines(lines: Sequence[str]) -> list[str]:
-    rest = len(lines) - _MAX_LISTED
-    return [*lines[:_MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])]
 
 
 def fit_prompts(prompts: Sequence[list[int]], limit: int, reason: str, *, truncate: bool) -> list[list[int]]:

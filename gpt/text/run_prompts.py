@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from gpt.cli import reject_unsupported
 from gpt.comm import start
@@ -19,9 +18,8 @@ from gpt.text.pipeline import (
     choose_end_id,
     choose_tokenizer,
     encode_prompts,
-    generate_batches,
     require_tokenizer,
-    search_batches,
+    run_batches,
 )
 from gpt.text.prompt_fit import fit_prompts, prompt_limit
 from gpt.text.prompt_rows import ROW_SUFFIXES, holds_tokens, read_row_texts
@@ -34,8 +32,6 @@ from gpt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gpt.runtime.generate import Generation
-    from gpt.runtime.sampling_config import SamplingConfig
-    from gpt.runtime.session import Session
 
 DEFAULT_PROMPT = "Born in north-east France, Soyer trained as a"
 
@@ -155,7 +151,21 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     results = Results(wanted, prompts, tokenizer, end_id, stops, info.model.vocab_size, out)
     batches: list[Generation] = []
     try:
-        _generate(session, prompts, config, choice, end_id, tuning, stops, results, batches)
+        run_batches(
+            session,
+            prompts,
+            decoding,
+            max_new_tokens=config.max_output_len,
+            end_id=end_id,
+            virtual=None if tuning is None else tuning.virtual,
+            sampling=choice,
+            stops=stops,
+            num_top_logprobs=decoding.num_top_logprobs,
+            on_token=results.add,
+            on_end=results.end,
+            batching=config.batching,
+            results=batches,
+        )
     except KeyboardInterrupt:
         if ranks.rank > 0:
             raise
@@ -198,33 +208,3 @@ def _fit(prompts: list[list[int]], config: RunConfig, info: EngineInfo, num_virt
         return prompts
     limit, reason = prompt_limit(info.model, info.build, config.max_output_len, config.max_input_length)
     return fit_prompts(prompts, limit - num_virtual, reason, truncate=config.on_long_prompt == "truncate")
-
-
-def _generate(
-    session: Session,
-    prompts: Sequence[Sequence[int]],
-    config: RunConfig,
-    choice: SamplingConfig,
-    end_id: int | None,
-    tuning: PromptTuning | None,
-    stops: StopWords | None,
-    results: Results,
-    batches: list[Generation],
-) -> None:
-    """Fills `batches` with what each of them produced, and tells `results` of each token."""
-    decoding = config.decoding
-    settings: dict[str, Any] = {
-        "max_new_tokens": config.max_output_len,
-        "end_id": end_id,
-        "virtual": None if tuning is None else tuning.virtual,
-        "sampling": choice,
-        "stops": stops,
-        "num_top_logprobs": decoding.num_top_logprobs,
-        "results": batches,
-    }
-    if decoding.uses_beams:
-        search_batches(session, prompts, beams=decoding.search, **settings)
-    else:
-        settings |= {"num_samples": decoding.num_results, "on_token": results.add, "on_end": results.end}
-        settings["batching"] = config.batching
-        generate_batches(session, prompts, **settings)

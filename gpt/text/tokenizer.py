@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gpt.errors import ConfigError, first_line
+from gpt.errors import ConfigError, brief
 from gpt.files import listing
 from gpt.text.hub import use_cache_when_offline
 
@@ -131,7 +131,7 @@ class TransformersTokenizer:
         except Exception as error:  # transformers raises many kinds for unusable files
             raise ConfigError(
                 f"no tokenizer could be loaded from {location!r}",
-                found=first_line(error),
+                found=brief(error),
                 hint="--tokenizer takes a local folder or a name on the model hub, --vocab_file a sentencepiece model",
             ) from error
         self.name = location
