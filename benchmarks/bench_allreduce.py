@@ -25,7 +25,7 @@ from common import RESULTS, Sample, append_csv, describe_versions
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpt.comm import Communicator, start
-from gpt.comm_torch import NcclCommunicator
+from gpt.comm_nccl import NcclCommunicator
 from gpt.kernels.peer_all_reduce import MAX_BYTES, MAX_WORD_BYTES, peer_all_reduce
 from gpt.runtime.peer_memory import LIMIT_VARIABLE, connect_peers
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 POLL_S = 0.001
+# Longer than a slow machine needs to end an interpreter; ranks that were killed are not waited for beyond it.
+LEAVING_TIME_S = 10.0
 TIMEOUT_VARIABLE = "GPT_RANK_TIMEOUT"
 _DEFAULT_TIMEOUT_S = 600.0
 
@@ -266,7 +268,7 @@ def start() -> Communicator:
 
             _state["active"] = MpiCommunicator(launch)
         else:
-            from gpt.comm_torch import GlooCommunicator
+            from gpt.comm_gloo import GlooCommunicator
 
             _state["active"] = GlooCommunicator(launch)
     return active()

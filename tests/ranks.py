@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.comm import NullCommunicator, Watch
-from gpt.comm_torch import NcclCommunicator
+from gpt.comm_nccl import NcclCommunicator
 from gpt.launch import find_mpirun
 
 ROOT = Path(__file__).resolve().parent.parent

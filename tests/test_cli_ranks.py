@@ -15,7 +15,7 @@ from ranks import ROOT, environment, mpirun
 import build
 import hf_gpt_convert
 from gpt.comm import NullCommunicator
-from gpt.comm_torch import NcclCommunicator
+from gpt.comm_nccl import NcclCommunicator
 from gpt.errors import ConfigError
 
 pytestmark = pytest.mark.mpi

@@ -10,9 +10,9 @@ import pytest
 import torch
 from ranks import PROGRAMS, mpirun, without_mpi, without_nccl
 
-from gpt import comm, comm_torch
+from gpt import comm, comm_nccl
 from gpt.comm import NullCommunicator, Watch, describe_rank, summable, time_limit_s
-from gpt.comm_torch import first_host
+from gpt.comm_gloo import first_host
 from gpt.errors import ConfigError
 from gpt.launch import Launch, launch_command, read_launch, singletons
 
@@ -203,7 +203,7 @@ def test_nccl_that_does_not_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         groups.ends.set()
 
     monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(comm_torch, "_LEAVING_TIME_S", 0.1)
+    monkeypatch.setattr(comm_nccl, "LEAVING_TIME_S", 0.1)
     gpus = without_nccl(groups)
     threading.Thread(target=gpus._end_late, daemon=True).start()
     gpus._leave()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gpt.dtypes import dtype_name, torch_dtype
-from gpt.engine.trt_plugin_kernels import Plugin
+from gpt.engine.trt_plugin import Plugin
 from gpt.engine.trt_plugins import attributes, definition
 from gpt.errors import EngineError
 

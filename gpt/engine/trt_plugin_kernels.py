@@ -1,21 +1,12 @@
-"""What each TensorRT plugin of this package takes, gives and launches; the kernels are those of gpt.kernels.
-
-A plugin is a frozen record of its attributes.  It names its input tensors, says what comes out of them, and for each
-tactic (1, 2, ...: sizes of tiles, of which TensorRT measures the best) which kernel is compiled with what, and how many
-programs of it a shape takes.  Expressions of sizes may be numbers or TensorRT's symbols: only +, -, *, // and the
-`ceil_div` that is given are used, with the symbol on the left.
-
-A kernel's parameters stand in the order in which TensorRT passes arguments: input tensors, sizes, output tensors.  An
-input that an attribute switches off is any other tensor of the plugin; the kernel does not touch it.
-"""
+"""The TensorRT plugins of this package: what each takes, gives and launches; the kernels are those of gpt.kernels."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from gpt.engine.trt_plugin import CeilDiv, Launch, Output, Plugin, Shape, num_rows, without
 from gpt.quant import INT8_MAX
 
 if TYPE_CHECKING:
@@ -24,55 +15,7 @@ if TYPE_CHECKING:
     from gpt.kernels.skinny import SkinnyConfig
     from gpt.kernels.w8a8 import W8a8Config
 
-# Triton's names of types by TensorRT's.  int4 weights travel as bytes.
-TRITON_TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "i8", "INT32": "i32"}
 _ITEMSIZE = {"FLOAT": 4, "HALF": 2, "BF16": 2}
-Expression = Any
-Shape = Sequence[Expression]
-CeilDiv = Callable[[Expression, int], Expression]
-
-
-@dataclass(frozen=True)
-class Output:
-    """dtype: TensorRT's name."""
-
-    dtype: str
-    shape: tuple[Expression, ...]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Programs along x, y and z, and the sizes that are passed."""
-
-    grid: tuple[Expression, ...]
-    sizes: tuple[Expression, ...] = ()
-
-
-@dataclass(frozen=True)
-class Plugin(ABC):
-    """capability: the compute capability that kernels are compiled for, 80, 90, ...
-
-    Types are TensorRT's names; those of inputs, or of inputs and outputs where a kernel is compiled.
-    """
-
-    name: ClassVar[str]
-    inputs: ClassVar[tuple[str, ...]]
-    num_outputs: ClassVar[int] = 1
-    num_tactics: ClassVar[int] = 1
-    aliases: ClassVar[dict[int, int]] = {}  # output -> the input in whose memory it is
-    capability: int
-
-    @abstractmethod
-    def outputs(self, shapes: Sequence[Shape], types: Sequence[str]) -> list[Output]:
-        """What comes out of inputs of these shapes and types."""
-
-    @abstractmethod
-    def call(self, types: Sequence[str], tactic: int) -> KernelCall:
-        """The kernel for these types, and its constants."""
-
-    @abstractmethod
-    def launch(self, shapes: Sequence[Shape], types: Sequence[str], tactic: int, ceil_div: CeilDiv) -> Launch:
-        """How many programs of it, for inputs of these shapes."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +54,7 @@ class Attention(Plugin):
         config = self._config(types, tactic)
         return KernelCall(
             cached_attention_kernel,
-            _types(self.inputs, types, ("S",), ("out", "new_keys", "new_values")),
+            self.parameter_types(types, ("out", "new_keys", "new_values"), sizes=("S",)),
             {
                 "SCALE": self.scale,
                 "H": self.num_heads,
@@ -156,9 +99,9 @@ class Norm(Plugin):
 
         return KernelCall(
             add_norm_kernel,
-            _types(self.inputs, types, (), ("out",)),
+            self.parameter_types(types, ("out",)),
             {
-                **_without("parts_ptr", "bias_ptr"),
+                **without("parts_ptr", "bias_ptr"),
                 "M": 0,  # rows are counted for parts alone
                 "epsilon": self.epsilon,
                 "E": self.width,
@@ -172,7 +115,7 @@ class Norm(Plugin):
         )
 
     def launch(self, shapes: Sequence[Shape], types: Sequence[str], tactic: int, ceil_div: CeilDiv) -> Launch:
-        return Launch((_num_rows(shapes[0]),))
+        return Launch((num_rows(shapes[0]),))
 
 
 @dataclass(frozen=True)
@@ -202,9 +145,9 @@ class QuantizeRows(Plugin):
         padded = _power_of_2(self.width)
         return KernelCall(
             quantize_rows_kernel,
-            _types(self.inputs, types, (), ("out", "row_scale")),
+            self.parameter_types(types, ("out", "row_scale")),
             {
-                **_without("parts_ptr", "bias_ptr"),
+                **without("parts_ptr", "bias_ptr"),
                 "M": 0,
                 "epsilon": self.epsilon,
                 "K": self.width,
@@ -221,7 +164,7 @@ class QuantizeRows(Plugin):
         )
 
     def launch(self, shapes: Sequence[Shape], types: Sequence[str], tactic: int, ceil_div: CeilDiv) -> Launch:
-        return Launch((_num_rows(shapes[0]),))
+        return Launch((num_rows(shapes[0]),))
 
 
 @dataclass(frozen=True)
@@ -259,9 +202,9 @@ class Int8Gemm(Product):
         config = self._config(tactic)
         return KernelCall(
             w8a8_kernel,
-            _types(self.inputs, types, ("M",), ("out",)),
+            self.parameter_types(types, ("out",), sizes=("M",)),
             {
-                **_without("next_scale_ptr", "smoother_ptr", "next_row_scale_ptr"),
+                **without("next_scale_ptr", "smoother_ptr", "next_row_scale_ptr"),
                 "N": self.num_out,
                 "K": self.num_in,
                 "INTEGER": True,
@@ -283,7 +226,7 @@ class Int8Gemm(Product):
         )
 
     def launch(self, shapes: Sequence[Shape], types: Sequence[str], tactic: int, ceil_div: CeilDiv) -> Launch:
-        config, num_tokens = self._config(tactic), _num_rows(shapes[0])
+        config, num_tokens = self._config(tactic), num_rows(shapes[0])
         return Launch((ceil_div(num_tokens, config.block_m) * -(-self.num_out // config.block_n),), (num_tokens,))
 
 
@@ -313,7 +256,7 @@ class WeightOnlyGemm(Product):
 
         config = self._config(types, tactic)
         constants = {
-            **_without("gate_ptr", "gate_scale_ptr", "gate_bias_ptr"),
+            **without("gate_ptr", "gate_scale_ptr", "gate_bias_ptr"),
             "N": self.num_out,
             "K": self.num_in,
             "ACTIVATION": self.activation,
@@ -330,18 +273,18 @@ class WeightOnlyGemm(Product):
         if self.bits == 4:
             constants["GROUP"] = self.group
         else:
-            constants |= {**_without("tile_max_ptr", "tile_argmax_ptr"), "num_valid": 0}
+            constants |= {**without("tile_max_ptr", "tile_argmax_ptr"), "num_valid": 0}
             constants |= {"HAS_SCALE": True, "ARGMAX": False, "AHEAD": False}
         return KernelCall(
             int4_skinny_kernel if self.bits == 4 else skinny_kernel,
-            _types(self.inputs, types, ("M",), ("out",)),
+            self.parameter_types(types, ("out",), sizes=("M",)),
             constants,
             config.num_warps,
             config.num_stages,
         )
 
     def launch(self, shapes: Sequence[Shape], types: Sequence[str], tactic: int, ceil_div: CeilDiv) -> Launch:
-        config, num_tokens = self._config(types, tactic), _num_rows(shapes[0])
+        config, num_tokens = self._config(types, tactic), num_rows(shapes[0])
         return Launch((-(-self.num_out // config.block_n), 1, ceil_div(num_tokens, config.block_m)), (num_tokens,))
 
 
@@ -366,9 +309,9 @@ class Lookup(Plugin):
 
         return KernelCall(
             embed_kernel,
-            _types(self.inputs, types, (), ("x",)),
+            self.parameter_types(types, ("x",)),
             {
-                **_without("positions_ptr", "places_ptr"),
+                **without("positions_ptr", "places_ptr"),
                 "E": self.width,
                 "HAS_PLACES": False,
                 "BLOCK": self._block,
@@ -378,33 +321,10 @@ class Lookup(Plugin):
         )
 
     def launch(self, shapes: Sequence[Shape], types: Sequence[str], tactic: int, ceil_div: CeilDiv) -> Launch:
-        return Launch((_num_rows((*shapes[0], self.width)), -(-self.width // self._block)))
+        return Launch((num_rows((*shapes[0], self.width)), -(-self.width // self._block)))
 
 
 PLUGINS: tuple[type[Plugin], ...] = (Attention, Norm, QuantizeRows, Int8Gemm, WeightOnlyGemm, Lookup)
-
-
-def _num_rows(shape: Shape) -> Expression:
-    """The product of all dimensions but the last."""
-    rows = shape[0]
-    for size in tuple(shape)[1:-1]:
-        rows = rows * size
-    return rows
-
-
-def _without(*parameters: str) -> dict[str, object]:
-    """Pointers that no tensor stands for."""
-    return dict.fromkeys(parameters)
-
-
-def _types(inputs: Sequence[str], types: Sequence[str], sizes: Sequence[str], outputs: Sequence[str]) -> dict[str, str]:
-    """Parameter -> Triton's type, for these types of inputs and outputs."""
-    pointers = [f"*{TRITON_TYPES[dtype]}" for dtype in types]
-    names = [f"{name}_ptr" for name in (*inputs, *outputs)]
-    first, last = (
-        zip(names[part], pointers[part], strict=True) for part in (slice(len(inputs)), slice(len(inputs), None))
-    )
-    return {**dict(first), **dict.fromkeys(sizes, "i32"), **dict(last)}
 
 
 def _power_of_2(size: int) -> int:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from gpt.engine.trt_library import plugin_api
-from gpt.engine.trt_plugin_kernels import Plugin
+from gpt.engine.trt_plugin import Plugin
 
 if TYPE_CHECKING:
     from gpt.kernels.aot import CompiledKernel

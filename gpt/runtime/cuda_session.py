@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 
 from gpt.comm import Communicator
-from gpt.comm_torch import NcclCommunicator
+from gpt.comm_nccl import NcclCommunicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
 from gpt.engine.cuda_prompt_ops import PromptOps

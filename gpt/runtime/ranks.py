@@ -95,7 +95,7 @@ def place_on_gpu(ranks: Communicator, device: torch.device | None) -> Communicat
             found=shown,
             hint="start fewer ranks per machine, or use --device cpu on all of them",
         )
-    from gpt.comm_torch import NcclCommunicator
+    from gpt.comm_nccl import NcclCommunicator
     from gpt.runtime.peer_memory import connect_peers
 
     torch.cuda.set_device(device)

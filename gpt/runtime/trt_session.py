@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gpt.comm import Communicator, NullCommunicator
-from gpt.comm_torch import NcclCommunicator
+from gpt.comm_nccl import NcclCommunicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.console import log
 from gpt.dtypes import torch_dtype

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from gpt.comm import start
-from gpt.comm_torch import NcclCommunicator
+from gpt.comm_nccl import NcclCommunicator
 from gpt.kernels.peer_all_reduce import DTYPES, MAX_BYTES, reference
 from gpt.runtime.peer_memory import PeerSum, connect_peers
 
