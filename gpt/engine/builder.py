@@ -26,7 +26,7 @@ from gpt.engine.estimate import check_room, count_workers, estimate
 from gpt.engine.folder import CONFIG_NAME, TOKENIZER_FOLDER, EngineFile, engine_config, engine_file_name
 from gpt.engine.quant_weights import quantization_notes
 from gpt.engine.tensor_file import write_tensor_file
-from gpt.engine.weights import WeightSource, engine_layout, engine_tensors
+from gpt.engine.weights import WeightSource, engine_tensors, file_layout
 from gpt.errors import GptError
 from gpt.files import file_checksum
 from gpt.mapping import Mapping
@@ -76,15 +76,9 @@ def _prepare_backend(model: ModelConfig, build: BuildConfig) -> tuple[BuildConfi
 
 def torch_notes(build: BuildConfig) -> list[str]:
     """What the plugin flags select in the PyTorch executor."""
-    notes = []
-    notes.append(
-        "Attention: "
-        + (
-            "fused (scaled_dot_product_attention, float32 softmax), cache in place"
-            if build.fused_attention
-            else "plain (scores and softmax in float32); --use_gpt_attention_plugin selects the fused one"
-        )
-    )
+    notes = ["Attention: fused (scaled_dot_product_attention, float32 softmax), cache in place"]
+    if not build.fused_attention:
+        notes = ["Attention: plain (scores and softmax in float32); --use_gpt_attention_plugin selects the fused one"]
     if build.context_fmha:
         notes.append("Context FMHA Enabled: PyTorch's fused kernels accumulate in float32, whichever flag asks")
     if build.gemm_plugin:
@@ -140,13 +134,10 @@ def _build_rank(
     if build.backend == "tensorrt":
         checksum = _build_plan(model, build, mapping, source, path)
     else:
-        stored = build.seed is None
         checksum = write_tensor_file(
             path,
-            {t.name: (t.dtype, t.shape) for t in engine_layout(model, mapping, build.dtype, build.quant)}
-            if stored
-            else {},
-            engine_tensors(model, build, mapping, source) if stored else (),
+            file_layout(model, build, mapping),
+            engine_tensors(model, build, mapping, source) if build.seed is None else (),
             {"format": "pt", "tool": f"gpt {gpt.__version__}", "build_id": build_id, "rank": str(mapping.rank)},
             f"rank {mapping.rank}",
         )

@@ -18,6 +18,7 @@ from gpt.checkpoint.inspection import (
 )
 from gpt.config import BuildConfig
 from gpt.console import human_bytes
+from gpt.dtypes import dtype_name
 from gpt.engine.folder import CONFIG_NAME, EngineInfo, open_engine
 from gpt.errors import ConfigError
 from gpt.files import listing
@@ -118,19 +119,17 @@ def _options(build: BuildConfig) -> list[str]:
 def _tensor_problems(info: EngineInfo, rank: int, *, values: bool) -> list[str]:
     """Names, shapes, dtypes and values in one rank's file; an engine of random weights holds none."""
     from gpt.engine.tensor_file import map_tensor_file
-    from gpt.engine.weights import engine_layout
+    from gpt.engine.weights import file_layout
 
     name = info.files[rank].name
     weights, metadata = map_tensor_file(info.engine_path(rank))
     problems = []
     if metadata.get("build_id") != info.build_id:
         problems.append(f"{name}: build {metadata.get('build_id')}, {CONFIG_NAME} belongs to {info.build_id}")
-    mapping = Mapping.of_build(info.build, rank)
-    stored = info.build.seed is None
-    layout = engine_layout(info.model, mapping, info.build.dtype, info.build.quant) if stored else []
-    expected = {tensor.name: f"{list(tensor.shape)} torch.{tensor.dtype}" for tensor in layout}
+    layout = file_layout(info.model, info.build, Mapping.of_build(info.build, rank))
+    expected = {key: f"{list(shape)} {dtype}" for key, (dtype, shape) in layout.items()}
     for key in sorted(expected.keys() | weights.keys()):
-        found = f"{list(weights[key].shape)} {weights[key].dtype}" if key in weights else "nothing"
+        found = f"{list(weights[key].shape)} {dtype_name(weights[key].dtype)}" if key in weights else "nothing"
         wanted = expected.get(key, "nothing")
         if found != wanted:
             problems.append(f"{name}, {key}: found {found}, allowed {wanted}")

@@ -21,15 +21,11 @@ from gpt.quant import FLOAT, QuantConfig
 
 
 class TorchOps:
-    """Ops over packed activations [N, E], for the step in `step`.
+    """Ops over packed activations [N, E], for the step in `step`; the session calls `begin` before each run.
 
-    comm: carries tensors of the weights' device between the ranks of `mapping`.
-
-    weights: as `gpt.engine.weights.engine_tensors` makes them, on one device; quant: what of them is quantised.
-
-    fused: scaled_dot_product_attention, else scores and
-    softmax written out in float32.  trace: where named intermediate results are kept, when given.  The session calls
-    `begin` before each run.
+    weights: as `gpt.engine.weights.engine_tensors` makes them, on one device; quant: what of them is quantised.  fused:
+    scaled_dot_product_attention, else scores and softmax written out in float32.  comm: carries tensors of the weights'
+    device between the ranks of `mapping`.  trace: where named intermediate results are kept, when given.
     """
 
     _attention_class = TorchAttention

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gpt.config import BuildConfig, ModelConfig
-from gpt.console import human_bytes
+from gpt.console import aligned, human_bytes
 from gpt.dtypes import torch_dtype
 from gpt.engine.trt_builder import NetworkBuild
 from gpt.engine.trt_library import load
@@ -107,7 +107,8 @@ def table(layers: Sequence[Layer], inputs: Sequence[Tensor]) -> Iterator[str]:
 
     Constants are not lines of their own: their bytes stand where they are used first.
     """
-    rows = [("", "input", "", f"{tensor.name} {tensor}", human_bytes(tensor.num_bytes), "") for tensor in inputs]
+    rows = [("#", "layer", "operation", "output", "bytes", "weights")]
+    rows += [("", "input", "", f"{tensor.name} {tensor}", human_bytes(tensor.num_bytes), "") for tensor in inputs]
     constants = {layer.outputs[0].name: layer.outputs[0].num_bytes for layer in layers if layer.is_constant}
     total = sum(constants.values())
     for index, layer in enumerate(layers):
@@ -117,19 +118,13 @@ def table(layers: Sequence[Layer], inputs: Sequence[Tensor]) -> Iterator[str]:
         output = ", ".join(_named(tensor) for tensor in layer.outputs)
         size = human_bytes(sum(tensor.num_bytes for tensor in layer.outputs))
         rows.append((str(index), layer.kind, layer.operation, output, size, human_bytes(weights) if weights else ""))
-    yield from _aligned(("#", "layer", "operation", "output", "bytes", "weights"), rows)
+    yield from aligned(rows)
     kinds = len({layer.kind for layer in layers})
     yield f"{len(layers)} layers of {kinds} kinds, constants {human_bytes(total)}"
 
 
 def _named(tensor: Tensor) -> str:
     return str(tensor) if tensor.name.startswith("(") else f"{tensor.name} {tensor}"
-
-
-def _aligned(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in (titles, *rows)) for column in range(len(titles))]
-    for row in (titles, *rows):
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 @dataclass

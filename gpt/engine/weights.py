@@ -71,7 +71,7 @@ def engine_layout(
             shape = shape[::-1]
         elif tensor.name == head or (tensor.name == "model.wte" and mapping.embedding is Split.ROW):
             shape = (model.padded_vocab_size(mapping.world_size), *shape[1:])
-        split = _table_split(tensor, model, mapping)
+        split = _table_split(tensor, mapping)
         shape = mapping.local_shape(split, shape, model)
         if tensor.kind == "weight" and quant.weights:
             result += [EngineTensor(tensor, *part) for part in quantized_parts(tensor, shape, dtype, quant)]
@@ -86,12 +86,20 @@ def _kv_scale_name(qkv: Tensor) -> str:
     return qkv.name.removesuffix(".query_key_value.weight") + ".kv_scale"
 
 
-def _table_split(tensor: Tensor, model: ModelConfig, mapping: Mapping) -> Split:
+def _table_split(tensor: Tensor, mapping: Mapping) -> Split:
     """How an engine divides a table that checkpoints hold whole: a head of its own always, by vocabulary; the embedding
     as the mapping says."""
     if tensor.name == "model.wte":
         return mapping.embedding
     return Split.ROW if tensor.name == "model.lm_head.weight" else Split.NONE
+
+
+def file_layout(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape by name of what a torch engine's file holds: nothing for random weights, made at load."""
+    if build.seed is not None:
+        return {}
+    layout = engine_layout(model, mapping, build.dtype, build.quant)
+    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in layout}
 
 
 def engine_bytes(model: ModelConfig, mapping: Mapping, dtype: str, quant: QuantConfig = FLOAT) -> int:

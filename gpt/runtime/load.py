@@ -13,7 +13,7 @@ from gpt.dtypes import dtype_name
 from gpt.engine.device_load import read_into_device
 from gpt.engine.folder import EngineInfo
 from gpt.engine.tensor_file import map_tensor_file
-from gpt.engine.weights import engine_layout, engine_tensors
+from gpt.engine.weights import engine_tensors, file_layout
 from gpt.errors import ConfigError, EngineError
 from gpt.mapping import Mapping
 from gpt.runtime.execution import DEFAULT_EXECUTION, Execution
@@ -122,8 +122,7 @@ def load_torch_weights(info: EngineInfo, mapping: Mapping, device: torch.device)
             found=f"build {metadata.get('build_id')} of the file, {info.build_id} of config.json",
             hint="build the engine again with build.py",
         )
-    layout = engine_layout(info.model, mapping, info.build.dtype, info.build.quant)
-    expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in layout}
+    expected = file_layout(info.model, info.build, mapping)
     found = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in weights.items()}
     if found != expected:
         different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

@@ -19,6 +19,7 @@ from typing import Any
 from gpt import __version__
 from gpt.comm import TIMEOUT_VARIABLE, Communicator, Deadline, start
 from gpt.console import human_bytes, progress
+from gpt.dtypes import dtype_name
 from gpt.errors import ConfigError
 from gpt.launch import launch_command, read_launch
 
@@ -190,7 +191,7 @@ def _sums(comm: Communicator, device: str) -> Iterator[tuple[str, Callable[[], l
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for count in (1, 1000, 100_003):
-            name = f"sum of {count} {str(dtype).removeprefix('torch.')}"
+            name = f"sum of {count} {dtype_name(dtype)}"
             yield name, lambda dtype=dtype, count=count, name=name: _wrong_sum(comm, device, dtype, count, name)  # type: ignore[misc]
 
 
@@ -217,8 +218,7 @@ def _speed(comm: Communicator, device: str, num_bytes: int) -> Speed:
     import torch
 
     x = torch.zeros(num_bytes // 4, device=device)
-    with _timed(device) as elapsed:
-        comm.all_reduce(x)  # the first of a size makes connections
+    comm.all_reduce(x)  # the first of a size makes connections
     with _timed(device) as elapsed:
         comm.all_reduce(x)
     once = max(comm.gather_objects(elapsed()))

@@ -18,7 +18,7 @@ from gpt.console import log
 from gpt.dtypes import FLOAT_DTYPES, canonical_dtype
 from gpt.errors import ConfigError, Problems
 from gpt.files import staged_folder
-from gpt.text.quantize import QuantOptions, add_flags, check_options, quantize
+from gpt.text.quantize import QuantOptions, add_quant_flags, check_options, quantize
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def add_conversion_flags(parser: ArgumentParser, *, in_file: str, processes: str
     add("-t", "--storage-type", choices=FLOAT_DTYPES, default="float32", help="dtype of the files")
     add("--force", action="store_true", help="replace a checkpoint that is already there")
     add_log_level(parser)
-    add_flags(parser)
+    add_quant_flags(parser)
 
 
 @contextmanager

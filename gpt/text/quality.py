@@ -14,7 +14,7 @@ import torch
 
 from gpt.checkpoint.store import Checkpoint
 from gpt.config import BuildConfig, ModelConfig
-from gpt.console import human_bytes, log, progress
+from gpt.console import aligned, human_bytes, log, progress
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.engine.weights import engine_bytes, engine_tensors
 from gpt.errors import ConfigError
@@ -98,9 +98,7 @@ class Quality:
             ("weights", human_bytes(self.weight_bytes), human_bytes(self.float_weight_bytes)),
             ("cache per token", f"{self.cache_bytes_per_token} B", f"{self.float_cache_bytes_per_token} B"),
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([f"Quality of {self.mode} over {found.num_tokens} tokens:", *lines])
+        return "\n".join([f"Quality of {self.mode} over {found.num_tokens} tokens:", *aligned(rows)])
 
 
 def check_quality(engine_dir: Path, checkpoint: Checkpoint, texts: Path) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt.console import aligned
 from gpt.files import write_text
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ def _table(heading: str, columns: Sequence[tuple[str, str, str]], rows: Sequence
             mean = sum(row.relative_error for row in chosen) / len(chosen)
             cells.append(f"{mean:.4f} ({worst.layer}: {worst.relative_error:.4f})")
         lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(aligned(lines))
 
 
 def save_errors(errors: Sequence[ErrorRow], folder: Path) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantOptions:
-    """One field per flag; see `add_flags`."""
+    """One field per flag; see `add_quant_flags`."""
 
     calibrate_kv_cache: bool = False
     smoothquant: float | None = None
@@ -69,7 +69,7 @@ class QuantOptions:
         return words
 
 
-def add_flags(parser: ArgumentParser) -> None:
+def add_quant_flags(parser: ArgumentParser) -> None:
     """The flags of QuantOptions."""
     add = parser.add_argument_group("INT8: SmoothQuant and the cache, see docs/quantization.md").add_argument
     add("-kv", "--calibrate-kv-cache", action="store_true", help="write the scales of an INT8 cache")
