@@ -17,7 +17,8 @@ from trt_matrix import record, record_refusal
 from trt_models import IDS, MODELS, RANK, build_config, define, evaluate, random_weights
 
 from gpt.engine import trt_builder, trt_library
-from gpt.engine.trt_builder import build_plan, check_build, estimate_build_bytes
+from gpt.engine.trt_builder import build_plan
+from gpt.engine.trt_check import check_build, estimate_build_bytes
 from gpt.engine.trt_layers import Layers
 from gpt.errors import ConfigError, EngineError
 from gpt.runtime.torch_session import TorchSession
@@ -231,7 +232,6 @@ class TestLibrary:
     def test_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("tensorrt", "tensorrt_rtx_bindings"):
             monkeypatch.setitem(sys.modules, name, None)
-        assert not trt_library.is_available()
         with pytest.raises(ConfigError) as caught:
             trt_library.load()
         for part in ("pip install -r requirements.txt", "pip install -r requirements-tensorrt.txt", "--backend torch"):
@@ -240,5 +240,4 @@ class TestLibrary:
             check_build(MODELS["gpt2"], build_config())
 
     def test_info(self, trt: Any) -> None:
-        assert trt_library.is_available()
         assert trt_library.library_info() == {"name": "tensorrt_rtx", "version": trt.__version__}

@@ -18,7 +18,8 @@ import build as build_script
 from gpt.engine import trt_check, trt_library
 from gpt.engine.estimate import check_room, estimate
 from gpt.engine.folder import open_engine
-from gpt.engine.trt_builder import NetworkBuild, build_plan, check_build, read_timing_cache, write_timing_cache
+from gpt.engine.trt_builder import NetworkBuild, build_plan, read_timing_cache, write_timing_cache
+from gpt.engine.trt_check import check_build
 from gpt.engine.trt_weights import weights_in_file
 from gpt.errors import ConfigError, EngineError, GptError
 from gpt.runtime import trt_session

@@ -20,7 +20,7 @@ from trt_matrix import record
 from trt_models import MODELS, RANK, build_config, define, random_weights
 
 from gpt.config import BuildConfig, ModelConfig
-from gpt.engine import trt_builder, trt_check
+from gpt.engine import builder, trt_check
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.engine.inspection import inspect
 from gpt.engine.trt_check import check_build, plugins_of
@@ -321,8 +321,8 @@ def test_an_engine_says_which_plugins_its_plan_has(tmp_path: Path, monkeypatch: 
         given.append(build.plugins)
         path.write_bytes(b"a plan")
 
-    monkeypatch.setattr(trt_builder, "with_plugins", lambda model, build: replace(build, plugins=("attention",)))
-    monkeypatch.setattr(trt_builder, "build_plan", build_plan)
+    monkeypatch.setattr(builder, "with_plugins", lambda model, build: replace(build, plugins=("attention",)))
+    monkeypatch.setattr(builder, "build_plan", build_plan)
     info = build_engine(None, tmp_path, *SIZES, *LIMITS, "--backend", "tensorrt", "--use_gpt_attention_plugin")
     assert given == [("attention",)]
     assert open_engine(tmp_path).build.plugins == info.build.plugins == ("attention",)

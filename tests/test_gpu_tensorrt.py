@@ -31,10 +31,10 @@ from trt_models import MODELS, RANK, build_config
 
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine import trt_io
-from gpt.engine.trt_builder import NetworkBuild, build_plan, library_info
+from gpt.engine.trt_builder import NetworkBuild, build_plan
 from gpt.engine.trt_evaluator import NetworkEvaluator
 from gpt.engine.trt_layers import to_torch_dtype
-from gpt.engine.trt_library import error_recorder, has_plugins, load_for_build
+from gpt.engine.trt_library import error_recorder, has_plugins, library_info, load_for_build
 from gpt.engine.trt_runtime import create_context, load_engine
 from gpt.mapping import Mapping
 from gpt.runtime.generate import generate

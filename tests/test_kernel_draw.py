@@ -11,7 +11,8 @@ from kernel_inputs import normal
 
 from gpt.kernels.draw import Filters, draw_tokens
 from gpt.kernels.launch import INTERPRETED
-from gpt.runtime.sampling import SamplingConfig, draw, keep_likely
+from gpt.runtime.sampling import draw, keep_likely
+from gpt.runtime.sampling_config import SamplingConfig
 
 # Several blocks of the kernel, and a part of one; on a GPU a real vocabulary.
 SIZES = (50, 9000) if INTERPRETED else (50, 9000, 50257)

@@ -25,7 +25,7 @@ from gpt.runtime.batcher import generate_paged
 from gpt.runtime.batching_config import BatchingConfig
 from gpt.runtime.cuda_session import CudaSession, kernels_know
 from gpt.runtime.generate import generate
-from gpt.runtime.sampling import SamplingConfig
+from gpt.runtime.sampling_config import SamplingConfig
 from gpt.runtime.torch_session import TorchSession
 
 MODEL = ModelConfig(vocab_size=67, n_positions=40, n_embd=32, n_head=4, n_layer=2, n_kv_head=4, inter_size=48)

@@ -24,7 +24,8 @@ from transformers import (
 
 from gpt.errors import ConfigError, GptError
 from gpt.runtime.generate import generate
-from gpt.runtime.sampling import Sampler, SamplingConfig, draw
+from gpt.runtime.sampling import Sampler, draw
+from gpt.runtime.sampling_config import SamplingConfig
 from gpt.text.pipeline import generate_batches
 
 VOCAB, END, PROMPT_LENGTH = 50, 7, 12
@@ -35,7 +36,8 @@ def make_sampler(
     prompts: Sequence[Sequence[int]], first_row: int = 0, end_id: int | None = END, **settings: Any
 ) -> Sampler:
     config = SamplingConfig(**{"seed": 1, **settings})
-    return Sampler(config, prompts, vocab_size=VOCAB, end_id=end_id, device=CPU, first_row=first_row)
+    keys = [(first_row + row,) for row in range(len(prompts))]
+    return Sampler(config, prompts, vocab_size=VOCAB, end_id=end_id, device=CPU, keys=keys)
 
 
 def random_logits(rows: int, seed: int = 0) -> torch.Tensor:

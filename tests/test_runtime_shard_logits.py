@@ -8,7 +8,8 @@ import torch
 from gpt.comm import NullCommunicator
 from gpt.config import ModelConfig
 from gpt.mapping import Mapping
-from gpt.runtime.sampling import Sampler, SamplingConfig
+from gpt.runtime.sampling import Sampler
+from gpt.runtime.sampling_config import SamplingConfig
 from gpt.runtime.shard_logits import gather_logits
 
 MODEL = ModelConfig(vocab_size=301, n_positions=16, n_embd=24, n_head=3, n_layer=1, n_kv_head=3, inter_size=96)

@@ -17,7 +17,8 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.engine import trt_io, trt_library
 from gpt.engine.estimate import estimate
 from gpt.engine.folder import open_engine
-from gpt.engine.trt_builder import build_plan, check_build
+from gpt.engine.trt_builder import build_plan
+from gpt.engine.trt_check import check_build
 from gpt.engine.trt_stand_in import stand_in_engine
 from gpt.errors import ConfigError, EngineError
 from gpt.runtime.generate import generate

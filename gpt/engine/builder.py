@@ -26,6 +26,9 @@ from gpt.engine.estimate import check_room, count_workers, estimate
 from gpt.engine.folder import CONFIG_NAME, TOKENIZER_FOLDER, EngineFile, engine_config, engine_file_name
 from gpt.engine.quant_weights import quantization_notes
 from gpt.engine.tensor_file import write_tensor_file
+from gpt.engine.trt_builder import build_plan
+from gpt.engine.trt_check import check_build, with_plugins
+from gpt.engine.trt_library import library_info
 from gpt.engine.weights import WeightSource, engine_tensors, file_layout
 from gpt.errors import GptError
 from gpt.files import file_checksum
@@ -67,10 +70,8 @@ def build_engine(model: ModelConfig, build: BuildConfig, checkpoint: Checkpoint 
 def _prepare_backend(model: ModelConfig, build: BuildConfig) -> tuple[BuildConfig, list[str], dict[str, str]]:
     """The options with what the backend adds, what it makes of them, and which library it is."""
     if build.backend == "tensorrt":
-        from gpt.engine import trt_builder
-
-        build = trt_builder.with_plugins(model, build)
-        return build, trt_builder.check_build(model, build), trt_builder.library_info(build.targets)
+        build = with_plugins(model, build)
+        return build, check_build(model, build), library_info(build.targets)
     return build, torch_notes(build), {"name": "torch", "version": torch.__version__}
 
 
@@ -150,8 +151,6 @@ def _build_rank(
 
 
 def _build_plan(model: ModelConfig, build: BuildConfig, mapping: Mapping, source: WeightSource, path: Path) -> str:
-    from gpt.engine.trt_builder import build_plan
-
     build_plan(model, build, mapping, engine_tensors(model, build, mapping, source), path)
     return file_checksum(path)
 

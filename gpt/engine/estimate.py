@@ -11,6 +11,7 @@ from pathlib import Path
 from gpt.config import BuildConfig, ModelConfig
 from gpt.console import human_bytes, log
 from gpt.dtypes import ITEMSIZE
+from gpt.engine.trt_check import estimate_build_bytes, estimate_plan_bytes
 from gpt.engine.weights import engine_bytes, engine_layout
 from gpt.errors import GptError
 from gpt.mapping import Mapping
@@ -46,8 +47,6 @@ def estimate(model: ModelConfig, build: BuildConfig, mapping: Mapping) -> Estima
     token_bytes = 4 * model.n_embd + 2 * (model.n_embd + widest) * ITEMSIZE[build.dtype]
     activations = num_tokens * token_bytes + 4 * num_rows * model.padded_vocab_size()
     if build.backend == "tensorrt":
-        from gpt.engine.trt_builder import estimate_build_bytes, estimate_plan_bytes
-
         peak, engine_file = estimate_build_bytes(weights), estimate_plan_bytes(model, build, weights)
         temporary_file = weights
     else:

@@ -1,4 +1,4 @@
-"""Network, profiles and targets in, a TensorRT plan in a file out; all that a build needs can be imported from here."""
+"""Network, profiles and targets in, a TensorRT plan in a file out."""
 
 from __future__ import annotations
 
@@ -17,20 +17,12 @@ import torch
 from gpt.config import BuildConfig, ModelConfig
 from gpt.console import human_time, log, progress
 from gpt.engine import trt_io
-from gpt.engine.trt_check import (
-    check_build,
-    compute_capabilities,
-    estimate_build_bytes,
-    estimate_plan_bytes,
-    with_plugins,
-)
+from gpt.engine.trt_check import compute_capabilities
 from gpt.engine.trt_layers import Layers
 from gpt.engine.trt_library import (
     TENSORRT_RTX,
     begin_library,
     error_recorder,
-    is_available,
-    library_info,
     library_name,
     load_for_build,
 )
@@ -39,17 +31,6 @@ from gpt.engine.trt_weights import weights_in_file
 from gpt.errors import EngineError
 from gpt.files import whole_file
 from gpt.mapping import Mapping
-
-__all__ = [
-    "NetworkBuild",
-    "build_plan",
-    "check_build",
-    "estimate_build_bytes",
-    "estimate_plan_bytes",
-    "is_available",
-    "library_info",
-    "with_plugins",
-]
 
 
 class NetworkBuild:

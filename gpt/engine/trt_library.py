@@ -64,15 +64,6 @@ def load_for_build(targets: Sequence[str]) -> Any:
     return load([TENSORRT, TENSORRT_RTX])
 
 
-def is_available() -> bool:
-    """Whether an engine can be built here at all."""
-    try:
-        load_for_build(())
-    except ConfigError:
-        return False
-    return True
-
-
 def library_name(trt: Any) -> str:
     return next(name for name, module in _MODULES.items() if trt.__name__ == module)
 

@@ -13,7 +13,8 @@ from gpt.comm import WAITING
 from gpt.errors import ConfigError, GptError
 from gpt.runtime.limits import check_prompts
 from gpt.runtime.logprobs import TokenLogprob, record
-from gpt.runtime.sampling import Sampler, SamplingConfig
+from gpt.runtime.sampling import Sampler
+from gpt.runtime.sampling_config import SamplingConfig
 from gpt.runtime.session import RunsAhead, Session
 from gpt.runtime.stopping import Stops
 from gpt.runtime.virtual_tokens import VirtualTokens, check_virtual_tokens

@@ -17,8 +17,6 @@ from gpt.errors import GptError
 from gpt.runtime.sampling_config import SamplingConfig
 from gpt.runtime.sequence_memory import BadWords, SequenceMemory
 
-__all__ = ["Draws", "Sampler", "SamplingConfig"]
-
 
 @dataclass(frozen=True)
 class Draws:
@@ -37,7 +35,7 @@ class Sampler:
 
     prompts: token ids of the first rows, one sequence each; ids from `vocab_size` on (virtual tokens) have no logits
     and are not penalised.  end_id: masked until `min_length` new tokens.  keys: what names each row's random stream,
-    (index of the prompt in the whole input,) or (index, number of the sample); by default indices from `first_row` on.
+    (index of the prompt in the whole input,) or (index, number of the sample); by default the row itself.
     """
 
     def __init__(
@@ -48,7 +46,6 @@ class Sampler:
         vocab_size: int,
         end_id: int | None,
         device: torch.device,
-        first_row: int = 0,
         keys: Sequence[tuple[int, ...]] | None = None,
     ):
         self.config = config = config.with_seed()
@@ -65,7 +62,7 @@ class Sampler:
         if config.presence_penalty != 0 or config.frequency_penalty != 0:
             self._counts = torch.zeros(capacity, vocab_size, dtype=torch.float32, device=device)
         for row, prompt in enumerate(prompts):
-            self.open(prompt, (first_row + row,) if keys is None else keys[row])
+            self.open(prompt, (row,) if keys is None else keys[row])
 
     def open(self, prompt: Sequence[int], key: tuple[int, ...]) -> int:
         """Takes a sequence in; returns its row, the number that the other methods know it by."""
