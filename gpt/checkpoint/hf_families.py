@@ -44,10 +44,9 @@ class Family:
         return self.names[0]
 
     def source_names(self, tensor: Tensor) -> tuple[str, ...]:
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", tensor.name)
-        names = self.sources[match[2] if match else tensor.name]
-        names = (names,) if isinstance(names, str) else names
-        return tuple(name.format(match[1]) for name in names) if match else names
+        layer, local_name = tensor.place
+        names = self.sources[local_name]
+        return tuple(name.format(layer) for name in ((names,) if isinstance(names, str) else names))
 
     def source_shapes(self, tensor: Tensor, model: ModelConfig) -> tuple[tuple[int, ...], ...]:
         """What the tensors named by `source_names` must measure."""

@@ -8,11 +8,14 @@ an INT8 cache.  Converters, reader, validator, random weights and executors all 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from gpt.config import ModelConfig
 from gpt.mapping import Mapping, Split
+
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,12 @@ class Tensor:
     kind: str
     dtype: str | None = None
     sliced: bool = False
+
+    @property
+    def place(self) -> tuple[int | None, str]:
+        """Its layer and its name there, `3, "mlp.dense_4h_to_h.weight"`; None and the whole name outside the layers."""
+        match = _IN_LAYER.fullmatch(self.name)
+        return (int(match[1]), match[2]) if match else (None, self.name)
 
     @property
     def file_split(self) -> Split:
@@ -81,14 +90,6 @@ class _Row:
     when: Callable[[ModelConfig], bool] = lambda model: True
 
 
-@dataclass(frozen=True)
-class _Gemm:
-    name: str
-    shape: str  # of its weight
-    split: Split  # of its weight
-    when: Callable[[ModelConfig], bool] = lambda model: True
-
-
 def _has_bias(model: ModelConfig) -> bool:
     return model.bias
 
@@ -128,14 +129,6 @@ _LAYER = (
 
 QKV, DENSE = "attention.query_key_value", "attention.dense"
 FC, GATE, PROJ = "mlp.dense_h_to_4h", "mlp.dense_h_to_4h.gate", "mlp.dense_4h_to_h"
-# The linear layers, which SmoothQuant runs in INT8.
-_GEMMS = (
-    _Gemm(QKV, "E Q", Split.QKV),
-    _Gemm(DENSE, "A E", Split.ROW),
-    _Gemm(FC, "E F", Split.COLUMN),
-    _Gemm(GATE, "E F", Split.COLUMN, _gated),
-    _Gemm(PROJ, "F E", Split.ROW),
-)
 
 
 def _sizes(model: ModelConfig) -> dict[str, int]:
@@ -166,41 +159,45 @@ def tensors(model: ModelConfig) -> Iterator[Tensor]:
 
 
 def gemms(model: ModelConfig) -> tuple[str, ...]:
-    """The linear layers of a layer, in the order in which they run; a gated MLP has a fifth."""
-    return tuple(gemm.name for gemm in _GEMMS if gemm.when(model))
+    """The linear layers of a layer, which SmoothQuant runs in INT8, in the order in which they run; a gated MLP has a
+    fifth."""
+    return tuple(row.name.removesuffix(".weight") for row in _linear_rows(model))
+
+
+def _linear_rows(model: ModelConfig) -> list[_Row]:
+    return [row for row in _LAYER if row.kind == "weight" and row.when(model)]
 
 
 def quant_tensors(model: ModelConfig, files: QuantFiles) -> Iterator[Tensor]:
     """What `files` says that there is beside `tensors(model)`, layer by layer."""
     sizes = _sizes(model)
     for layer in range(model.n_layer):
-        for gemm in _GEMMS:
-            if gemm.when(model):
-                rows, columns = (sizes[letter] for letter in gemm.shape.split())
-                prefix = f"model.layers.{layer}.{gemm.name}."
-                yield from _quant_tensors(gemm, prefix, rows, columns, files)
+        for row in _linear_rows(model):
+            rows, columns = (sizes[letter] for letter in row.shape.split())
+            prefix = f"model.layers.{layer}.{row.name.removesuffix('weight')}"
+            yield from _quant_tensors(row.split, prefix, rows, columns, files)
 
 
-def _quant_tensors(gemm: _Gemm, prefix: str, rows: int, columns: int, files: QuantFiles) -> Iterator[Tensor]:
-    """Of one linear layer [rows, columns].  Scales of the fused projection are a column vector in either form, of three
-    plateaus Q, K, V in the per-tensor one, which is written whole."""
+def _quant_tensors(split: Split, prefix: str, rows: int, columns: int, files: QuantFiles) -> Iterator[Tensor]:
+    """Of one linear layer [rows, columns], cut by `split`.  Scales of the fused projection are a column vector in
+    either form, of three plateaus Q, K, V in the per-tensor one, which is written whole."""
 
-    def factor(name: str, size: int, split: Split = Split.NONE, sliced: bool = False) -> Tensor:
-        return Tensor(prefix + name, (size,), split, "factor", "float32", sliced)
+    def factor(name: str, size: int, cut: Split = Split.NONE, sliced: bool = False) -> Tensor:
+        return Tensor(prefix + name, (size,), cut, "factor", "float32", sliced)
 
-    fused = gemm.name == QKV
+    fused = split is Split.QKV
     if files.smoothquant:
         for name in ("weight.int8", "weight.int8.col"):
-            yield Tensor(prefix + name, (rows, columns), gemm.split, "int8", "int8")
+            yield Tensor(prefix + name, (rows, columns), split, "int8", "int8")
         yield factor("scale_x_orig_quant", 1)
     if files.smoothquant or (fused and files.kv_shared):
         yield factor("scale_y_quant_orig", 1)
     if files.smoothquant:
-        of_columns = Split.NONE if gemm.split is Split.ROW else gemm.split
+        of_columns = Split.NONE if split is Split.ROW else split
         for name in ("scale_w_quant_orig", "scale_y_accum_quant"):
             yield factor(name, columns, Split.QKV, sliced=True) if fused else factor(name, 1)
             yield factor(f"{name}.col", columns, of_columns)
-    if files.smoothers and gemm.split is Split.ROW:
+    if files.smoothers and split is Split.ROW:
         yield factor("smoother", rows, Split.COLUMN)
     if fused and files.kv_separate:
         yield factor("scale_kv_quant_orig", 2)

@@ -132,12 +132,12 @@ class _Merge:
 
     def _place(self, tensor: Tensor) -> tuple[int, str, _Cut]:
         """Pipeline stage, source name there, and how it is cut."""
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", tensor.name)
-        if not match:
-            name, cut = _GLOBAL[tensor.name]
+        layer, local_name = tensor.place
+        if layer is None:
+            name, cut = _GLOBAL[local_name]
             return (0 if name.startswith("embedding.") else len(self.ranks) - 1), name, cut
-        name, cut = _LAYER[match[2]]
-        stage, layer = divmod(int(match[1]), self.model.n_layer // len(self.ranks))
+        name, cut = _LAYER[local_name]
+        stage, layer = divmod(layer, self.model.n_layer // len(self.ranks))
         return stage, f"encoder.layers.{layer}.{name}", cut
 
     def _part_shape(self, tensor: Tensor, cut: _Cut, matrices: int) -> tuple[int, ...]:

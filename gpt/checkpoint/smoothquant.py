@@ -155,10 +155,12 @@ def quantized_pairs(
         if tensor.kind == "factor":
             result.append((tensor, LoadedTensor(_usable(tensor, values[tensor.name]))))
             continue
-        index, name, suffix = _place(tensor.name)
-        scales = layers[index].linears[name]
-        columns = scales.column_max if suffix.endswith(".col") else tensor_max(name, scales, model)
-        source = sources[f"model.layers.{index}.{name}.weight"]
+        number, local_name = tensor.place  # 3, attention.dense.weight.int8.col
+        assert number is not None
+        name = local_name.partition(".weight.")[0]
+        scales = layers[number].linears[name]
+        columns = scales.column_max if local_name.endswith(".col") else tensor_max(name, scales, model)
+        source = sources[f"model.layers.{number}.{name}.weight"]
         result.append((tensor, _Quantized(copy.copy(source), scales.factors, LEVELS / columns)))
     return result
 
@@ -176,20 +178,13 @@ def _usable(tensor: Tensor, values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _place(name: str) -> tuple[int, str, str]:
-    """model.layers.3.attention.dense.weight.int8 -> 3, attention.dense, weight.int8."""
-    _, _, layer, rest = name.split(".", 3)
-    linear, _, suffix = rest.rpartition(".weight.")
-    return int(layer), linear, "weight." + suffix
-
-
 def _smoothed(tensor: Tensor, source: SourceTensor, layers: Sequence[LayerScales]) -> SourceTensor:
     """The float tensor as it is written: layernorms divided, the weights behind them multiplied."""
-    if not tensor.name.startswith("model.layers."):
+    layer, local_name = tensor.place
+    if layer is None:
         return source
-    _, _, layer, rest = tensor.name.split(".", 3)
-    linears = layers[int(layer)].linears
-    name, _, part = rest.rpartition(".")
+    linears = layers[layer].linears
+    name, _, part = local_name.rpartition(".")
     for linear, norm in _NORMS.items():
         if linear not in linears or (s := linears[linear].factors) is None:
             continue

@@ -124,8 +124,9 @@ def engine_tensors(
                 yield name, parts[name].contiguous()
         else:
             yield target.name, read().to(dtype).contiguous()
-        if calibration and quant.kv_cache and tensor.name.endswith(_QKV):
-            yield _kv_scale_name(tensor), kv_scale(quant, int(tensor.name.split(".")[2]), calibration)
+        layer, _ = tensor.place
+        if calibration and quant.kv_cache and layer is not None and tensor.name.endswith(_QKV):
+            yield _kv_scale_name(tensor), kv_scale(quant, layer, calibration)
 
 
 def _read(source: WeightSource, target: EngineTensor, model: ModelConfig, mapping: Mapping) -> torch.Tensor:
