@@ -59,12 +59,6 @@ def print_error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 
-def close_output() -> int:
-    """Flushes stdout; a full disk behind a redirection shows only here."""
-    sys.stdout.flush()
-    return 0
-
-
 def print_banner(title: str, arguments: Mapping[str, object]) -> None:
     """The argument list the original converters print: one `name: value` line each."""
     print(f"\n=============== {title} ===============")

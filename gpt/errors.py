@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_MAX_LINES = 20
+
 
 class GptError(Exception):
     """Base of the errors that end a script with one message.
@@ -72,10 +74,10 @@ class InterruptError(GptError):
     exit_code = 130
 
 
-def first_lines(lines: Sequence[str], limit: int = 20) -> list[str]:
+def first_lines(lines: Sequence[str]) -> list[str]:
     """The first of many lines, and how many more there are."""
-    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
-    return [*lines[:limit], *more]
+    more = [f"... and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []
+    return [*lines[:_MAX_LINES], *more]
 
 
 def brief(error: BaseException) -> str:
@@ -101,7 +103,7 @@ class Problems:
     def __bool__(self) -> bool:
         return bool(self.items)
 
-    def raise_if_any(self, error: type[GptError], what: str, *, hint: str | None = None, limit: int = 20) -> None:
-        """Raises `error` listing every problem (the first `limit` in full, the rest counted)."""
+    def raise_if_any(self, error: type[GptError], what: str, *, hint: str | None = None) -> None:
+        """Raises `error` listing the problems."""
         if self.items:
-            raise error(what, found=first_lines(self.items, limit), hint=hint)
+            raise error(what, found=first_lines(self.items), hint=hint)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gpt.checkpoint.source import FileTensor, SourceTensor
 from gpt.console import log
 from gpt.dtypes import dtype_name
-from gpt.errors import CheckpointError, brief
+from gpt.errors import CheckpointError, brief, first_lines
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
     if strange:
         raise CheckpointError(
             f"more than a model's tensors: {path}",
-            found=strange[:20],
+            found=first_lines(strange),
             allowed="tensors by name",
             hint="save model.state_dict() alone",
         )

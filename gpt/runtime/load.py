@@ -14,7 +14,7 @@ from gpt.engine.device_load import read_into_device
 from gpt.engine.folder import EngineInfo
 from gpt.engine.tensor_file import map_tensor_file
 from gpt.engine.weights import engine_tensors, file_layout
-from gpt.errors import ConfigError, EngineError
+from gpt.errors import ConfigError, EngineError, first_lines
 from gpt.mapping import Mapping
 from gpt.runtime.execution import DEFAULT_EXECUTION, Execution
 from gpt.runtime.ranks import join_ranks, place_on_gpu
@@ -128,7 +128,7 @@ def load_torch_weights(info: EngineInfo, mapping: Mapping, device: torch.device)
         different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise EngineError(
             f"{path} does not hold the tensors of its model",
-            found=[f"{name}: {found.get(name)}, expected {expected.get(name)}" for name in different[:20]],
+            found=first_lines([f"{name}: {found.get(name)}, expected {expected.get(name)}" for name in different]),
             hint="build the engine again with build.py",
         )
     if device.type == "cpu":

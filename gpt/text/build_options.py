@@ -27,9 +27,11 @@ TOKENS_PER_BLOCK, MAX_NUM_TOKENS = 64, 2048
 _LIMIT_DEFAULTS = {"max_input_len": 200, "max_output_len": 200}
 
 
-def build_parser(description: str = "FT checkpoint or random weights -> engine folder.") -> ArgumentParser:
+def build_parser() -> ArgumentParser:
     usage = "%(prog)s [--model_dir DIR | sizes of random weights] [limits] [kernels] [quantisation] [--output_dir DIR]"
-    parser = ArgumentParser(prog="build.py", usage=usage, description=description)
+    parser = ArgumentParser(
+        prog="build.py", usage=usage, description="FT checkpoint or random weights -> engine folder."
+    )
     _add_model(
         parser.add_argument_group("model", "sizes describe random weights; with --model_dir the checkpoint decides")
     )

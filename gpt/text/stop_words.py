@@ -22,8 +22,6 @@ class StopWords:
         words: Sequence[str] = (),
         ids: Sequence[tuple[int, ...]] = (),
         tokenizer: Tokenizer | None = None,
-        *,
-        skip_special: bool = False,
     ):
         if words and tokenizer is None:
             raise ConfigError(
@@ -32,7 +30,6 @@ class StopWords:
         self.words = tuple(words)
         self.ids = tuple(ids)
         self.tokenizer = tokenizer
-        self.skip_special = skip_special
 
     def start(self) -> StopWordState:
         return StopWordState(self)
@@ -58,7 +55,7 @@ class StopWordState:
         self._last: deque[int] = deque(maxlen=max(map(len, stops.ids), default=0))
         self._decoder: StreamDecoder | None = None
         if stops.tokenizer is not None and stops.words:
-            self._decoder = StreamDecoder(stops.tokenizer, stops.skip_special)
+            self._decoder = StreamDecoder(stops.tokenizer)
 
     def add(self, token: int) -> bool:
         """Takes the next new token; whether a stop word is complete with it."""
