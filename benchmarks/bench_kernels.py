@@ -161,7 +161,7 @@ def weight_launches(
         configs += [gemv.GemvConfig(*tile) for tile in INT4_TILES]
         multiply = int4.int4_gemv
     else:
-        configs = [gemv.default_config(num_rows, num_columns, device)]
+        configs = [gemv.default_config(num_rows, num_columns, device, itemsize=weights.itemsize)]
         multiply = gemv.gemv
 
     def bind(config: object) -> Launch:
