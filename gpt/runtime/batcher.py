@@ -22,6 +22,8 @@ from gpt.runtime.virtual_tokens import VirtualTokens
 # Steps between two looks at what ended and what may join.  A sequence that ends runs on for half as many in the middle,
 # a hundredth of a usual text; planning, which the device waits for, costs as much of a step.
 _STEPS_AHEAD = 8
+# Steps that prompts wait for others on a GPU: about half a second, of which nothing is lost but their first tokens'.
+_PATIENCE = 32
 
 
 def generate_paged(
@@ -93,6 +95,7 @@ def generate_paged(
         continuous=session.build.use_inflight_batching,
         draft=rows.draft if batching.max_draft_len else None,
         independent=session.batch_invariant,
+        patience=_PATIENCE if steps.runs_ahead else 0,
     )
     _run(scheduler, steps, rows)
     steps.end()
@@ -100,12 +103,11 @@ def generate_paged(
 
 
 def _run(scheduler: Scheduler, steps: StepRunner, rows: Rows) -> None:
-    """Steps one by one; where the device can choose tokens itself, prompts' steps take turns with several steps of
-    running sequences that the host only reads."""
+    """Steps one by one; where the device can choose tokens itself, sequences that are only generating run several of
+    them that the host only reads."""
     begin = time.perf_counter()
     runs_ahead = steps.runs_ahead and rows.takes_likeliest
-    admit = True
-    while parts := scheduler.plan(admit=admit):
+    while parts := scheduler.plan():
         num_steps = 1
         if runs_ahead and all(part.is_one_step for part in parts):
             num_steps = scheduler.look_ahead(parts, _STEPS_AHEAD)
@@ -122,7 +124,5 @@ def _run(scheduler: Scheduler, steps: StepRunner, rows: Rows) -> None:
             scheduler.blocks.fill(sequence.table, sequence.tokens, filled)
         for sequence in ended:
             scheduler.finish(sequence)
-        has_prompts = any(part.num_new > 1 for part in parts)
         if num_steps == 1:
-            begin = rows.count_time(begin, context=has_prompts)
-        admit = num_steps > 1 or not (runs_ahead and has_prompts)
+            begin = rows.count_time(begin, context=any(part.num_new > 1 for part in parts))

@@ -4,6 +4,9 @@ Continuous ("in-flight") batching (Yu et al. 2022, Orca): a sequence joins as so
 end.  One rule serves prompts, parts of prompts and single tokens alike: a sequence feeds the tokens that it has and the
 cache lacks.  Running sequences go first, oldest first; what is left of `max_num_tokens` goes to new ones.  Where blocks
 run out, the youngest sequence gives its own back and is computed again later.
+
+On a GPU a step with prompts has costs of its own however few they are: there, sequences may wait a little for others
+to join with them (`worth_joining`).
 """
 
 from __future__ import annotations
@@ -11,11 +14,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from gpt.runtime.blocks import BlockManager, Table
 
 # How far behind a sequence that waits for blocks of another one others are looked at.
 _MAX_LOOKAHEAD = 64
+# Prompts' tokens from which on a GPU computes so much longer than the host prepares that more make a step no cheaper.
+_FULL_STEP = 4096
 
 
 @dataclass(eq=False)
@@ -61,6 +67,24 @@ class Part:
         return self.reaches_end and self.num_new == 1 and not self.draft and self.sequence.table.num_filled > 0
 
 
+def worth_joining(
+    waiting: Sequence[int], num_places: int, *, max_running: int, max_num_tokens: int, num_waited: int, patience: int
+) -> bool:
+    """Whether sequences join those that run now, or leave their places empty for more to come.
+
+    waiting: tokens of the first ones that wait, up to one more than there are places.  num_waited: steps that somebody
+    has waited for with a place free.  They join where they fill half a step or what a GPU works on for long; where all
+    have a place, so that nobody is to come; where a quarter of the places is empty, which costs more than the steps
+    that it saves; and after `patience` steps.
+    """
+    return (
+        sum(waiting[:num_places]) >= min(_FULL_STEP, max_num_tokens // 2)
+        or len(waiting) <= num_places
+        or 4 * num_places >= max_running
+        or num_waited >= patience
+    )
+
+
 class Scheduler:
     """Plans step after step.
 
@@ -68,7 +92,7 @@ class Scheduler:
     max_num_tokens: of a step.  continuous: whether sequences join before all running ones have ended.  draft: proposes
     up to so many tokens that may come next.  independent: how a sequence is divided into steps does not depend on
     others: prompts take as much of a step as if they were alone, and room for all of a sequence is kept from the start,
-    so that none is sent away and computed again.
+    so that none is sent away and computed again.  patience: steps that sequences wait for others to join with them.
     """
 
     def __init__(
@@ -81,6 +105,7 @@ class Scheduler:
         continuous: bool = True,
         draft: Callable[[RunningSequence, int], tuple[int, ...]] | None = None,
         independent: bool = False,
+        patience: int = 0,
     ):
         self.blocks = blocks
         self.running: list[RunningSequence] = []
@@ -92,12 +117,13 @@ class Scheduler:
         self._continuous = continuous
         self._draft = draft
         self._independent = independent
+        self._patience = patience
+        self._num_waited = 0
 
-    def plan(self, *, admit: bool = True) -> list[Part]:
-        """The next step's parts; none where all sequences have ended.  admit: whether sequences may join those that
-        run."""
+    def plan(self) -> list[Part]:
+        """The next step's parts; none where all sequences have ended."""
         self.blocks.begin_plan()
-        admits = (admit and self._continuous) or not self.running
+        admits = self._lets_join() if self.running else True
         parts: list[Part] = []
         budget = self._max_num_tokens
         for sequence in sorted(self.running, key=lambda sequence: sequence.num_missing > 1):  # tokens before prompts
@@ -106,6 +132,24 @@ class Scheduler:
         if admits:
             self._admit(budget, parts)
         return [part for part in parts if part.sequence.running]
+
+    def _lets_join(self) -> bool:
+        """Whether sequences may join those that run.  A step that goes on with a prompt is open to others."""
+        if not self._continuous or self._patience == 0 or any(each.num_missing > 1 for each in self.running):
+            return self._continuous
+        num_places = self._max_running - len(self.running)
+        while len(self._waiting) <= num_places and (sequence := next(self._source, None)) is not None:
+            self._waiting.append(sequence)
+        joins = worth_joining(
+            [len(sequence.tokens) for sequence in islice(self._waiting, num_places + 1)],
+            num_places,
+            max_running=self._max_running,
+            max_num_tokens=self._max_num_tokens,
+            num_waited=self._num_waited,
+            patience=self._patience,
+        )
+        self._num_waited = 0 if joins or num_places == 0 else self._num_waited + 1
+        return joins
 
     def look_ahead(self, parts: Sequence[Part], num_steps: int) -> int:
         """For how many steps, at most `num_steps`, these sequences can go on by themselves, token by token: as long as
@@ -118,6 +162,8 @@ class Scheduler:
                     self.blocks.grow(table, num_slots)
                 break
             num_steps //= 2
+        if self._num_waited > 0:
+            self._num_waited += num_steps - 1
         return num_steps
 
     def finish(self, sequence: RunningSequence) -> None:
