@@ -21,7 +21,7 @@ from gpt.runtime.virtual_tokens import VirtualTokens
 
 # Steps between two looks at what ended and what may join.  A sequence that ends runs on for half as many in the middle,
 # a hundredth of a usual text; planning, which the device waits for, costs as much of a step.
-_STEPS_AHEAD = 8
+STEPS_AHEAD = 8
 # Steps that prompts wait for others on a GPU: about half a second, of which nothing is lost but their first tokens'.
 _PATIENCE = 32
 
@@ -110,7 +110,7 @@ def _run(scheduler: Scheduler, steps: StepRunner, rows: Rows) -> None:
     while parts := scheduler.plan():
         num_steps = 1
         if runs_ahead and all(part.is_one_step for part in parts):
-            num_steps = scheduler.look_ahead(parts, _STEPS_AHEAD)
+            num_steps = scheduler.look_ahead(parts, STEPS_AHEAD)
         ended: list[RunningSequence] = []
         if num_steps > 1:
             for tokens, largest in steps.run_ahead(parts, num_steps):
