@@ -19,7 +19,7 @@ _BUCKETS = (64, 128, 192, 256, 512)
 
 @dataclass
 class Call:
-    """Of the session, for one step or several.
+    """Of the session, for one step or several; a step of prompts and one of those that generate are two calls.
 
     prompt_tokens: new tokens of sequences with more than one.  rows: sequences with one.  begin: on the host's clock.
     begun, ended: events of a CUDA device around what it does.
@@ -61,10 +61,9 @@ class StepLog:
 
             def run_ahead(step: AheadStep) -> Iterator[tuple[list[int], list[float]]]:
                 call = self._begin(Call(step.num_steps, 0, len(step.ids), time.perf_counter()))
-                for number, result in enumerate(run_paged_ahead(step)):
-                    if number == 0:  # all of its steps are on their way
-                        self._mark(call)
-                    yield result
+                results = run_paged_ahead(step)
+                self._mark(call)
+                return results
 
             self._replace("run_paged_ahead", run_ahead)
 
@@ -95,17 +94,21 @@ class StepLog:
 
 
 def summarize(calls: Sequence[Call]) -> list[dict[str, object]]:
-    """A row for each kind of step and number of sequences that generate in it: how many, and what one of them took."""
-    kinds: dict[tuple[bool, int], list[Call]] = {}
+    """A row for each kind of step and number of sequences that generate in it: how many, and what one of them took.
+
+    Kinds: with "prompts", "single" steps of one token per sequence, mostly beside prompts, several "ahead".
+    """
+    kinds: dict[tuple[str, int], list[Call]] = {}
     for call in calls:
+        kind = "prompts" if call.prompt_tokens else "ahead" if call.num_steps > 1 else "single"
         bucket = next((size for size in _BUCKETS if call.rows <= size), call.rows)
-        kinds.setdefault((call.prompt_tokens == 0, bucket), []).append(call)
+        kinds.setdefault((kind, bucket), []).append(call)
     rows: list[dict[str, object]] = []
-    for (plain, bucket), group in sorted(kinds.items()):
+    for (kind, bucket), group in sorted(kinds.items()):
         num_steps = sum(call.num_steps for call in group)
         rows.append(
             {
-                "steps": "others" if plain else "with prompts",
+                "steps": kind,
                 "rows_up_to": bucket,
                 "count": num_steps,
                 "prompt_tokens": round(statistics.mean(call.prompt_tokens for call in group)),

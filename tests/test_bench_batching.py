@@ -35,7 +35,7 @@ def test_static_and_continuous(
     assert (static["prompts"], continuous["prompts"]) == ("5", "12")
     assert int(static["new_tokens"]) < int(continuous["new_tokens"])
     steps = list(csv.DictReader((tmp_path / "b_steps.csv").open()))
-    assert {row["steps"] for row in steps} == {"with prompts", "others"}
+    assert {row["steps"] for row in steps} == {"prompts", "single"}
     prompts = sum(int(row["count"]) * int(row["prompt_tokens"]) for row in steps)
     assert prompts == pytest.approx(int(continuous["prompt_tokens"]), rel=0.3)  # means are rounded
     fed = sum(int(row["count"]) * int(row["rows"]) for row in steps)
@@ -49,10 +49,10 @@ def test_steps_are_divided_among_what_they_were() -> None:
         Call(1, 700, 64, 0.0, took, 60.0, seconds=0.07),
         Call(8, 0, 70, 0.0, took, 80.0, seconds=0.12),
     ]
-    prompts, others = summarize(calls)
+    ahead, prompts = summarize(calls)
     assert (prompts["count"], prompts["prompt_tokens"], prompts["ms"], prompts["device_ms"]) == (2, 600, 60.0, 50.0)
-    assert (others["steps"], others["rows_up_to"], others["count"], others["rows"]) == ("others", 128, 8, 70)
-    assert (others["ms"], others["device_ms"], others["seconds"]) == (15.0, 10.0, 0.12)
+    assert (ahead["steps"], ahead["rows_up_to"], ahead["count"], ahead["rows"]) == ("ahead", 128, 8, 70)
+    assert (ahead["ms"], ahead["device_ms"], ahead["seconds"]) == (15.0, 10.0, 0.12)
 
 
 @pytest.mark.gpu

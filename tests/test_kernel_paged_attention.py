@@ -80,7 +80,7 @@ def test_types(dtype: torch.dtype, stored: torch.dtype | None, kernel_device: to
     # Several tiles of queries; keys that all of a tile see and that some do.
     step = ((200, 0), (130, 70), (20, 257))
     check((2, 1, 64), step, kernel_device, dtype, stored=stored, per_block=64)
-    if not INTERPRETED:
+    if not INTERPRETED and dtype == torch.float16:
         for size in (80, 128, 256):
             check((2, 1, size), step, kernel_device, dtype, stored=stored, per_block=64)
 

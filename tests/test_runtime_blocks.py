@@ -180,6 +180,8 @@ def test_when_sequences_join_on_a_gpu() -> None:
     assert worth([250, 250, 100], 2)  # half a step
     assert not worth([250, 100, 250], 2)  # the last one has no place
     assert worth([1, 1], 2)  # all have a place
+    assert not worth([], 2)
+    assert not worth([1000], 0, num_waited=9)
     assert not worth([1] * 4, 3)
     assert worth([1] * 5, 4)  # a quarter of the places is empty
     assert not worth([100] * 3, 2, num_waited=7)

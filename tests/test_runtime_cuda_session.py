@@ -394,7 +394,7 @@ def test_sequences_that_join_while_others_run_ahead(
     assert found.tokens == [row[: row.index(end_id) + 1] if end_id in row else row for row in free]
     assert max(rows for rows, _ in ahead) == 2
     assert max(steps for _, steps in ahead) > 1
-    assert len(found.step_ms) >= sum(steps for _, steps in ahead)
+    assert len(found.step_ms) >= sum(steps for _, steps in ahead if steps > 1)
 
 
 def test_logits_that_are_no_numbers_reach_the_caller(kernel_device: torch.device) -> None:

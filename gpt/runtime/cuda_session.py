@@ -254,11 +254,7 @@ class CudaSession(TorchSession):
             if self.graphs:
                 done.append(torch.cuda.Event())
                 done[-1].record()
-        for number in range(step.num_steps):
-            if self.graphs:
-                done[number].synchronize()
-            tokens, values = host[number, :, :num_rows]
-            yield tokens.tolist(), values.view(torch.float32).tolist()
+        return _read(host[:, :, :num_rows], done)
 
     def _decode_rows(self, step: PagedStep, rows: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
         """One decode step of these rows of a paged step, whose tokens stand at `tokens`: logits [rows, V]."""
@@ -363,3 +359,12 @@ class CudaSession(TorchSession):
         decoder.inputs.ids.copy_(saved[0])
         decoder.inputs.positions.copy_(saved[1])
         return _Recorded(graph, logits)
+
+
+def _read(host: torch.Tensor, done: Sequence[torch.cuda.Event]) -> Iterator[tuple[list[int], list[float]]]:
+    """Tokens and the largest logits of each step in host [T, 2, B] int32, as soon as they are there.  done: events of
+    the steps, none where nothing has to be waited for."""
+    for number, (tokens, values) in enumerate(host):
+        if done:
+            done[number].synchronize()
+        yield tokens.tolist(), values.view(torch.float32).tolist()

@@ -77,6 +77,8 @@ def worth_joining(
     have a place, so that nobody is to come; where a quarter of the places is empty, which costs more than the steps
     that it saves; and after `patience` steps.
     """
+    if not waiting or num_places == 0:
+        return False
     return (
         sum(waiting[:num_places]) >= min(_FULL_STEP, max_num_tokens // 2)
         or len(waiting) <= num_places
@@ -119,24 +121,34 @@ class Scheduler:
         self._independent = independent
         self._patience = patience
         self._num_waited = 0
+        self._budget = 0  # tokens that the step being planned can still take
+        self._lacks_blocks = False
 
     def plan(self) -> list[Part]:
         """The next step's parts; none where all sequences have ended."""
+        parts = self.plan_running()
+        return parts + self.join() if self.lets_join() else parts
+
+    def plan_running(self) -> list[Part]:
+        """The parts of those that run; `join` adds to the same step."""
         self.blocks.begin_plan()
-        admits = self._lets_join() if self.running else True
+        self._budget = self._max_num_tokens
         parts: list[Part] = []
-        budget = self._max_num_tokens
         for sequence in sorted(self.running, key=lambda sequence: sequence.num_missing > 1):  # tokens before prompts
-            if budget > 0 and sequence.running:
-                budget -= self._schedule(sequence, budget, parts)
-        if admits:
-            self._admit(budget, parts)
+            if self._budget > 0 and sequence.running:
+                self._schedule(sequence, parts)
         return [part for part in parts if part.sequence.running]
 
-    def _lets_join(self) -> bool:
+    def lets_join(self) -> bool:
         """Whether sequences may join those that run.  A step that goes on with a prompt is open to others."""
-        if not self._continuous or self._patience == 0 or any(each.num_missing > 1 for each in self.running):
+        if not self.running:
+            return True
+        if not self._continuous or self._patience == 0:
             return self._continuous
+        if self._lacks_blocks:
+            return False
+        if any(sequence.num_missing > 1 for sequence in self.running):
+            return True
         num_places = self._max_running - len(self.running)
         while len(self._waiting) <= num_places and (sequence := next(self._source, None)) is not None:
             self._waiting.append(sequence)
@@ -148,8 +160,35 @@ class Scheduler:
             num_waited=self._num_waited,
             patience=self._patience,
         )
-        self._num_waited = 0 if joins or num_places == 0 else self._num_waited + 1
+        self._num_waited = self._num_waited + 1 if self._waiting and num_places > 0 and not joins else 0
         return joins
+
+    def join(self) -> list[Part]:
+        """Lets waiting sequences join; those that would compute what another one is computing stay for a step more."""
+        parts: list[Part] = []
+        passed: list[RunningSequence] = []
+        while self._budget > 0 and len(self.running) < self._max_running and len(passed) < _MAX_LOOKAHEAD:
+            sequence = self._next_waiting()
+            if sequence is None:
+                break
+            table = self.blocks.open(sequence.tokens, sequence.task)
+            if table is None:
+                passed.append(sequence)
+                continue
+            # Room for one more token, so that a sequence does not come only to be sent away in the next step.
+            wanted = sequence.max_len if self._independent else min(len(sequence.tokens) + 1, sequence.max_len)
+            if self.blocks.num_missing(table, wanted) > self.blocks.num_free:
+                self.blocks.close(table)
+                passed.append(sequence)
+                self._lacks_blocks = True
+                break
+            if self._independent:
+                self.blocks.grow(table, wanted)
+            sequence.table, sequence.running = table, True
+            self.running.append(sequence)
+            self._schedule(sequence, parts)
+        self._waiting.extendleft(reversed(passed))
+        return parts
 
     def look_ahead(self, parts: Sequence[Part], num_steps: int) -> int:
         """For how many steps, at most `num_steps`, these sequences can go on by themselves, token by token: as long as
@@ -171,9 +210,11 @@ class Scheduler:
         sequence.running = False
         self.running.remove(sequence)
         self.blocks.close(sequence.table)
+        self._lacks_blocks = False
 
-    def _schedule(self, sequence: RunningSequence, budget: int, parts: list[Part]) -> int:
-        """Adds a running sequence's part, and returns its tokens; gives up the youngest for it if need be."""
+    def _schedule(self, sequence: RunningSequence, parts: list[Part]) -> None:
+        """Adds a running sequence's part; gives up the youngest for it if need be."""
+        budget = self._budget
         num_missing = sequence.num_missing
         num_new = min(num_missing, self._max_num_tokens if self._independent else budget)
         num_slots = sequence.table.num_filled + num_new
@@ -186,39 +227,15 @@ class Scheduler:
         while not self.blocks.grow(sequence.table, num_slots):
             self._preempt(self.running[-1])
             if not sequence.running:
-                return 0
+                return
         self.blocks.announce(sequence.table, sequence.tokens, num_slots)
         parts.append(Part(sequence, num_new, num_new == num_missing, draft))
-        return num_new + len(draft)
+        self._budget -= num_new + len(draft)
 
     def _preempt(self, sequence: RunningSequence) -> None:
         self.finish(sequence)
         self._waiting.appendleft(sequence)
         self.num_preempted += 1
-
-    def _admit(self, budget: int, parts: list[Part]) -> None:
-        """Lets waiting sequences join; those that would compute what another one is computing stay for a step more."""
-        passed: list[RunningSequence] = []
-        while budget > 0 and len(self.running) < self._max_running and len(passed) < _MAX_LOOKAHEAD:
-            sequence = self._next_waiting()
-            if sequence is None:
-                break
-            table = self.blocks.open(sequence.tokens, sequence.task)
-            if table is None:
-                passed.append(sequence)
-                continue
-            # Room for one more token, so that a sequence does not come only to be sent away in the next step.
-            wanted = sequence.max_len if self._independent else min(len(sequence.tokens) + 1, sequence.max_len)
-            if self.blocks.num_missing(table, wanted) > self.blocks.num_free:
-                self.blocks.close(table)
-                passed.append(sequence)
-                break
-            if self._independent:
-                self.blocks.grow(table, wanted)
-            sequence.table, sequence.running = table, True
-            self.running.append(sequence)
-            budget -= self._schedule(sequence, budget, parts)
-        self._waiting.extendleft(reversed(passed))
 
     def _next_waiting(self) -> RunningSequence | None:
         return self._waiting.popleft() if self._waiting else next(self._source, None)
