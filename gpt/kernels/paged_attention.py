@@ -27,7 +27,7 @@ class PagedAttentionConfig:
     num_stages: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])  # which is another one from step to step
 def _paged_attention_kernel(
     qkv_ptr,  # [N, H + 2G, D]
     tiles_ptr,  # [tiles, 2] int32: sequence, first query
