@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 Row = dict[str, str]
 LABELS = {
     "ours": "this project",
+    "ours_int8": "this project, int8 weights",
+    "ours_int4": "this project, int4 weights in groups of 64",
     "ours_smoothquant": "this project, SmoothQuant per token and channel",
     "ours_smoothquant_static": "this project, SmoothQuant per channel",
     "ours_fp8": "this project, FP8",
@@ -24,13 +26,10 @@ LABELS = {
     "vllm": "vLLM",
     "ctranslate2": "CTranslate2",
 }
-_COLOURS = dict(
-    zip(
-        LABELS,
-        ("#0072b2", "#56b4e9", "#332288", "#88ccee", "#999999", "#e69f00", "#d55e00", "#009e73", "#cc79a7"),
-        strict=True,
-    )
-)
+_COLOURS = dict(zip(LABELS, (
+    "#0072b2", "#117733", "#44aa99", "#56b4e9", "#332288", "#88ccee", "#999999", "#e69f00", "#d55e00", "#009e73",
+    "#cc79a7",
+), strict=True))  # fmt: skip
 _NUM_KERNELS = 12
 # What rows of one measurement have in common.
 _SAME = ("kind", "case", "dtype", "batch_size", "input_len", "output_len", "system", "run", "kernel")

@@ -167,6 +167,24 @@ def test_a_failing_peer_ends_only_its_own_rows(tmp_path: Path, monkeypatch: pyte
     assert [row["system"] for row in read_rows(path)] == ["ours", "hf_eager"]
 
 
+def test_engines_with_quantised_weights_beside_the_float_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    flags = [*SMALL, "--case", "tiny", "--batch_size", "2", "--decode", "--profile"]
+    files = ["--csv", str(path), "--profile_csv", str(tmp_path / "kernels.csv")]
+    assert bench_gpu.main([*flags, *files, "--system", "ours_int4", "ours_int8", "ours"]) == 0
+    rows = read_rows(path)
+    assert [(row["kind"], row["system"]) for row in rows] == [("decode", n) for n in ("ours", "ours_int8", "ours_int4")]
+    layers = 12 * 64 * 64 * 2  # weights of QKV, output and both of the MLP
+    scales = (3 + 1 + 4 + 1) * 64 * 2, 12 * 64 * 2  # one float32 per output; one per 64 inputs of an output
+    saved = [layers * 3 - 4 * scales[0], layers * 7 // 2 - 4 * scales[1]]
+    assert [int(rows[0]["weight_bytes"]) - int(row["weight_bytes"]) for row in rows[1:]] == saved
+    assert [int(rows[0]["step_bytes"]) - int(row["step_bytes"]) for row in rows[1:]] == saved
+    assert all(row["rows_like_ours"].endswith("/2") for row in rows[1:])
+    assert {path.name for path in tmp_path.glob("kernels*.svg")} == {
+        f"kernels_tiny_2{system}.svg" for system in ("", "_ours_int8", "_ours_int4")
+    }
+
+
 @pytest.mark.parametrize("flags", [["--case", "gpt5"], ["--output_len", "1"]])
 def test_wrong_command_lines(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_gpu.main(["--device", "cpu", *flags]) == 2
