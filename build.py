@@ -72,11 +72,17 @@ def _run(args: Namespace) -> None:
 
         print(Plan.make(model, build).describe(Path(args.output_dir), args.gpus_per_node))
         return
-    build_engine(model, build, checkpoint, Path(args.output_dir))
-    if args.check_quality and checkpoint is not None:
-        from gpt.text.quality import check_quality
+    if args.check_quality is None or checkpoint is None:
+        build_engine(model, build, checkpoint, Path(args.output_dir))
+        return
+    from gpt.text.quality import check_quality, read_rows
 
-        print(check_quality(Path(args.output_dir), checkpoint, Path(args.check_quality)))
+    if not checkpoint.tokenizer_files:
+        where = f"none in {checkpoint.folder}"
+        raise ConfigError("no tokenizer to check the quality with", found=where, hint="put the model's own there")
+    rows = read_rows(Path(args.check_quality))  # what is wrong with them is known before the work
+    build_engine(model, build, checkpoint, Path(args.output_dir))
+    print(check_quality(Path(args.output_dir), checkpoint, rows))
 
 
 def _model_of_checkpoint(args: Namespace, checkpoint: Checkpoint) -> ModelConfig:

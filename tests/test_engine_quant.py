@@ -15,6 +15,7 @@ from tiny_models import tiny_gpt2
 
 import build
 from gpt import quant
+from gpt.checkpoint.store import Checkpoint
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.engine.inspection import inspect
 from gpt.engine.plan import Plan
@@ -298,9 +299,9 @@ def test_check_quality(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[s
     checkpoint = convert(bundled, tmp_path / "ft")
     assert build.main(["--model_dir", str(checkpoint), "--output_dir", str(tmp_path / "e"), *flags]) == 0
     told = capfd.readouterr().out
-    for text in ("int8 weights", "perplexity", "KL divergence", "cache per token"):
+    for text in ("int8 weights", "perplexity", "KL divergence", "cache per token", "MiB (float32)"):
         assert text in told
-    assert ("ROUGE-1" in told) == (kind == "jsonl")
+    assert ("ROUGE-1, 3 texts" in told) == (kind == "jsonl")
     report = json.loads((tmp_path / "e" / "quality.json").read_text())
     if kind == "jsonl":
         rouge1 = report["rouge1"]
@@ -337,6 +338,10 @@ def test_the_float_engine_agrees_with_itself_token_by_token(tmp_path: Path) -> N
         ("none.txt", None, "there is no file"),
         ("short.txt", "a", "too little text"),
         ("rows.jsonl", '{"body": "x"}', "row 0 has no text"),
+        ("numbers.jsonl", '{"text": "a"}\n{"text": 3}', "row 1: text is 3"),
+        ("nulls.jsonl", '{"article": "a", "highlights": null}', "row 0: highlights is None"),
+        ("empty.jsonl", "", "no text to check"),
+        ("blank.csv", "text\n  \n", "no text to check"),
         ("bytes.txt", b"\xff\xfe\xfa", "no UTF-8"),
     ],
 )
@@ -351,3 +356,21 @@ def test_bad_quality_texts(name: str, content: str | bytes | None, told: str, tm
     tokenizer = load_tokenizer(tiny_gpt2(tmp_path / "hf"))
     with pytest.raises(ConfigError, match=told):
         windows_of([row.whole for row in read_rows(path)], tokenizer, info.model, info.build, 4)
+
+
+def test_what_is_wrong_with_the_texts_is_said_before_the_work(
+    make_gpt2: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from engines import convert
+
+    checkpoint = convert(make_gpt2(), tmp_path / "ft")
+    texts, engine = tmp_path / "numbers.jsonl", tmp_path / "e"
+    texts.write_text('{"text": 3}')
+    flags = ["--model_dir", str(checkpoint), "--output_dir", str(engine), "--check_quality"]
+    assert build.main([*flags, str(texts)]) == 2
+    assert "row 0: text is 3" in capsys.readouterr().err
+    for path in Checkpoint.open(checkpoint).tokenizer_files:
+        path.unlink()
+    assert build.main([*flags, str(texts)]) == 2
+    assert "no tokenizer to check the quality with" in capsys.readouterr().err
+    assert not engine.exists()
