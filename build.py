@@ -150,12 +150,16 @@ def _build_config(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | 
 
 
 def _quantization(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | None) -> QuantConfig:
-    """What the flags ask for.  Raises CheckpointError, with the command that adds them, for scales that are missing."""
+    """What the flags ask for.  Raises CheckpointError, with the command that adds them, for scales that are missing or
+    no positive numbers."""
     if checkpoint is None:
         return quantization_of(args, model, CalibratedParts(smooth_quant=True, smoothers=False, kv_cache=True))
     calibrated = CalibratedParts(checkpoint.has_smoothquant, checkpoint.has_smoothers, checkpoint.has_kv_scales)
     check_calibrated(args, calibrated, checkpoint.folder, checkpoint.quantize_command)
-    return quantization_of(args, model, calibrated)
+    quant = quantization_of(args, model, calibrated)
+    if quant.activations or quant.kv_cache:
+        checkpoint.check_scales()
+    return quant
 
 
 if __name__ == "__main__":

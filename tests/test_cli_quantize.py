@@ -248,14 +248,16 @@ def test_a_device_that_is_not_there(hf: Path, tmp_path: Path, run: Run) -> None:
 def test_files_that_are_no_calibration_text(hf: Path, tmp_path: Path, run: Run) -> None:
     cases: dict[str, tuple[bytes | None, str]] = {
         "absent.txt": (None, "no such file"),
-        "empty.txt": (b"", "nothing but blanks"),
+        "empty.txt": (b"", "an empty file"),
+        "empty.jsonl": (b"", "an empty file"),
+        "header.csv": (b"text\n", "no rows, or"),
         "blank.txt": (b" \n\n\t\n", "nothing but blanks"),
         "latin.txt": ("caf\u00e9".encode("latin-1"), "no UTF-8 text"),
         "latin.jsonl": ('{"text": "caf\u00e9"}'.encode("latin-1"), "cannot be read as .jsonl"),
         "blank.jsonl": (b'{"text": ""}\n{"text": " "}\n', "nothing but blanks"),
         "numbers.jsonl": (b'{"text": "a"}\n{"text": 3}\n', "row 1: text is 3"),
         "column.jsonl": (b'{"article": "a"}\n', "has no column text"),
-        "broken.jsonl": (b"{", "cannot be read as .jsonl"),
+        "broken.jsonl": (b'{"text": "a"}\n\n{"text": "b",}\n', "line 3, character"),
         "list.json": (b"[1]", "holds no rows with columns"),
         "other.pdf": (b"%PDF", ".pdf"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sharded_ops import sharded_logits
 from tiny_models import tiny_gpt2
 
 import build
+import check
 from gpt import quant
 from gpt.checkpoint.store import Checkpoint
 from gpt.engine.folder import EngineInfo, open_engine
@@ -281,6 +283,37 @@ def test_fp8_without_calibration_scales_each_row(make_gpt2: Callable[..., Path],
 
     info = build_engine(convert(make_gpt2(), tmp_path / "ft"), tmp_path / "e", "--enable_fp8")
     assert info.build.quant == QuantConfig("fp8", "per_token")
+
+
+def test_every_file_of_bad_scales_is_named(
+    calibrated: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is built, and by check.py too; float and weight-only engines do without scales."""
+    folder = tmp_path / "1-gpu"
+    shutil.copytree(calibrated(1), folder)
+    (folder / "manifest.json").unlink()
+    bad = {
+        "attention.dense.scale_x_orig_quant": float("nan"),
+        "attention.query_key_value.scale_kv_quant_orig": 0.0,
+        "mlp.dense_4h_to_h.scale_w_quant_orig.col": -1.0,
+    }
+    for name, value in bad.items():
+        path = folder / f"model.layers.1.{name}.bin"
+        values = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
+        values[-1] = value
+        path.write_bytes(values.numpy().tobytes())
+    words = ["--model_dir", str(folder), "--output_dir", str(tmp_path / "e")]
+    for flags in (["--use_smooth_quant"], ["--int8_kv_cache"], ["--enable_fp8"]):
+        capsys.readouterr()
+        assert build.main([*words, *flags]) == 3
+        told = capsys.readouterr().err
+        assert all(f"model.layers.1.{name}.bin: 1 of" in told for name in bad)
+        assert f"the first is {bad['mlp.dense_4h_to_h.scale_w_quant_orig.col']}" in told
+    assert not (tmp_path / "e").exists()
+    assert check.main([str(folder)]) == 3
+    told = capsys.readouterr().out
+    assert all(f"model.layers.1.{name}.bin: scales must be finite and above 0: 1 of" in told for name in bad)
+    assert build.main([*words, "--use_weight_only"]) == 0
 
 
 # The comparison with the float model.
