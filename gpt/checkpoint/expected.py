@@ -22,11 +22,13 @@ CONFIG_NAME = "config.ini"
 
 @dataclass(frozen=True)
 class ExpectedFile:
-    """A file as the table wants it; `fixed` where its dtype is not the checkpoint's storage dtype."""
+    """A file as the table wants it; `fixed` where its dtype is not the checkpoint's storage dtype, `scales` where all
+    values must be above 0."""
 
     shape: tuple[int, ...]
     dtype: str
     fixed: bool
+    scales: bool
 
     @property
     def bytes(self) -> int:
@@ -44,7 +46,8 @@ def expected_files(
     """Name, shape and dtype of every weight file of a checkpoint stored in `dtype`."""
     for tensor in itertools.chain(tensors(model), quant_tensors(model, quant)):
         shape = tensor.file_shape(Mapping(world_size, 0), model)
-        file = ExpectedFile(shape, tensor.dtype or dtype, fixed=tensor.dtype is not None)
+        fixed, scales = tensor.dtype is not None, tensor.kind == "factor"
+        file = ExpectedFile(shape, tensor.dtype or dtype, fixed, scales)
         for name in dict.fromkeys(tensor.file_name(rank) for rank in range(world_size)):
             yield name, file
 

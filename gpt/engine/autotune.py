@@ -22,6 +22,7 @@ from gpt.kernels.launch import OutOfResources, num_multiprocessors
 from gpt.kernels.norm import add_norm
 from gpt.kernels.product import Norm
 from gpt.mapping import Mapping
+from gpt.quant import FLOAT, QuantConfig
 
 Config = TypeVar("Config")
 
@@ -30,8 +31,11 @@ _MIN_LAUNCHES = 24
 _REPEATS = 7
 
 
-def product_shapes(model: ModelConfig, mapping: Mapping) -> list[tuple[int, int, bool]]:
-    """(N, K, whether it ends in the residual stream) of every product of one rank."""
+def product_shapes(model: ModelConfig, mapping: Mapping, quant: QuantConfig) -> list[tuple[int, int, bool]]:
+    """(N, K, whether it ends in the residual stream) of every product of one rank that has float weights."""
+    head = (mapping.local_vocab_size(model), model.n_embd, False)
+    if quant.weights is not None:
+        return [head]
     ranks = mapping.world_size
     heads = mapping.local_heads(model) + 2 * mapping.local_kv_heads(model)
     inner = model.inter_size // ranks
@@ -40,7 +44,7 @@ def product_shapes(model: ModelConfig, mapping: Mapping) -> list[tuple[int, int,
         (model.n_embd, mapping.local_heads(model) * model.head_size, True),
         (inner, model.n_embd, False),
         (model.n_embd, inner, True),
-        (mapping.local_vocab_size(model), model.n_embd, False),
+        head,
     ]
     return list(dict.fromkeys(shapes))
 
@@ -52,17 +56,18 @@ def autotune(
     batch_sizes: Iterable[int],
     num_slots: int,
     device: torch.device,
+    quant: QuantConfig = FLOAT,
 ) -> Tuning:
-    """Measures every product and the attention over caches of `num_slots` for every batch size; float weights.  Takes
-    some tenths of a second per candidate."""
+    """Measures every product and the attention over caches of `num_slots` for every batch size, where weights and cache
+    are float: what is fastest for these need not be for fewer bytes.  Takes some tenths of a second per candidate."""
     tuning = Tuning(device)
-    for batch_size in sorted(set(batch_sizes)):
+    for batch_size in sorted(set(batch_sizes)) if quant.kv_cache is None else ():
         key = (batch_size, mapping.local_heads(model), mapping.local_kv_heads(model), num_slots)
         candidates = attention_candidates(key[1] > key[2], model.head_size, num_slots)
         launch, copies = _attention_launcher(*key, model.head_size, dtype, device, tuning)
         tuning.attentions[key] = _best(candidates, launch, copies)
     buckets = sorted({0 if size == 1 else token_bucket(size) for size in batch_sizes})
-    work = [(bucket, *shape) for bucket in buckets for shape in product_shapes(model, mapping)]
+    work = [(bucket, *shape) for bucket in buckets for shape in product_shapes(model, mapping, quant)]
     for bucket, num_rows, num_columns, to_stream in progress(work, what="Tuning", unit="product"):
         copies = max(1, -(-_COLD_BYTES // (num_rows * num_columns * dtype.itemsize)))
         weights = torch.randn((copies, num_rows, num_columns), device=device).to(dtype)

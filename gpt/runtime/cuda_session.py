@@ -26,13 +26,15 @@ from gpt.network.gpt import forward
 from gpt.quant import QuantConfig
 from gpt.runtime.limits import check_start
 from gpt.runtime.prompt_graphs import PromptGraphs
-from gpt.runtime.recording import record
+from gpt.runtime.recording import Recorder
 from gpt.runtime.sampling import Draws
 from gpt.runtime.torch_session import TorchSession, paged_part
 from gpt.runtime.virtual_tokens import VirtualTokens
 
 # Steps that may be under way while the host still reads older tokens.
 _LEAD = 3
+# Graphs of a batch size for so many ways of choosing tokens are kept: a long session may be asked for any number.
+_MAX_WAYS = 8
 
 
 def kernels_know(quant: QuantConfig, device: torch.device) -> bool:
@@ -103,13 +105,19 @@ class CudaSession(TorchSession):
             products={name: each for name, each in self.ops.linears.items() if isinstance(each, W8a8Linear)},
         )
         self._decoders: dict[tuple[str, int], _Decoder] = {}
-        self._graph_memory = torch.cuda.graph_pool_handle() if self.graphs else None
-        # Graphs pad prompts, and not from the first time on.
-        self._prompts = PromptGraphs(self._forward_whole) if self.graphs and not batch_invariant else None
+        self._recorder = Recorder(self.device) if self.graphs else None
+        self._prompts: PromptGraphs | None = None
+        if self._recorder is not None and not batch_invariant:  # graphs pad prompts, and not from the first time on
+            self._prompts = PromptGraphs(self._forward_whole, self._recorder)
         self._active: _Decoder | None = None  # the one that holds the positions of the batch
         self._num_generated = 0  # since it does
         if isinstance(self.comm, NcclCommunicator):
             self.comm.before_leaving(self.release_graphs)
+
+    @property
+    def recording_seconds(self) -> float:
+        """See gpt.runtime.session.RecordsSteps."""
+        return 0.0 if self._recorder is None else self._recorder.seconds
 
     def release_graphs(self) -> None:
         """Forgets all that was recorded; the next step records it again."""
@@ -137,7 +145,7 @@ class CudaSession(TorchSession):
     def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
         logits = None
         if self._prompts is not None and self.cache is not None and virtual is None:
-            logits = self._prompts.run(prompts, self.cache, self.model.n_positions, self._graph_memory)
+            logits = self._prompts.run(prompts, self.cache, self.model.n_positions)
         if logits is None:
             return super().context(prompts, virtual)
         self._set_lengths(prompts)
@@ -315,9 +323,8 @@ class CudaSession(TorchSession):
         self._decoders = {key: decoder for key, decoder in self._decoders.items() if key[0] != kind}
         if self._prompts is not None:
             self._prompts.clear()
-        if self.graphs:
-            # A pool ends with its last graph and takes no other; those that are left keep theirs.
-            self._graph_memory = torch.cuda.graph_pool_handle()
+        if self._recorder is not None:
+            self._recorder.renew_memory()  # the graphs that are left keep theirs
         self._active = None
 
     def _count_step(self) -> None:
@@ -328,10 +335,12 @@ class CudaSession(TorchSession):
     def _step(self, decoder: _Decoder, filters: Filters | None = None) -> torch.Tensor:
         """The logits [B, V] that follow the decoder's inputs, which move on to the likeliest or the drawn tokens."""
         with torch.inference_mode():
-            if not self.graphs:
+            if self._recorder is None:
                 return self._launch(decoder, filters)[:, : self.model.vocab_size]
             if filters not in decoder.recorded:
-                decoder.recorded[filters] = self._capture(decoder, filters)
+                if len(decoder.recorded) == _MAX_WAYS:
+                    del decoder.recorded[next(iter(decoder.recorded))]
+                decoder.recorded[filters] = self._capture(decoder, filters, self._recorder)
             recorded = decoder.recorded[filters]
             recorded.graph.replay()
             return recorded.logits[:, : self.model.vocab_size]
@@ -352,10 +361,10 @@ class CudaSession(TorchSession):
         choose_greedy(tiles, inputs.ids, inputs.positions, decoder.first, decoder.tokens)
         return logits
 
-    def _capture(self, decoder: _Decoder, filters: Filters | None) -> _Recorded:
+    def _capture(self, decoder: _Decoder, filters: Filters | None, recorder: Recorder) -> _Recorded:
         """Records the step; the inputs, which its first run moves on, are put back."""
         saved = decoder.inputs.ids.clone(), decoder.inputs.positions.clone()
-        graph, logits = record(lambda: self._launch(decoder, filters), self.device, self._graph_memory)
+        graph, logits = recorder.record(lambda: self._launch(decoder, filters))
         decoder.inputs.ids.copy_(saved[0])
         decoder.inputs.positions.copy_(saved[1])
         return _Recorded(graph, logits)

@@ -73,6 +73,16 @@ class RunsAhead(Protocol):
         ...
 
 
+@runtime_checkable
+class RecordsSteps(Protocol):
+    """A session that records steps when they first come, which makes that first time slow."""
+
+    @property
+    def recording_seconds(self) -> float:
+        """What that has taken so far, compiling of kernels included."""
+        ...
+
+
 class PagedSession(Session, Protocol):
     """A session that has a pool of cache blocks as well: sequences come and go, each step names their blocks.
 
