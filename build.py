@@ -69,11 +69,17 @@ def _run(args: Namespace) -> None:
 
         print(Plan.make(model, build).describe(Path(args.output_dir), args.gpus_per_node))
         return
-    build_engine(model, build, checkpoint, Path(args.output_dir))
-    if args.check_quality and checkpoint is not None:
-        from gpt.text.quality import check_quality
+    if args.check_quality is None or checkpoint is None:
+        build_engine(model, build, checkpoint, Path(args.output_dir))
+        return
+    from gpt.text.quality import check_quality, read_rows
 
-        print(check_quality(Path(args.output_dir), checkpoint, Path(args.check_quality)))
+    if not checkpoint.tokenizer_files:
+        where = f"none in {checkpoint.folder}"
+        raise ConfigError("no tokenizer to check the quality with", found=where, hint="put the model's own there")
+    rows = read_rows(Path(args.check_quality))  # what is wrong with them is known before the work
+    build_engine(model, build, checkpoint, Path(args.output_dir))
+    print(check_quality(Path(args.output_dir), checkpoint, rows))
 
 
 def _model_of_checkpoint(args: Namespace, checkpoint: Checkpoint) -> ModelConfig:
@@ -141,11 +147,15 @@ def _build_config(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | 
 
 
 def _quantization(args: Namespace, model: ModelConfig, checkpoint: Checkpoint | None) -> QuantConfig:
-    """What the flags ask for.  Raises CheckpointError, with the command that adds them, for scales that are missing."""
+    """What the flags ask for.  Raises CheckpointError, with the command that adds them, for scales that are missing or
+    no positive numbers."""
     if checkpoint is None:
         return quantization_of(args, model, QuantFiles(smoothquant=True, kv_separate=True))  # ranges by rule
     check_calibrated(args, checkpoint)
-    return quantization_of(args, model, checkpoint.quant)
+    quant = quantization_of(args, model, checkpoint.quant)
+    if quant.activations or quant.kv_cache:
+        checkpoint.check_scales()
+    return quant
 
 
 if __name__ == "__main__":

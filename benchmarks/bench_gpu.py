@@ -1,7 +1,7 @@
 """Our engine beside its peers on one GPU: same random weights of real shapes, prompts and lengths, in one call.
 
     python3 benchmarks/bench_gpu.py                                     everything, in about eight minutes
-    python3 benchmarks/bench_gpu.py --decode --case gpt2-xl --system ours hf_static
+    python3 benchmarks/bench_gpu.py --decode --case gpt2-xl --system ours ours_int8 ours_int4 hf_static
     python3 benchmarks/bench_gpu.py --plot benchmarks/results/gpu.csv --plot_dir docs      plots and a table
 
 A row is appended to the CSV file as soon as it is measured, the most important ones first, until --budget is spent.
@@ -19,15 +19,17 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import RESULTS, Sample, append_csv, describe_device, describe_versions
-from gpu_rows import COLUMNS, compare, describe_row
+from gpu_rows import COLUMNS, compare, describe_row, numbers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from gpu_plan import PEERS, QUANTISED, START_SECONDS, SYSTEMS, Work, describe, plan
 
 from gpt.cli import ArgumentParser, add_log_level, positive_int, run_main
 from gpt.console import setup_logging
@@ -36,34 +38,10 @@ from gpt.errors import ConfigError
 
 if TYPE_CHECKING:
     from gpu_cases import Case, Shape
-    from gpu_measure import Budget, Ceilings, Timing
+    from gpu_measure import Budget, Ceilings
     from gpu_systems import Setup, System
 
     from gpt.config import ModelConfig
-
-# This project's engines with int8 and FP8 products: flags of build.py.
-QUANTISED = {
-    "ours_smoothquant": "--use_smooth_quant --per_token --per_channel",
-    "ours_smoothquant_static": "--use_smooth_quant --per_channel",
-    "ours_fp8": "--enable_fp8",
-}
-SYSTEMS = ("ours", *QUANTISED, "hf_static", "hf_eager", "vllm", "ctranslate2", "hf_compile")
-PEERS = ("vllm", "ctranslate2")
-KINDS = ("decode", "throughput", "prefill", "profile", "prompt_profile", "load")
-# What starting a piece of work costs before its first number, roughly: with less left it is not begun.
-START_SECONDS = {"hf_compile": 100.0, "vllm": 90.0, "load": 60.0}
-LARGE = ("gpt2-xl",)
-PROFILED = ("gpt2-medium", "gpt2-xl")
-
-
-@dataclass(frozen=True)
-class Work:
-    """Shapes of one kind that one system runs after being made once."""
-
-    kind: str
-    system: str
-    case: Case
-    shapes: tuple[Shape, ...]
 
 
 def build_parser() -> ArgumentParser:
@@ -124,52 +102,6 @@ def run(args: argparse.Namespace) -> int:
         f"{args.budget - budget.left:.0f} s, {bench.num_failed} failed, {bench.num_skipped} left out for lack of time"
     )
     return 1 if bench.num_failed else 0
-
-
-def plan(args: argparse.Namespace) -> Iterator[Work]:
-    """All that is asked for, in the order of worth: ours, then the best of `transformers`, then the rest."""
-    from gpu_cases import CASES, PUBLISHED, Shape
-    from gpu_systems import is_installed
-
-    unknown = [name for name in args.case or () if name not in CASES]
-    if unknown:
-        raise ConfigError("unknown --case", found=", ".join(unknown), allowed=", ".join(CASES))
-    if args.output_len < 2:
-        raise ConfigError("--output_len 1 leaves no step to measure", allowed="at least 2", hint="--prefill")
-    kinds = [kind for kind in KINDS if getattr(args, kind)] or list(KINDS)
-    for name in (name for name in PEERS if name in args.system and not is_installed(name)):
-        print(f"{name}: not installed, left out")
-    systems = [name for name in SYSTEMS if name in args.system and (name not in PEERS or is_installed(name))]
-    for system in systems:
-        for kind in KINDS:
-            if kind not in kinds or not takes_part(system, kind):
-                continue
-            defaults = {"decode": PUBLISHED, "profile": PROFILED}.get(kind, LARGE)
-            if system in QUANTISED:
-                defaults = LARGE
-            if system == "hf_compile" and kind == "decode":
-                defaults = ("gpt2-xl", "gpt2-medium")
-            for case in (CASES[name] for name in args.case or defaults):
-                batches = args.batch_size or (case.batch_sizes if kind == "decode" else (1,))
-                if system == "hf_compile" and kind == "decode" and not args.batch_size:
-                    batches = batches[:1]
-                shapes = {
-                    "throughput": (Shape(*args.throughput_shape),),
-                    "prefill": (Shape(*args.prefill_shape, 1),),
-                    "prompt_profile": (Shape(*args.prefill_shape, 1),),
-                    "load": (Shape(1, args.input_len, 2),),
-                }.get(kind, tuple(Shape(batch, args.input_len, args.output_len) for batch in batches))
-                yield Work(kind, system, case, shapes)
-
-
-def takes_part(system: str, kind: str) -> bool:
-    if kind == "load":
-        return system == "ours"
-    if kind in ("profile", "prompt_profile"):
-        return system.startswith("ours")
-    if system in QUANTISED:
-        return kind in ("decode", "prefill")
-    return not (kind == "prefill" and system in ("hf_static", "hf_compile"))  # their prompts' step is eager
 
 
 class Bench:
@@ -238,59 +170,16 @@ class Bench:
 
         prompts = random_prompts(work.case, shape)
         seconds = min(self.args.row_seconds, self.budget.left)
+        if work.system in PEERS:  # those do not allocate through PyTorch here
+            base_bytes = None
         timing = measure(system, shape, prompts, repeat=self.args.repeat, row_seconds=seconds, base_bytes=base_bytes)
         ours = self.ours.setdefault((work.case.name, shape), timing.tokens) if work.system == "ours" else None
         reference = self.ours.get((work.case.name, shape)) if ours is None else None
         margin = worst_margin(system, prompts, reference, timing.tokens) if reference is not None else None
         row = self._row(work, setup, shape, len(timing.first_token_ms))
-        row |= self._numbers(work, setup, shape, timing) | compare(reference, timing.tokens, margin)
+        row |= numbers(setup.info, shape, timing, self.ceilings) | compare(reference, timing.tokens, margin)
         self._write(self.args.csv, [{name: row.get(name, "") for name in COLUMNS}])
         print(describe_row(row), flush=True)
-
-    def _numbers(self, work: Work, setup: Setup, shape: Shape, timing: Timing) -> dict[str, object]:
-        from gpu_cases import prefill_flops, step_bytes
-
-        from gpt.engine.weights import engine_bytes
-        from gpt.mapping import Mapping
-
-        model, build = setup.info.model, setup.info.build
-        first, token = Sample(timing.first_token_ms), Sample(timing.token_ms)
-        flops = prefill_flops(model, shape)
-        weight_bytes = engine_bytes(model, Mapping(), build.dtype, build.quant)
-        cache_bytes = build.kv_cache_bytes(model, shape.batch_size, shape.num_slots)
-        found: dict[str, object] = {
-            "first_token_ms": round(first.median, 3),
-            "first_token_ms_min": round(min(first.values), 3),
-            "first_token_ms_max": round(max(first.values), 3),
-            "prefill_tflops": round(flops / first.median / 1e9, 3),
-            "gemm_tflops": round(self.ceilings.gemm_tflops, 2),
-            "gemm_share": round(flops / first.median / 1e9 / self.ceilings.gemm_tflops, 4),
-            "first_call_s": round(timing.first_call_s, 3),
-            "weight_bytes": weight_bytes,
-            "cache_bytes": cache_bytes,
-        }
-        if timing.token_ms:
-            num_bytes = step_bytes(model, build, shape)
-            gb_per_s = num_bytes / token.median / 1e6
-            found |= {
-                "token_ms": round(token.median, 4),
-                "token_ms_min": round(min(token.values), 4),
-                "token_ms_max": round(max(token.values), 4),
-                "tokens_per_s": round(shape.batch_size / token.median * 1e3, 1),
-                "call_tokens_per_s": round(
-                    shape.batch_size * shape.output_len * 1e3 / (first.median + token.median * (shape.output_len - 1)),
-                    1,
-                ),
-                "step_bytes": num_bytes,
-                "gb_per_s": round(gb_per_s, 1),
-                "copy_gb_per_s": round(self.ceilings.copy_gb_per_s, 1),
-                "limit_ms": round(num_bytes / self.ceilings.copy_gb_per_s / 1e6, 4),
-                "share": round(gb_per_s / self.ceilings.copy_gb_per_s, 4),
-            }
-        if timing.peak_bytes is not None and work.system not in PEERS:  # those do not allocate through PyTorch here
-            found["peak_bytes"] = timing.peak_bytes
-            found["peak_over_needed"] = round(timing.peak_bytes / (weight_bytes + cache_bytes), 3)
-        return found
 
     def _load(self, work: Work, setup: Setup) -> None:
         from gpu_load import measure_load
@@ -381,10 +270,6 @@ def random_prompts(model: Case | ModelConfig, shape: Shape) -> list[list[int]]:
 
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.vocab_size, (shape.batch_size, shape.input_len), generator=generator).tolist()
-
-
-def describe(work: Work) -> str:
-    return f"{work.kind} {work.case.name} {', '.join(map(str, work.shapes))} {work.system}"
 
 
 def device_name(device: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 Row = dict[str, str]
 LABELS = {
     "ours": "this project",
+    "ours_int8": "this project, int8 weights",
+    "ours_int4": "this project, int4 weights in groups of 64",
     "ours_smoothquant": "this project, SmoothQuant per token and channel",
     "ours_smoothquant_static": "this project, SmoothQuant per channel",
     "ours_fp8": "this project, FP8",
@@ -24,20 +26,18 @@ LABELS = {
     "vllm": "vLLM",
     "ctranslate2": "CTranslate2",
 }
-_COLOURS = dict(
-    zip(
-        LABELS,
-        ("#0072b2", "#56b4e9", "#332288", "#88ccee", "#999999", "#e69f00", "#d55e00", "#009e73", "#cc79a7"),
-        strict=True,
-    )
-)
+_COLOURS = dict(zip(LABELS, (
+    "#0072b2", "#117733", "#44aa99", "#56b4e9", "#332288", "#88ccee", "#999999", "#e69f00", "#d55e00", "#009e73",
+    "#cc79a7",
+), strict=True))  # fmt: skip
 _NUM_KERNELS = 12
 # What rows of one measurement have in common.
 _SAME = ("kind", "case", "dtype", "batch_size", "input_len", "output_len", "system", "run", "kernel")
 
 
 def draw(path: Path, folder: Path) -> list[Path]:
-    """Draws what the rows of a CSV file hold; returns the files, named after it, in `folder`."""
+    """Draws what the rows of a CSV file hold; returns the files, named after it, in `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
     rows = latest_rows(path)
     target = folder / path.name
     if rows and "kernel" in rows[0]:
@@ -62,21 +62,27 @@ def table(rows: Sequence[Row]) -> str:
     groups = {(row["case"], int(row["batch_size"])) for row in rows}
     for case, batch in sorted(groups, key=lambda group: case_order(rows, group)):
         own = {row["system"]: row for row in rows if (row["case"], int(row["batch_size"])) == (case, batch)}
-        some = next(iter(own.values()))
         cells = [f"{float(own[system]['token_ms']):.3f}" if system in own else "-" for system in systems]
         share = f"{float(own['ours']['share']):.0%}" if "ours" in own else "-"
-        lines.append([case, str(batch), *cells, f"{float(some['limit_ms']):.3f}", share])
+        lines.append([case, str(batch), *cells, f"{limit_ms(own.values()):.3f}", share])
     if not lines:
         return ""
     head = ["ms per token", "batch", *(LABELS[system] for system in systems), "limit of the memory", "reached"]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *lines))
 
 
+def limit_ms(rows: Iterable[Row]) -> float:
+    """What rows of one model and batch are compared with: the limit of float weights where one of them has these."""
+    return max(float(row["limit_ms"]) for row in rows)
+
+
 def draw_latency(path: Path, rows: Sequence[Row]) -> Path:
     """One panel per model: ms per token over the batch, a line per system, bars from the fastest to the slowest round,
     and what reading weights and cache takes at the copy's speed."""
+    from matplotlib.ticker import LogLocator
+
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure = new_figure(3.1 * len(cases), 3.4)
+    figure = new_figure(max(6.2, 3.1 * len(cases)), 3.4)
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
     for axes, case in zip(panels, cases, strict=True):
         own = sorted((row for row in rows if row["case"] == case), key=lambda row: int(row["batch_size"]))
@@ -88,13 +94,15 @@ def draw_latency(path: Path, rows: Sequence[Row]) -> Path:
                 numbers(mine, "batch_size"), mid, spread, label=LABELS[system], color=_COLOURS[system], marker="o",
                 markersize=4, linewidth=1.6, capsize=2,
             )  # fmt: skip
-        limits = {float(row["batch_size"]): float(row["limit_ms"]) for row in own}
+        groups = {batch: [row for row in own if row["batch_size"] == batch] for batch in (r["batch_size"] for r in own)}
+        limits = {float(batch): limit_ms(rows) for batch, rows in groups.items()}
         style = {"marker": "_"} if len(limits) == 1 else {}
         axes.plot(list(limits), list(limits.values()), "k--", linewidth=1.2, label="limit of the memory", **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_minor_formatter("")
         axes.set_xticks(list(limits), [f"{batch:.0f}" for batch in limits])
         axes.set(title=f"{case}, {own[-1]['dtype']}", xlabel="sequences in the batch")
         axes.grid(axis="y", which="both", linewidth=0.4, alpha=0.5)
@@ -210,7 +218,10 @@ def add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    columns = int(figure.get_figwidth() // 3.1)  # as wide as the longest name
+    figure.legend(
+        list(entries.values()), list(entries), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
 
 
 def save(figure: Figure, path: Path, what: str) -> Path:

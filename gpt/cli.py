@@ -66,9 +66,12 @@ def add_log_level(parser: argparse._ActionsContainer, default: str = "info") -> 
 
 def positive_int(text: str) -> int:
     """An argparse type: an integer of at least 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"found {value}, allowed: an integer of at least 1")
+        raise argparse.ArgumentTypeError(f"found {text}, allowed: an integer of at least 1")
     return value
 
 

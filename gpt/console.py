@@ -50,7 +50,8 @@ def verbose(message: str) -> None:
 
 
 def print_notice(message: str) -> None:
-    """On stderr at every log level, from the first rank: what was done to the user's input on request."""
+    """On stderr at every log level, from the first rank: what was done to the user's input on request, and why a run
+    was slow that will not be the next time."""
     if read_launch().rank == 0:
         print(message, file=sys.stderr, flush=True)
 

@@ -128,25 +128,28 @@ def test_plots_are_drawn_from_the_files_alone(result: Result, tmp_path: Path) ->
     names = {"gpu_latency.svg", "gpu_share.svg", *(f"kernels_{case}_{step}.svg" for case, step in steps)}
     assert bench_gpu.main(["--plot", *files]) == 0
     assert {path.name for path in result.folder.glob("*.svg")} == names
-    assert bench_gpu.main(["--plot", *files, "--plot_dir", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == names
-    assert all((tmp_path / name).read_bytes() == (result.folder / name).read_bytes() for name in names)
+    made = tmp_path / "made"
+    assert bench_gpu.main(["--plot", *files, "--plot_dir", str(made)]) == 0
+    assert {path.name for path in made.iterdir()} == names
+    assert all((made / name).read_bytes() == (result.folder / name).read_bytes() for name in names)
 
 
 def test_the_table_of_the_last_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     same = {"device": "X", "kind": "decode", "dtype": "float16", "input_len": "8", "output_len": "4", "limit_ms": "0.5"}
     rows = [
+        {**same, "case": "b", "batch_size": "16", "system": "ours_int8", "token_ms": "1", "share": "0.25"},
         {**same, "case": "b", "batch_size": "16", "system": "ours", "token_ms": "2", "share": "0.25"},
         {**same, "case": "b", "batch_size": "2", "system": "hf_static", "token_ms": "4", "share": "0.125"},
         {**same, "case": "b", "batch_size": "16", "system": "ours", "token_ms": "1", "share": "0.5"},
     ]
+    rows[0]["limit_ms"] = "0.25"  # of fewer bytes; systems are compared with that of float weights
     for row in rows:
         row |= {"token_ms_min": row["token_ms"], "token_ms_max": row["token_ms"]}
     append_csv(tmp_path / "gpu.csv", rows)
     capsys.readouterr()
     assert bench_gpu.main(["--plot", str(tmp_path / "gpu.csv")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2:4] == ["| b | 2 | - | 4.000 | 0.500 | - |", "| b | 16 | 1.000 | - | 0.500 | 50% |"]
+    assert lines[2:4] == ["| b | 2 | - | - | 4.000 | 0.500 | - |", "| b | 16 | 1.000 | 1.000 | - | 0.500 | 50% |"]
 
 
 def test_a_spent_budget_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +168,24 @@ def test_a_failing_peer_ends_only_its_own_rows(tmp_path: Path, monkeypatch: pyte
     flags = [*SMALL, "--case", "tiny", "--decode", "--batch_size", "2", "--system", "ours", "hf_static", "hf_eager"]
     assert bench_gpu.main([*flags, "--csv", str(path)]) == 1
     assert [row["system"] for row in read_rows(path)] == ["ours", "hf_eager"]
+
+
+def test_engines_with_quantised_weights_beside_the_float_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    flags = [*SMALL, "--case", "tiny", "--batch_size", "2", "--decode", "--profile"]
+    files = ["--csv", str(path), "--profile_csv", str(tmp_path / "kernels.csv")]
+    assert bench_gpu.main([*flags, *files, "--system", "ours_int4", "ours_int8", "ours"]) == 0
+    rows = read_rows(path)
+    assert [(row["kind"], row["system"]) for row in rows] == [("decode", n) for n in ("ours", "ours_int8", "ours_int4")]
+    layers = 12 * 64 * 64 * 2  # weights of QKV, output and both of the MLP
+    scales = (3 + 1 + 4 + 1) * 64 * 2, 12 * 64 * 2  # one float32 per output; one per 64 inputs of an output
+    saved = [layers * 3 - 4 * scales[0], layers * 7 // 2 - 4 * scales[1]]
+    assert [int(rows[0]["weight_bytes"]) - int(row["weight_bytes"]) for row in rows[1:]] == saved
+    assert [int(rows[0]["step_bytes"]) - int(row["step_bytes"]) for row in rows[1:]] == saved
+    assert all(row["rows_like_ours"].endswith("/2") for row in rows[1:])
+    assert {path.name for path in tmp_path.glob("kernels*.svg")} == {
+        f"kernels_tiny_2{system}.svg" for system in ("", "_ours_int8", "_ours_int4")
+    }
 
 
 @pytest.mark.parametrize("flags", [["--case", "gpt5"], ["--output_len", "1"]])

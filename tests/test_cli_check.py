@@ -81,7 +81,7 @@ def test_a_whole_checkpoint(checkpoint: Path, checked: Checked) -> None:
         assert facts["token_ids"] == {"begin": 263, "end": 263, "padding": None}
         assert facts["tokenizer"] == "fast, 264 tokens, end id 263"
         assert "hf_gpt_convert.py" in facts["made_with"]
-        assert result["next_step"] == f"python build.py --model_dir {checkpoint}"
+        assert result["next_step"] == f"python build.py --model_dir {checkpoint} --world_size 2"
 
 
 def test_a_checkpoint_of_another_tool(checkpoint: Path, checked: Checked) -> None:

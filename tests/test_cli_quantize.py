@@ -72,7 +72,8 @@ def test_errors_are_printed_and_saved(hf: Path, tmp_path: Path, run: Run) -> Non
         "mlp.dense_h_to_4h",
         "mlp.dense_4h_to_h",
     ]
-    assert len(lines) == 8
+    assert len(lines) == 8 + 4 + 1
+    assert lines[-1] == "All numbers: quantization.csv beside the weights, drawn in quantization.svg"
     assert "2 texts" in errors
     rows = list(csv.DictReader((folder(tmp_path) / "quantization.csv").open(encoding="utf-8")))
     assert len(rows) == 2 * (4 * 6 + 4)  # layers of: four linear layers with two weights and four outputs; the cache
@@ -85,6 +86,14 @@ def test_errors_are_printed_and_saved(hf: Path, tmp_path: Path, run: Run) -> Non
     ]
     mean = sum(float(row["relative_error"]) for row in chosen) / 2
     assert f"{mean:.4f}" in lines[3]
+    found = {(row["layer"], row["part"], row["quantity"], row["variant"]): float(row["relative_error"]) for row in rows}
+    for layer, line in zip("01", lines[-3:-1], strict=True):
+        cells = line.split()
+        assert cells[0] == layer
+        both = [found[layer, "mlp.dense_4h_to_h", "output", mode] for mode in ("per-tensor", "per-token per-channel")]
+        cache = [found[layer, "cache", quantity, "separate"] for quantity in "KV"]
+        expected = [f"{both[0]:.4f}", "/", f"{both[1]:.4f}", *(f"{value:.4f}" for value in cache)]
+        assert cells[-5:] == expected
 
 
 def test_the_plot_shows_every_linear_layer(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,14 +247,16 @@ def test_a_device_that_is_not_there(hf: Path, tmp_path: Path, run: Run) -> None:
 def test_files_that_are_no_calibration_text(hf: Path, tmp_path: Path, run: Run) -> None:
     cases: dict[str, tuple[bytes | None, str]] = {
         "absent.txt": (None, "no such file"),
-        "empty.txt": (b"", "nothing but blanks"),
+        "empty.txt": (b"", "an empty file"),
+        "empty.jsonl": (b"", "an empty file"),
+        "header.csv": (b"text\n", "no rows, or"),
         "blank.txt": (b" \n\n\t\n", "nothing but blanks"),
         "latin.txt": ("caf\u00e9".encode("latin-1"), "no UTF-8 text"),
         "latin.jsonl": ('{"text": "caf\u00e9"}'.encode("latin-1"), "cannot be read as .jsonl"),
         "blank.jsonl": (b'{"text": ""}\n{"text": " "}\n', "nothing but blanks"),
         "numbers.jsonl": (b'{"text": "a"}\n{"text": 3}\n', "row 1: text is 3"),
         "column.jsonl": (b'{"article": "a"}\n', "has no column text"),
-        "broken.jsonl": (b"{", "cannot be read as .jsonl"),
+        "broken.jsonl": (b'{"text": "a"}\n\n{"text": "b",}\n', "line 3, character"),
         "list.json": (b"[1]", "holds no rows with columns"),
         "other.pdf": (b"%PDF", ".pdf"),
     }

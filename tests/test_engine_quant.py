@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from sharded_ops import sharded_logits
 from tiny_models import tiny_gpt2
 
 import build
+import check
 from gpt import quant
+from gpt.checkpoint.store import Checkpoint
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.engine.inspection import inspect
 from gpt.engine.plan import Plan
@@ -282,6 +285,37 @@ def test_fp8_without_calibration_scales_each_row(make_gpt2: Callable[..., Path],
     assert info.build.quant == QuantConfig("fp8", "per_token")
 
 
+def test_every_file_of_bad_scales_is_named(
+    calibrated: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is built, and by check.py too; float and weight-only engines do without scales."""
+    folder = tmp_path / "1-gpu"
+    shutil.copytree(calibrated(1), folder)
+    (folder / "manifest.json").unlink()
+    bad = {
+        "attention.dense.scale_x_orig_quant": float("nan"),
+        "attention.query_key_value.scale_kv_quant_orig": 0.0,
+        "mlp.dense_4h_to_h.scale_w_quant_orig.col": -1.0,
+    }
+    for name, value in bad.items():
+        path = folder / f"model.layers.1.{name}.bin"
+        values = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
+        values[-1] = value
+        path.write_bytes(values.numpy().tobytes())
+    words = ["--model_dir", str(folder), "--output_dir", str(tmp_path / "e")]
+    for flags in (["--use_smooth_quant"], ["--int8_kv_cache"], ["--enable_fp8"]):
+        capsys.readouterr()
+        assert build.main([*words, *flags]) == 3
+        told = capsys.readouterr().err
+        assert all(f"model.layers.1.{name}.bin: 1 of" in told for name in bad)
+        assert f"the first is {bad['mlp.dense_4h_to_h.scale_w_quant_orig.col']}" in told
+    assert not (tmp_path / "e").exists()
+    assert check.main([str(folder)]) == 3
+    told = capsys.readouterr().out
+    assert all(f"model.layers.1.{name}.bin: scales must be finite and above 0: 1 of" in told for name in bad)
+    assert build.main([*words, "--use_weight_only"]) == 0
+
+
 # The comparison with the float model.
 
 
@@ -298,9 +332,9 @@ def test_check_quality(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[s
     checkpoint = convert(bundled, tmp_path / "ft")
     assert build.main(["--model_dir", str(checkpoint), "--output_dir", str(tmp_path / "e"), *flags]) == 0
     told = capfd.readouterr().out
-    for text in ("int8 weights", "perplexity", "KL divergence", "cache per token"):
+    for text in ("int8 weights", "perplexity", "KL divergence", "cache per token", "MiB (float32)"):
         assert text in told
-    assert ("ROUGE-1" in told) == (kind == "jsonl")
+    assert ("ROUGE-1, 3 texts" in told) == (kind == "jsonl")
     report = json.loads((tmp_path / "e" / "quality.json").read_text())
     if kind == "jsonl":
         rouge1 = report["rouge1"]
@@ -337,6 +371,10 @@ def test_the_float_engine_agrees_with_itself_token_by_token(tmp_path: Path) -> N
         ("none.txt", None, "there is no file"),
         ("short.txt", "a", "too little text"),
         ("rows.jsonl", '{"body": "x"}', "row 0 has no text"),
+        ("numbers.jsonl", '{"text": "a"}\n{"text": 3}', "row 1: text is 3"),
+        ("nulls.jsonl", '{"article": "a", "highlights": null}', "row 0: highlights is None"),
+        ("empty.jsonl", "", "no text to check"),
+        ("blank.csv", "text\n  \n", "no text to check"),
         ("bytes.txt", b"\xff\xfe\xfa", "no UTF-8"),
     ],
 )
@@ -351,3 +389,21 @@ def test_bad_quality_texts(name: str, content: str | bytes | None, told: str, tm
     tokenizer = load_tokenizer(tiny_gpt2(tmp_path / "hf"))
     with pytest.raises(ConfigError, match=told):
         windows_of([row.whole for row in read_rows(path)], tokenizer, info.model, info.build, 4)
+
+
+def test_what_is_wrong_with_the_texts_is_said_before_the_work(
+    make_gpt2: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from engines import convert
+
+    checkpoint = convert(make_gpt2(), tmp_path / "ft")
+    texts, engine = tmp_path / "numbers.jsonl", tmp_path / "e"
+    texts.write_text('{"text": 3}')
+    flags = ["--model_dir", str(checkpoint), "--output_dir", str(engine), "--check_quality"]
+    assert build.main([*flags, str(texts)]) == 2
+    assert "row 0: text is 3" in capsys.readouterr().err
+    for path in Checkpoint.open(checkpoint).tokenizer_files:
+        path.unlink()
+    assert build.main([*flags, str(texts)]) == 2
+    assert "no tokenizer to check the quality with" in capsys.readouterr().err
+    assert not engine.exists()

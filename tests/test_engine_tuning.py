@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt.config import ModelConfig
+from gpt.engine import autotune
 from gpt.engine.tuning import Tuning, token_bucket, tuning_path
 from gpt.kernels.attention import AttentionConfig
 from gpt.kernels.gemv import GemvConfig
 from gpt.kernels.skinny import SkinnyConfig
+from gpt.mapping import Mapping
+from gpt.quant import QuantConfig
 
 CPU = torch.device("cpu")
 
@@ -84,3 +88,24 @@ def test_no_file_needs_no_word(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 def test_batches_that_share_parameters() -> None:
     assert [token_bucket(size) for size in (2, 16, 17, 33, 300)] == [16, 16, 32, 64, 64]
+
+
+@pytest.mark.parametrize(
+    ("quant", "products", "caches"),
+    [
+        (QuantConfig(), 5, 1),
+        (QuantConfig("int8"), 1, 1),
+        (QuantConfig("int4", kv_cache="int8"), 1, 0),
+        (QuantConfig(kv_cache="fp8"), 5, 0),
+    ],
+)
+def test_only_what_is_float_is_measured(
+    quant: QuantConfig, products: int, caches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is fastest for float16 weights need not be for those of a byte, which keep the defaults made for them."""
+    model = ModelConfig(vocab_size=64, n_positions=64, n_embd=32, n_head=2, n_layer=1, n_kv_head=2, inter_size=128)
+    monkeypatch.setattr(autotune, "_best", lambda candidates, launch, copies: "measured")
+    monkeypatch.setattr(autotune, "_COLD_BYTES", 1)
+    found = autotune.autotune(model, Mapping(), torch.float32, [1], 128, CPU, quant)
+    assert (len(found.gemvs), len(found.attentions)) == (products, caches)
+    assert (64, 32) in found.gemvs  # the head

@@ -21,11 +21,13 @@ from gpt.mapping import Mapping
 
 @dataclass(frozen=True)
 class ExpectedFile:
-    """A file as the table wants it; `fixed` where its dtype is not the checkpoint's storage dtype."""
+    """A file as the table wants it; `fixed` where its dtype is not the checkpoint's storage dtype, `scales` where all
+    values must be above 0."""
 
     shape: tuple[int, ...]
     dtype: str
     fixed: bool
+    scales: bool
 
     @property
     def bytes(self) -> int:
@@ -43,7 +45,8 @@ def expected_files(
     """Name, shape and dtype of every weight file of a checkpoint stored in `dtype`."""
     for tensor in itertools.chain(tensors(model), quant_tensors(model, quant)):
         shape = tensor.file_shape(Mapping(world_size, 0), model)
-        file = ExpectedFile(shape, tensor.dtype or dtype, fixed=tensor.dtype is not None)
+        fixed, scales = tensor.dtype is not None, tensor.kind == "factor"
+        file = ExpectedFile(shape, tensor.dtype or dtype, fixed, scales)
         for name in dict.fromkeys(tensor.file_name(rank) for rank in range(world_size)):
             yield name, file
 

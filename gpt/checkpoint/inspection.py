@@ -25,10 +25,10 @@ from gpt.checkpoint.nemo import read_config
 from gpt.checkpoint.nemo_archive import CONFIG_NAME, find_config, is_compressed, read_yaml
 from gpt.checkpoint.prompt_table import description_path, read_tasks
 from gpt.checkpoint.source import SourceTensor
-from gpt.checkpoint.store import TOKENIZER_FILES, Checkpoint, find_folder
+from gpt.checkpoint.store import TOKENIZER_FILES, Checkpoint, bad_scales, find_folder, map_file
 from gpt.config import ModelConfig
 from gpt.console import human_bytes, progress
-from gpt.dtypes import FLOAT_DTYPES, torch_dtype
+from gpt.dtypes import FLOAT_DTYPES
 from gpt.errors import CheckpointError, GptError
 from gpt.files import file_checksum, is_lfs_pointer
 
@@ -103,7 +103,8 @@ def inspect_checkpoint(path: Path, *, checksums: bool, values: bool) -> Inspecti
         checkpoint = Checkpoint.open(folder)
         model, dtype, quant = checkpoint.model, checkpoint.storage_dtype, checkpoint.quant
         _describe_checkpoint(result, folder, model, dtype, checkpoint.world_size, quant)
-        result.next_step = f"python build.py --model_dir {shlex.quote(str(folder))}"
+        ranks = f" --world_size {checkpoint.world_size}" if checkpoint.world_size > 1 else ""
+        result.next_step = f"python build.py --model_dir {shlex.quote(str(folder))}{ranks}"
     listed = _manifest(folder)
     if listed is not None:
         if result.model is None:  # what is wrong with the folder is known; the files that are whole are still looked at
@@ -120,12 +121,13 @@ def inspect_checkpoint(path: Path, *, checksums: bool, values: bool) -> Inspecti
         result.tokenizer_dir = folder
     if values and result.model is not None:
         quant = find_quant_files(folder, listed)
-        files = expected_files(result.model, result.facts["ranks"], result.facts["dtype"], quant)
-        result.problems += bad_values(
-            (name, _mapped(folder / name, file.shape, file.dtype))
-            for name, file in files
-            if _has_size(folder / name, file.bytes)
-        )
+        files = dict(expected_files(result.model, result.facts["ranks"], result.facts["dtype"], quant))
+        files = {name: file for name, file in files.items() if _has_size(folder / name, file.bytes)}
+        floats = ((name, map_file(folder / name, file)) for name, file in files.items() if not file.scales)
+        result.problems += bad_values(floats)
+        for name, file in files.items():
+            if file.scales and (problem := bad_scales(map_file(folder / name, file))):
+                result.problems.append(f"{name}: scales must be finite and above 0: {problem}")
     return result
 
 
@@ -252,12 +254,6 @@ def bad_values(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
                     count[1] += int(block.isinf().sum())
                 bar.update(block.nbytes)
     return [f"{name}: {nan} NaN and {infinite} infinite values" for name, (nan, infinite) in counts.items()]
-
-
-def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-    import torch
-
-    return torch.from_file(str(path), size=math.prod(shape), dtype=torch_dtype(dtype))
 
 
 def _source_blocks(weights: dict[str, SourceTensor]) -> Iterator[tuple[str, torch.Tensor]]:

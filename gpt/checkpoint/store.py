@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gpt.checkpoint import manifest
 from gpt.checkpoint.config_ini import CONFIG_NAME, model_from_ini, read_section, storage_dtype
-from gpt.checkpoint.expected import check_files, find_quant_files
+from gpt.checkpoint.expected import ExpectedFile, check_files, expected_files, find_quant_files
 from gpt.checkpoint.layout import QKV, QuantFiles, Tensor, quant_tensors
 from gpt.checkpoint.manifest import Manifest
 from gpt.config import ModelConfig
@@ -106,8 +106,9 @@ class Checkpoint:
         values = torch.from_file(str(path), size=math.prod(shape), dtype=dtype)
         self._check_bytes(path, values)
         values = values.view(shape)
-        if tensor.kind == "factor":
-            _check_factors(path, values, self.manifest)
+        if tensor.kind == "factor" and (problem := bad_scales(values)):
+            what = f"scales must be finite and above 0: {path}"
+            raise CheckpointError(what, found=problem, hint=_hint(self.manifest))
         return mapping.shard(tensor.split, values, self.model) if tensor.sliced else values
 
     def read_kv_scales(self, layer: int) -> torch.Tensor:
@@ -153,6 +154,16 @@ class Checkpoint:
             allowed=world_size,
             hint=shlex.join(self._command(world_size)),
         )
+
+    def check_scales(self) -> None:
+        """Raises CheckpointError listing every file of scales that are not finite and positive."""
+        files = expected_files(self.model, self.world_size, self.storage_dtype, self.quant)
+        problems = Problems()
+        for name, file in files:
+            if file.scales and (problem := bad_scales(map_file(self.folder / name, file))):
+                problems.add(f"{name}: {problem}")
+        what = f"scales must be finite and above 0: {self.folder}"
+        problems.raise_if_any(CheckpointError, what, hint=_hint(self.manifest))
 
     def _check_bytes(self, path: Path, values: torch.Tensor) -> None:
         if self.manifest is None:
@@ -225,17 +236,19 @@ def _compare(problems: Problems, listed: Manifest, model: ModelConfig, storage_d
             problems.add(f"{name}: {CONFIG_NAME} says {value}, {manifest.FILE_NAME} {said[name]}")
 
 
-def _check_factors(path: Path, values: torch.Tensor, listed: Manifest | None) -> None:
+def map_file(path: Path, file: ExpectedFile) -> torch.Tensor:
+    """The values of a file that has the expected length, memory-mapped, in one row."""
     import torch
 
-    bad = ~(torch.isfinite(values) & (values > 0))
-    if bad.any():
-        raise CheckpointError(
-            f"scales that nothing can be multiplied by: {path}",
-            found=f"{int(bad.sum())} of {values.numel()}, the first is {float(values[bad][0])}",
-            allowed="finite numbers above 0",
-            hint=_hint(listed),
-        )
+    return torch.from_file(str(path), size=math.prod(file.shape), dtype=torch_dtype(file.dtype))
+
+
+def bad_scales(values: torch.Tensor) -> str | None:
+    """How many of the values nothing can be multiplied by: those that are not finite and positive."""
+    import torch
+
+    bad = values[~(torch.isfinite(values) & (values > 0))]
+    return f"{bad.numel()} of {values.numel()}, the first is {float(bad[0])}" if bad.numel() else None
 
 
 def _hint(listed: Manifest | None) -> str:

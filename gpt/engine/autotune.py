@@ -6,7 +6,6 @@ weights that none is still in the cache when its turn comes again.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from gpt.kernels.launch import OutOfResources, num_multiprocessors
 from gpt.kernels.norm import add_norm
 from gpt.kernels.product import Norm
 from gpt.mapping import Mapping
+from gpt.quant import FLOAT, QuantConfig
 
 Config = TypeVar("Config")
 
@@ -31,8 +31,11 @@ _MIN_LAUNCHES = 24
 _REPEATS = 7
 
 
-def product_shapes(model: ModelConfig, mapping: Mapping) -> list[tuple[int, int, bool]]:
-    """(N, K, whether it ends in the residual stream) of every product of one rank."""
+def product_shapes(model: ModelConfig, mapping: Mapping, quant: QuantConfig) -> list[tuple[int, int, bool]]:
+    """(N, K, whether it ends in the residual stream) of every product of one rank that has float weights."""
+    head = (mapping.local_vocab_size(model), model.n_embd, False)
+    if quant.weights is not None:
+        return [head]
     ranks = mapping.world_size
     heads = mapping.local_heads(model) + 2 * mapping.local_kv_heads(model)
     inner = model.inter_size // ranks
@@ -41,7 +44,7 @@ def product_shapes(model: ModelConfig, mapping: Mapping) -> list[tuple[int, int,
         (model.n_embd, mapping.local_heads(model) * model.head_size, True),
         (inner, model.n_embd, False),
         (model.n_embd, inner, True),
-        (mapping.local_vocab_size(model), model.n_embd, False),
+        head,
     ]
     return list(dict.fromkeys(shapes))
 
@@ -53,17 +56,18 @@ def autotune(
     batch_sizes: Iterable[int],
     num_slots: int,
     device: torch.device,
+    quant: QuantConfig = FLOAT,
 ) -> Tuning:
-    """Measures every product and the attention over caches of `num_slots` for every batch size; float weights.  Takes
-    some tenths of a second per candidate."""
+    """Measures every product and the attention over caches of `num_slots` for every batch size, where weights and cache
+    are float: what is fastest for these need not be for fewer bytes.  Takes some tenths of a second per candidate."""
     tuning = Tuning(device)
-    for batch_size in sorted(set(batch_sizes)):
+    for batch_size in sorted(set(batch_sizes)) if quant.kv_cache is None else ():
         key = (batch_size, mapping.local_heads(model), mapping.local_kv_heads(model), num_slots)
         candidates = attention_candidates(key[1] > key[2], model.head_size, num_slots)
         launch, copies = _attention_launcher(*key, model.head_size, dtype, device, tuning)
         tuning.attentions[key] = _best(candidates, launch, copies)
     buckets = sorted({0 if size == 1 else token_bucket(size) for size in batch_sizes})
-    work = [(bucket, *shape) for bucket in buckets for shape in product_shapes(model, mapping)]
+    work = [(bucket, *shape) for bucket in buckets for shape in product_shapes(model, mapping, quant)]
     for bucket, num_rows, num_columns, to_stream in progress(work, what="Tuning", unit="product"):
         copies = max(1, -(-_COLD_BYTES // (num_rows * num_columns * dtype.itemsize)))
         weights = torch.randn((copies, num_rows, num_columns), device=device).to(dtype)
@@ -82,8 +86,8 @@ def autotune(
 
 def gemv_candidates(num_columns: int) -> Iterator[gemv.GemvConfig]:
     widest = 1 << (num_columns - 1).bit_length()
-    for block_n, block_k, num_warps in itertools.product((1, 2, 4, 8), (1024, 2048, 4096), (4, 8)):
-        if block_k <= max(widest, 1024) and 32 <= block_n * block_k // (32 * num_warps) <= 64:
+    for block_n, block_k, num_warps in itertools.product((2, 4, 8, 16), (1024, 2048, 4096), (1, 2, 4, 8)):
+        if block_k <= max(widest, 1024) and 64 <= block_n * block_k // (32 * num_warps) <= 128:
             yield gemv.GemvConfig(block_n, block_k, num_warps)
 
 
@@ -154,8 +158,7 @@ def _attention_launcher(
         )
         if joins:
             x, splits = (scratch, config.num_splits) if config.num_splits > 1 else (out.view(-1), 1)
-            product = tuning.gemv(width, width)
-            product = dataclasses.replace(product, block_k=max(product.block_k, head_size))
+            product = gemv.config_for_parts(tuning.gemv(width, width), splits, head_size)
             gemv.gemv(x, weight, stream, config=product, add_to_out=True, splits=splits, head_size=head_size)
 
     return launch, copies

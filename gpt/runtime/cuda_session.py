@@ -15,6 +15,7 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
 from gpt.engine.cuda_prompt_ops import PromptOps
 from gpt.engine.cuda_w8a8 import W8a8Linear
+from gpt.engine.host_lists import on_device
 from gpt.engine.kv_cache import KvCache, batch_bucket, cache_slots
 from gpt.engine.step import AheadStep, PagedStep, Step
 from gpt.engine.tuning import Tuning
@@ -25,13 +26,15 @@ from gpt.network.gpt import forward
 from gpt.quant import QuantConfig
 from gpt.runtime.limits import check_start
 from gpt.runtime.prompt_graphs import PromptGraphs
-from gpt.runtime.recording import record
+from gpt.runtime.recording import Recorder
 from gpt.runtime.sampling import Draws
 from gpt.runtime.torch_session import TorchSession, paged_part
 from gpt.runtime.virtual_tokens import VirtualTokens
 
 # Steps that may be under way while the host still reads older tokens.
 _LEAD = 3
+# Graphs of a batch size for so many ways of choosing tokens are kept: a long session may be asked for any number.
+_MAX_WAYS = 8
 
 
 def kernels_know(quant: QuantConfig, device: torch.device) -> bool:
@@ -102,13 +105,19 @@ class CudaSession(TorchSession):
             products={name: each for name, each in self.ops.linears.items() if isinstance(each, W8a8Linear)},
         )
         self._decoders: dict[tuple[str, int], _Decoder] = {}
-        self._graph_memory = torch.cuda.graph_pool_handle() if self.graphs else None
-        # Graphs pad prompts, and not from the first time on.
-        self._prompts = PromptGraphs(self._forward_whole) if self.graphs and not batch_invariant else None
+        self._recorder = Recorder(self.device) if self.graphs else None
+        self._prompts: PromptGraphs | None = None
+        if self._recorder is not None and not batch_invariant:  # graphs pad prompts, and not from the first time on
+            self._prompts = PromptGraphs(self._forward_whole, self._recorder)
         self._active: _Decoder | None = None  # the one that holds the positions of the batch
         self._num_generated = 0  # since it does
         if isinstance(self.comm, NcclCommunicator):
             self.comm.before_leaving(self.release_graphs)
+
+    @property
+    def recording_seconds(self) -> float:
+        """See gpt.runtime.session.RecordsSteps."""
+        return 0.0 if self._recorder is None else self._recorder.seconds
 
     def release_graphs(self) -> None:
         """Forgets all that was recorded; the next step records it again."""
@@ -136,7 +145,7 @@ class CudaSession(TorchSession):
     def context(self, prompts: Sequence[Sequence[int]], virtual: VirtualTokens | None = None) -> torch.Tensor:
         logits = None
         if self._prompts is not None and self.cache is not None and virtual is None:
-            logits = self._prompts.run(prompts, self.cache, self.model.n_positions, self._graph_memory)
+            logits = self._prompts.run(prompts, self.cache, self.model.n_positions)
         if logits is None:
             return super().context(prompts, virtual)
         self._set_lengths(prompts)
@@ -206,23 +215,24 @@ class CudaSession(TorchSession):
         return max(0, super().num_pool_blocks - 1)
 
     def run_paged(self, step: PagedStep) -> torch.Tensor:
-        """Rows of one token after a past take the decode step, all others PyTorch's."""
+        """Rows of one token after a past take the decode step, all others PyTorch's.  The host prepares the latter
+        while the device decodes."""
         decoding = [num_new == 1 and past > 0 for num_new, past in zip(step.num_new, step.num_past, strict=True)]
         if not any(decoding):
             return super().run_paged(step)
         starts = list(accumulate(step.num_new, initial=0))
         rows = [row for row, one in enumerate(decoding) if one]
-        logits = self._decode_rows(step, rows, [starts[row] for row in rows])
         if all(decoding):
-            return logits[step.wanted]
+            return self._decode_rows(step, rows, rows)[step.wanted]
         lines = {token: line for line, token in enumerate(step.wanted.tolist())}
+        logits = self._decode_rows(step, rows, [starts[row] for row in rows])
         result = logits.new_empty((len(lines), logits.shape[1]))
         decoded = [(lines[starts[row]], index) for index, row in enumerate(rows) if starts[row] in lines]
         if decoded:
-            target, source = torch.tensor(decoded, device=self.device).T
+            target, source = on_device(decoded, self.device, torch.int64).T
             result[target] = logits[source]
         part, others = paged_part(step, [row for row, one in enumerate(decoding) if not one], lines)
-        result[torch.tensor(others, dtype=torch.int64, device=self.device)] = super().run_paged(part)
+        result[on_device(others, self.device, torch.int64)] = super().run_paged(part)
         return result
 
     def run_paged_ahead(self, step: AheadStep) -> Iterator[tuple[list[int], list[float]]]:
@@ -237,7 +247,7 @@ class CudaSession(TorchSession):
             for token, past, end, table in zip(step.ids, step.num_past, step.ends, step.tables, strict=True)
         ]
         rows += [[0, 0, 0, *[trash] * width]] * (decoder.num_rows - num_rows)
-        numbers = torch.tensor(rows, dtype=torch.int32).to(self.device)
+        numbers = on_device(rows, self.device)
         inputs.ids.copy_(numbers[:, 0])
         inputs.positions.copy_(numbers[:, 1])
         decoder.first.copy_(inputs.positions)
@@ -252,24 +262,20 @@ class CudaSession(TorchSession):
             if self.graphs:
                 done.append(torch.cuda.Event())
                 done[-1].record()
-        for number in range(step.num_steps):
-            if self.graphs:
-                done[number].synchronize()
-            tokens, values = host[number, :, :num_rows]
-            yield tokens.tolist(), values.view(torch.float32).tolist()
+        return _read(host[:, :, :num_rows], done)
 
     def _decode_rows(self, step: PagedStep, rows: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
         """One decode step of these rows of a paged step, whose tokens stand at `tokens`: logits [rows, V]."""
         decoder = self._paged_decoder(len(rows))
         inputs, num_rows = decoder.inputs, len(rows)
-        picked = torch.tensor(tokens, device=self.device)
+        picked = on_device(tokens, self.device, torch.int64)
         inputs.ids[:num_rows] = step.ids[picked]
         inputs.positions.zero_()
         inputs.positions[:num_rows] = step.positions[picked]
         decoder.first.copy_(inputs.positions)
         inputs.table.fill_(self._pool().num_blocks - 1)
         width = min(step.block_table.shape[1], inputs.table.shape[1])
-        inputs.table[:num_rows, :width] = step.block_table[torch.tensor(rows, device=self.device), :width]
+        inputs.table[:num_rows, :width] = step.block_table[on_device(rows, self.device, torch.int64), :width]
         return self._step(decoder)[:num_rows]
 
     def _paged_decoder(self, num_rows: int) -> _Decoder:
@@ -317,9 +323,8 @@ class CudaSession(TorchSession):
         self._decoders = {key: decoder for key, decoder in self._decoders.items() if key[0] != kind}
         if self._prompts is not None:
             self._prompts.clear()
-        if self.graphs:
-            # A pool ends with its last graph and takes no other; those that are left keep theirs.
-            self._graph_memory = torch.cuda.graph_pool_handle()
+        if self._recorder is not None:
+            self._recorder.renew_memory()  # the graphs that are left keep theirs
         self._active = None
 
     def _count_step(self) -> None:
@@ -330,10 +335,12 @@ class CudaSession(TorchSession):
     def _step(self, decoder: _Decoder, filters: Filters | None = None) -> torch.Tensor:
         """The logits [B, V] that follow the decoder's inputs, which move on to the likeliest or the drawn tokens."""
         with torch.inference_mode():
-            if not self.graphs:
+            if self._recorder is None:
                 return self._launch(decoder, filters)[:, : self.model.vocab_size]
             if filters not in decoder.recorded:
-                decoder.recorded[filters] = self._capture(decoder, filters)
+                if len(decoder.recorded) == _MAX_WAYS:
+                    del decoder.recorded[next(iter(decoder.recorded))]
+                decoder.recorded[filters] = self._capture(decoder, filters, self._recorder)
             recorded = decoder.recorded[filters]
             recorded.graph.replay()
             return recorded.logits[:, : self.model.vocab_size]
@@ -354,10 +361,19 @@ class CudaSession(TorchSession):
         choose_greedy(tiles, inputs.ids, inputs.positions, decoder.first, decoder.tokens)
         return logits
 
-    def _capture(self, decoder: _Decoder, filters: Filters | None) -> _Recorded:
+    def _capture(self, decoder: _Decoder, filters: Filters | None, recorder: Recorder) -> _Recorded:
         """Records the step; the inputs, which its first run moves on, are put back."""
         saved = decoder.inputs.ids.clone(), decoder.inputs.positions.clone()
-        graph, logits = record(lambda: self._launch(decoder, filters), self.device, self._graph_memory)
+        graph, logits = recorder.record(lambda: self._launch(decoder, filters))
         decoder.inputs.ids.copy_(saved[0])
         decoder.inputs.positions.copy_(saved[1])
         return _Recorded(graph, logits)
+
+
+def _read(host: torch.Tensor, done: Sequence[torch.cuda.Event]) -> Iterator[tuple[list[int], list[float]]]:
+    """Tokens and the largest logits of each step in host [T, 2, B] int32, as soon as they are there.  done: events of
+    the steps, none where nothing has to be waited for."""
+    for number, (tokens, values) in enumerate(host):
+        if done:
+            done[number].synchronize()
+        yield tokens.tolist(), values.view(torch.float32).tolist()

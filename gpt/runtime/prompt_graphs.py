@@ -6,13 +6,12 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from gpt.engine.kv_cache import KvCache
 from gpt.engine.step import ContextStep, Step
-from gpt.runtime.recording import record
+from gpt.runtime.recording import Recorder
 
 # Up to so many tokens padding costs less than launches; beyond, prompts must come close to filling the graph's rows.
 _MAX_PADDED_TOKENS = 1024
@@ -21,6 +20,9 @@ _MIN_SHARE = 0.95
 _MAX_TOKENS = 16384
 _TOKENS_PER_BUCKET = 64
 _MAX_GRAPHS = 16
+# Then no more are recorded: sizes that come and go would spend more on recording than graphs save.  A number and not a
+# time, which ranks would measure differently: recording adds them up as any step does, and all must take part.
+_MAX_RECORDINGS = 64
 
 
 @dataclass
@@ -47,29 +49,28 @@ def graph_size(lengths: Sequence[int], num_slots: int) -> tuple[int, int] | None
 class PromptGraphs:
     """Prompt steps by batch size and length, padded to a multiple of 64 tokens, recorded when a size comes again."""
 
-    def __init__(self, forward: Callable[[Step, KvCache], torch.Tensor]):
+    def __init__(self, forward: Callable[[Step, KvCache], torch.Tensor], recorder: Recorder):
         """forward: runs a step."""
         self._forward = forward
+        self._recorder = recorder
+        self._num_recorded = 0
         self._seen: Counter[tuple[int, int]] = Counter()
         self._graphs: OrderedDict[tuple[int, int], _Prompt] = OrderedDict()
 
-    def run(
-        self, prompts: Sequence[Sequence[int]], cache: KvCache, num_positions: int, memory: Any
-    ) -> torch.Tensor | None:
-        """The logits [B, V] after the last token of each prompt; None for sizes that are not worth a graph.  memory:
-        the pool that graphs share."""
+    def run(self, prompts: Sequence[Sequence[int]], cache: KvCache, num_positions: int) -> torch.Tensor | None:
+        """The logits [B, V] after the last token of each prompt; None for sizes that are not worth a graph."""
         key = graph_size([len(prompt) for prompt in prompts], cache.tokens_per_block)
         if key is None:
             return None
         width = key[1]
         self._seen[key] += 1
-        if key not in self._graphs and self._seen[key] < 2:
+        if key not in self._graphs and (self._seen[key] < 2 or self._num_recorded == _MAX_RECORDINGS):
             return None
         device = cache.blocks.device
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], dtype=torch.int32)
         last = torch.tensor([row * width + len(prompt) - 1 for row, prompt in enumerate(prompts)])
         if key not in self._graphs:
-            self._graphs[key] = self._record(key, cache, num_positions, memory)
+            self._graphs[key] = self._record(key, cache, num_positions)
             if len(self._graphs) > _MAX_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
@@ -83,7 +84,7 @@ class PromptGraphs:
         """Forgets all graphs: they hold the addresses of the cache."""
         self._graphs.clear()
 
-    def _record(self, key: tuple[int, int], cache: KvCache, num_positions: int, memory: Any) -> _Prompt:
+    def _record(self, key: tuple[int, int], cache: KvCache, num_positions: int) -> _Prompt:
         batch_size, width = key
         device = cache.blocks.device
         positions = torch.arange(width, dtype=torch.int32, device=device).clamp(max=num_positions - 1)
@@ -94,5 +95,6 @@ class PromptGraphs:
             lengths=(width,) * batch_size,
             padded=True,
         )
-        graph, logits = record(lambda: self._forward(step, cache), device, memory)
+        graph, logits = self._recorder.record(lambda: self._forward(step, cache))
+        self._num_recorded += 1
         return _Prompt(step, graph, logits)

@@ -73,6 +73,16 @@ class RunsAhead(Protocol):
         ...
 
 
+@runtime_checkable
+class RecordsSteps(Protocol):
+    """A session that records steps when they first come, which makes that first time slow."""
+
+    @property
+    def recording_seconds(self) -> float:
+        """What that has taken so far, compiling of kernels included."""
+        ...
+
+
 class PagedSession(Session, Protocol):
     """A session that has a pool of cache blocks as well: sequences come and go, each step names their blocks.
 
@@ -101,5 +111,6 @@ class PagedRunsAhead(Protocol):
     """A paged session whose device chooses the likeliest tokens itself for several steps."""
 
     def run_paged_ahead(self, step: AheadStep) -> Iterator[tuple[list[int], list[float]]]:
-        """Yields per step the chosen tokens and their logits, which the device need not wait for."""
+        """Sets the device to work, and yields per step the chosen tokens and their logits as they come.  Other steps
+        may be asked for before these have been read."""
         ...

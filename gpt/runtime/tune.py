@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from gpt.console import log
 from gpt.dtypes import torch_dtype
 from gpt.engine.folder import EngineInfo
 from gpt.errors import ConfigError
 from gpt.mapping import Mapping
+from gpt.quant import FLOAT
 
 
 def tune_engine(info: EngineInfo, batch_sizes: Sequence[int]) -> Path:
@@ -37,7 +39,10 @@ def tune_engine(info: EngineInfo, batch_sizes: Sequence[int]) -> Path:
     rows = [batch_bucket(size) for size in batch_sizes]
     slots = cache_slots(info.build.max_seq_len)
     mapping = Mapping.of_build(info.build)
-    tuning = autotune(info.model, mapping, torch_dtype(info.build.dtype), rows, slots, device)
+    quant = info.build.quant
+    if quant != FLOAT:
+        log.info("%s: what is float is measured, the rest keeps its default parameters", quant.describe())
+    tuning = autotune(info.model, mapping, torch_dtype(info.build.dtype), rows, slots, device, quant)
     path = tuning_path(info.folder, device)
     tuning.save(path)
     return path

@@ -14,6 +14,7 @@ from gpt.text.tokenizer import Tokenizer
 
 TEXT_SUFFIXES = (".txt", *FILE_SUFFIXES)
 BUNDLED = Path(__file__).resolve().parents[2] / "assets" / "calibration.txt"
+_HINT = f"--calib-data {BUNDLED} is always there"
 _COLUMN, _SPLIT, _FLAG = "text", "validation", "--calib-data"
 # The data set of the original, under the name that the hub has for it today.
 LAMBADA = HubData("cimec/lambada", None, _COLUMN, split=_SPLIT, flag=_FLAG)
@@ -35,7 +36,13 @@ def load_texts(data: str | None, column: str, size: int, cache_dir: str | None) 
         source, rows = data, rows_of_hub(hub, Path(cache_dir) if cache_dir else None)
     texts = list(itertools.islice(_texts(rows, column, source), size))
     if not texts:
-        raise ConfigError(f"no text to calibrate on: {source}", found="nothing but blanks", allowed="at least one text")
+        empty = _names_a_file(source) and Path(source).expanduser().stat().st_size == 0
+        raise ConfigError(
+            f"no text to calibrate on: {source}",
+            found="an empty file" if empty else "no rows, or nothing but blanks in them",
+            allowed="at least one text",
+            hint=_HINT,
+        )
     if len(texts) < size:
         log.info("%s has %d texts; --calib-size %d would take more", source, len(texts), size)
     return source, texts
@@ -77,7 +84,7 @@ def _rows_of_path(path: Path, column: str) -> Iterator[Mapping[str, Any]]:
             f"no calibration text: {path}",
             found="no such file" if not path.exists() else "a folder" if path.is_dir() else path.suffix or "no suffix",
             allowed=f"a file of {', '.join(TEXT_SUFFIXES)}, or a data set's name on the hub",
-            hint=f"--calib-data {BUNDLED} is always there",
+            hint=_HINT,
         )
     if path.suffix.lower() != ".txt":
         return rows_of_file(path)

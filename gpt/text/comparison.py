@@ -29,7 +29,7 @@ from gpt.text.evaluation import (
     evaluate,
     max_prompt_tokens,
 )
-from gpt.text.pipeline import choose_end_id, choose_tokenizer, without_end
+from gpt.text.pipeline import choose_end_id, choose_tokenizer, tell_recording, without_end
 from gpt.text.prompts import check_output_file
 from gpt.text.rouge import ROUGE_KEYS
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
@@ -210,6 +210,8 @@ def _run_sides(
         _print_demo(side, prompts[0], articles[0], tokenizer, end_id, out)
     references = [article.reference for article in articles]
     results = [evaluate(side, prompts, references, tokenizer, end_id, config.batch_size, config.task) for side in sides]
+    if session is not None:
+        tell_recording(session)
     return Comparison(config, info, _describe_device(device), tokenizer.name, limit, articles, prompts, results)
 
 

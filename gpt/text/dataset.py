@@ -105,9 +105,12 @@ def rows_of_file(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if line.strip():
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number}, character {error.pos + 1}: {error.msg}") from error
 
 
 def _read_json(path: Path) -> Iterable[Any]:

@@ -23,8 +23,10 @@ from gpt.text.pipeline import (
     choose_end_id,
     choose_tokenizer,
     describe_speed,
+    recording_seconds,
     require_tokenizer,
     run_batches,
+    tell_recording,
 )
 from gpt.text.run_prompts import RunConfig, make_stops, read_prompts
 from gpt.text.streaming import RowText
@@ -123,6 +125,7 @@ class Conversation:
         check_prompts(self._info.model, self._info.build, [prompt], count, num_virtual=num_virtual)
         self._prompt, self._answer = list(prompt), []
         batches: list[Generation] = []
+        before = recording_seconds(self._session)
         try:
             self._answer_all(batches) if self._config.decoding.num_results > 1 else self._answer_one(batches)
         except KeyboardInterrupt:
@@ -131,6 +134,7 @@ class Conversation:
             self._session.comm.stage = ""  # what comes next may take its time
         if batches:
             print(f"({describe_speed(batches)})", file=sys.stderr, flush=True)
+            tell_recording(self._session, before)
 
     def _answer_one(self, batches: list[Generation]) -> None:
         """Text appears as it is made."""

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from gpt.config import ModelConfig
-from gpt.console import log
+from gpt.console import log, print_notice
 from gpt.engine.folder import EngineInfo
 from gpt.errors import ConfigError, Problems
+from gpt.runtime.session import RecordsSteps
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from gpt.text.decoding_options import DecodingOptions
 
 T = TypeVar("T")
+_NOTICEABLE_S = 1.0
 _BUNDLED_TOKENIZER = Path(__file__).parents[2] / "assets" / "gpt2-tiny"
 
 
@@ -263,3 +265,18 @@ def describe_speed(results: Sequence[Generation]) -> str:
     steps = [ms for result in results for ms in result.step_ms]
     line = f"{num_tokens} new tokens in {total_ms / 1e3:.3f} s, {num_tokens / total_ms * 1e3:.1f} tokens/s"
     return f"{line}, {sum(steps) / len(steps):.2f} ms per token" if steps else line
+
+
+def recording_seconds(session: Session) -> float:
+    """What recording a GPU's steps has taken so far; 0 where none are recorded."""
+    return session.recording_seconds if isinstance(session, RecordsSteps) else 0.0
+
+
+def tell_recording(session: Session, before: float = 0.0) -> None:
+    """A line on stderr where recording took noticeable time since it stood at `before`: why the first time was slow."""
+    seconds = recording_seconds(session) - before
+    if seconds >= _NOTICEABLE_S:
+        print_notice(
+            f"{seconds:.1f} s went into steps that came for the first time: they were recorded as CUDA graphs, their "
+            "kernels compiled where no earlier run had done so"
+        )

@@ -17,7 +17,7 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.console import aligned, human_bytes, log, progress
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.engine.weights import engine_bytes, engine_tensors
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, Problems
 from gpt.files import write_text
 from gpt.mapping import Mapping
 from gpt.quant import FLOAT
@@ -66,14 +66,16 @@ class Rouge1:
     engine: float
     float_model: float
     loss: Loss
+    num_texts: int
 
 
 @dataclass(frozen=True)
 class Quality:
     """The whole comparison.  rouge1: None where the texts have no references.  Bytes: of one rank's weights, and of the
-    cache of one token, of the engine and of the same engine unquantised."""
+    cache of one token, of the engine and of the same engine unquantised, in `dtype`."""
 
     mode: str
+    dtype: str
     agreement: Agreement
     rouge1: Rouge1 | None
     weight_bytes: int
@@ -92,25 +94,28 @@ class Quality:
             ("KL divergence, nats", f"{found.kl:.2e}", ""),
         ]
         if self.rouge1 is not None:
-            rows.append(("ROUGE-1", f"{self.rouge1.engine:.2f}", f"{self.rouge1.float_model:.2f} (float32)"))
+            name = f"ROUGE-1, {self.rouge1.num_texts} texts"
+            rows.append((name, f"{self.rouge1.engine:.2f}", f"{self.rouge1.float_model:.2f} (float32)"))
             rows.append(("  loss, 95 % interval", str(self.rouge1.loss), ""))
         rows += [
-            ("weights", human_bytes(self.weight_bytes), human_bytes(self.float_weight_bytes)),
-            ("cache per token", f"{self.cache_bytes_per_token} B", f"{self.float_cache_bytes_per_token} B"),
+            ("weights", human_bytes(self.weight_bytes), f"{human_bytes(self.float_weight_bytes)} ({self.dtype})"),
+            (
+                "cache per token",
+                f"{self.cache_bytes_per_token} B",
+                f"{self.float_cache_bytes_per_token} B ({self.dtype})",
+            ),
         ]
         return "\n".join([f"Quality of {self.mode} over {found.num_tokens} tokens:", *aligned(rows)])
 
 
-def check_quality(engine_dir: Path, checkpoint: Checkpoint, texts: Path) -> str:
+def check_quality(engine_dir: Path, checkpoint: Checkpoint, rows: Sequence[Row]) -> str:
     """Compares the engine with the checkpoint in float32; returns the table, writes quality.json and quality.svg beside
     the engine.
 
-    texts: a text file, or rows with a column `text`, or `article` and `highlights`.  Raises ConfigError for texts that
-    cannot be read or are too short.
+    rows: see `read_rows`.  Raises ConfigError for texts that are too short.
     """
     info = open_engine(engine_dir)
     tokenizer = require_tokenizer(choose_tokenizer(info, None, None), info, "check the quality")
-    rows = read_rows(texts)
     engine, reference = _sessions(info, checkpoint)
     windows = windows_of([row.whole for row in rows], tokenizer, info.model, info.build, _MAX_WINDOWS)
     agreement = compare(engine, reference, windows)
@@ -120,6 +125,7 @@ def check_quality(engine_dir: Path, checkpoint: Checkpoint, texts: Path) -> str:
     plain = dataclasses.replace(build, quant=FLOAT)
     quality = Quality(
         mode=build.quant.describe() or build.dtype,
+        dtype=build.dtype,
         agreement=agreement,
         rouge1=compare_rouge1(*scores) if summarised else None,
         weight_bytes=engine_bytes(model, Mapping(), build.dtype, build.quant),
@@ -151,26 +157,41 @@ class Windows:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The texts of a file.  Raises ConfigError for one that is not there or has none."""
+    """The texts of a file: the whole of a text file, or rows with a column `text`, or `article` and `highlights`.
+    Raises ConfigError for a file that is not there or has no texts."""
     if not path.is_file():
         raise ConfigError(f"there is no file {path}", hint="--check_quality takes a text file or rows with texts")
     if path.suffix.lower() not in FILE_SUFFIXES:
         try:
-            return [Row(path.read_text(encoding="utf-8-sig"))]
+            rows = [Row(path.read_text(encoding="utf-8-sig"))]
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is no UTF-8 text", found=error) from error
-    rows = []
+            raise ConfigError(f"{path} is no UTF-8 text", found=error, hint="iconv -t utf-8 converts it") from error
+    else:
+        rows = list(_rows_of_table(path))
+    if not any(row.whole.strip() for row in rows):
+        raise ConfigError(f"no text to check the quality on: {path}", allowed="at least one text")
+    return rows
+
+
+def _rows_of_table(path: Path) -> Iterator[Row]:
+    problems = Problems()
     for number, row in enumerate(rows_of_file(path)):
-        if {"article", "highlights"} <= row.keys():
-            prompt = prompt_text(row["article"])
-            rows.append(Row(f"{prompt} {row['highlights']}", prompt, row["highlights"]))
-        elif "text" in row:
-            rows.append(Row(row["text"]))
-        else:
+        columns = ("article", "highlights") if {"article", "highlights"} <= row.keys() else ("text",)
+        if columns[-1] not in row:
             raise ConfigError(
                 f"{path}, row {number} has no text", found=", ".join(row), allowed="text, or article and highlights"
             )
-    return rows
+        wrong = [column for column in columns if not isinstance(row[column], str)]
+        for column in wrong:
+            problems.add(f"row {number}: {column} is {row[column]!r}")
+        if wrong:
+            continue
+        if columns == ("text",):
+            yield Row(row["text"])
+        else:
+            prompt = prompt_text(row["article"])
+            yield Row(f"{prompt} {row['highlights']}", prompt, row["highlights"])
+    problems.raise_if_any(ConfigError, f"{path} has rows without text")
 
 
 def windows_of(
@@ -266,4 +287,4 @@ def summary_scores(session: TorchSession, rows: Sequence[Row], tokenizer: Tokeni
 def compare_rouge1(engine: Sequence[Scores], float_model: Sequence[Scores]) -> Rouge1:
     """engine, float_model: the scores of the same texts, not empty."""
     loss = paired_loss(*([row["rouge1"] for row in scores] for scores in (float_model, engine)))
-    return Rouge1(aggregate(engine)["rouge1"], aggregate(float_model)["rouge1"], loss)
+    return Rouge1(aggregate(engine)["rouge1"], aggregate(float_model)["rouge1"], loss, len(engine))

@@ -34,16 +34,27 @@ _CACHE_COLUMNS = tuple(
 
 
 def describe_errors(errors: Sequence[ErrorRow]) -> str:
-    """Mean over the layers and, in brackets, the worst layer, for each linear layer and for the cache."""
+    """For each linear layer and for the cache the mean over the layers and, in brackets, the worst one; then a line per
+    layer; then where everything is."""
     linears = [row for row in errors if row.part != "cache"]
     cache = [row for row in errors if row.part == "cache"]
-    blocks = [_table("cache", _CACHE_COLUMNS, cache)]
+    means = [_mean_table("cache", _CACHE_COLUMNS, cache)]
+    what = "K and V with separate scales"
     if linears:
-        blocks.insert(0, _table("linear layer", _LINEAR_COLUMNS, linears))
-    return "Relative error of INT8, mean of the layers (worst layer)\n" + "\n".join(blocks)
+        means.insert(0, _mean_table("linear layer", _LINEAR_COLUMNS, linears))
+        what = f"outputs {_WORST} / {_BEST}, {what}"
+    return "\n".join(
+        [
+            "Relative error of INT8, mean of the layers (worst layer)",
+            *means,
+            f"Layer by layer: {what}",
+            _layer_table(errors),
+            f"All numbers: {CSV_NAME} beside the weights, drawn in {PLOT_NAME}",
+        ]
+    )
 
 
-def _table(heading: str, columns: Sequence[tuple[str, str, str]], rows: Sequence[ErrorRow]) -> str:
+def _mean_table(heading: str, columns: Sequence[tuple[str, str, str]], rows: Sequence[ErrorRow]) -> str:
     lines = [[heading, *(title for title, _, _ in columns)]]
     for part in dict.fromkeys(row.part for row in rows):
         cells = [part if part != "cache" else "K and V"]
@@ -53,6 +64,17 @@ def _table(heading: str, columns: Sequence[tuple[str, str, str]], rows: Sequence
             mean = sum(row.relative_error for row in chosen) / len(chosen)
             cells.append(f"{mean:.4f} ({worst.layer}: {worst.relative_error:.4f})")
         lines.append(cells)
+    return "\n".join(aligned(lines))
+
+
+def _layer_table(errors: Sequence[ErrorRow]) -> str:
+    """Each linear layer's output in the worst and the best mode, K and V."""
+    found = {(row.layer, row.part, row.quantity, row.variant): f"{row.relative_error:.4f}" for row in errors}
+    linears = list(dict.fromkeys(row.part for row in errors if row.quantity == "output"))
+    lines = [["layer", *linears, "K", "V"]]
+    for layer in dict.fromkeys(row.layer for row in errors):
+        outputs = [" / ".join(found[layer, part, "output", mode] for mode in (_WORST, _BEST)) for part in linears]
+        lines.append([str(layer), *outputs, *(found[layer, "cache", quantity, "separate"] for quantity in "KV")])
     return "\n".join(aligned(lines))
 
 

@@ -12,7 +12,14 @@ from gpt.console import log, print_notice, progress
 from gpt.engine.folder import EngineInfo
 from gpt.errors import GptError, InterruptError
 from gpt.files import file_checksum
-from gpt.text.pipeline import batches, check_vocabulary, describe_speed, generate_batches, search_batches
+from gpt.text.pipeline import (
+    batches,
+    check_vocabulary,
+    describe_speed,
+    generate_batches,
+    search_batches,
+    tell_recording,
+)
 from gpt.text.prompt_fit import first_lines, last_tokens, listed, prompt_limit
 from gpt.text.prompt_rows import PromptRow, holds_tokens, read_rows
 from gpt.text.prompt_tuning import PromptTuning, load_prompt_tuning
@@ -25,6 +32,7 @@ from gpt.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from gpt.runtime.generate import Generation
     from gpt.runtime.sampling_config import SamplingConfig
+    from gpt.runtime.session import Session
     from gpt.text.run_prompts import RunConfig
 
 
@@ -154,7 +162,7 @@ def run_job(job: Job, ranks: Communicator, sampling: SamplingConfig, out: TextIO
     num_done = ranks.broadcast_object(0 if file is None else file.num_done)
     writer = _Writer(job, file, num_done)
     try:
-        results = _compute(job, sampling, writer, num_done)
+        results, session = _compute(job, sampling, writer, num_done)
     except KeyboardInterrupt:
         raise InterruptError(
             "interrupted",
@@ -163,13 +171,18 @@ def run_job(job: Job, ranks: Communicator, sampling: SamplingConfig, out: TextIO
         ) from None
     finally:
         writer.close()
+    if session is not None:
+        tell_recording(session)
     if file is not None:
         if results:
             log.info(describe_speed(results))
         _tell(job, path, num_done, out)
 
 
-def _compute(job: Job, sampling: SamplingConfig, writer: _Writer, num_done: int) -> list[Generation]:
+def _compute(
+    job: Job, sampling: SamplingConfig, writer: _Writer, num_done: int
+) -> tuple[list[Generation], Session | None]:
+    """What is missing of the results, and the session that made it, if any was needed."""
     pending = [index for index in range(num_done, len(job.rows)) if job.prompts[index] is not None]
     decoding = job.config.decoding
     results: list[Generation] = []
@@ -184,22 +197,23 @@ def _compute(job: Job, sampling: SamplingConfig, writer: _Writer, num_done: int)
         "results": results,
     }
     if not pending:
-        return results
+        return results, None
     from gpt.runtime.load import load_session
 
     session = load_session(job.info, job.config.device, job.config.execution)
     if not decoding.uses_beams:
         settings |= {"on_token": writer.add, "on_end": writer.end, "batching": job.config.batching}
-        return generate_batches(
+        generate_batches(
             session, prompts, num_samples=decoding.num_results, indices=pending, virtual=virtual, **settings
         )
+        return results, session
     for first, batch in batches(prompts, session.build.max_batch_size):
         part = None if virtual is None else virtual.of_prompts(range(first, first + len(batch)))
         search_batches(session, batch, beams=decoding.search, virtual=part, **settings)
         for row, tokens in enumerate(results[-1].tokens, start=first * decoding.num_results):
             writer.rows[row] = tokens
             writer.end(row)
-    return results
+    return results, session
 
 
 class _Writer:

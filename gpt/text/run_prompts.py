@@ -20,6 +20,7 @@ from gpt.text.pipeline import (
     encode_prompts,
     require_tokenizer,
     run_batches,
+    tell_recording,
 )
 from gpt.text.prompt_fit import fit_prompts, prompt_limit
 from gpt.text.prompt_rows import ROW_SUFFIXES, holds_tokens, read_row_texts
@@ -173,7 +174,11 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     except BaseException:  # what follows on the terminal starts on a line of its own
         results.break_off()
         raise
-    return results.finish(batches) if ranks.rank == 0 else []
+    if ranks.rank > 0:
+        return []
+    texts = results.finish(batches)
+    tell_recording(session)
+    return texts
 
 
 def make_stops(decoding: DecodingOptions, tokenizer: Tokenizer | None) -> StopWords | None:
