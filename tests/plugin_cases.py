@@ -18,8 +18,8 @@ from engines import relative_error
 
 from gpt.engine.trt_evaluator_plugins import PLUGINS
 from gpt.engine.trt_plugin import Plugin
+from gpt.engine.trt_plugin_api import DataType, TensorDesc, without_libraries
 from gpt.engine.trt_plugin_kernels import Attention, Int8Gemm, Lookup, Norm, QuantizeRows, WeightOnlyGemm
-from gpt.engine.trt_plugin_stand_in import DataType, TensorDesc, without_libraries
 from gpt.engine.trt_plugins import attributes, definition
 
 _TYPES = {

@@ -27,8 +27,9 @@ from gpt.engine.trt_check import check_build, plugins_of
 from gpt.engine.trt_evaluator import NetworkEvaluator
 from gpt.engine.trt_graph import config_network, network_layers
 from gpt.engine.trt_io import cache_inputs, outputs
+from gpt.engine.trt_plugin_api import ShapeExpr, TensorDesc, without_libraries
 from gpt.engine.trt_plugin_kernels import PLUGINS, Lookup
-from gpt.engine.trt_plugin_stand_in import ShapeExpr, StandIn, TensorDesc, load_with_plugins, without_libraries
+from gpt.engine.trt_plugin_stand_in import StandIn, load_with_plugins
 from gpt.engine.trt_plugins import definition
 from gpt.engine.trt_stand_in import stand_in_engine
 from gpt.errors import ConfigError, EngineError
