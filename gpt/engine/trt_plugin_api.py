@@ -92,8 +92,7 @@ class SymIntExprs(list[SymInt32]):
 
 class AutoTuneCombination:
     def __init__(self, io_types: str, layouts: str, tactics: list[int]):
-        self.io_types = [name.strip() for name in io_types.split(",")]
-        self.layouts, self.tactics = layouts, tactics
+        self.tactics = tactics
 
 
 class PluginDef:

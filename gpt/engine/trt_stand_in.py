@@ -110,7 +110,6 @@ class EvaluatorContext:
         self.engine = engine
         self.error_recorder: Any = None
         self.active_optimization_profile = 0
-        self.num_executions = 0
         self._comm: Communicator | None = None
         user_managed = engine.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self._memory: tuple[int, int] | None = (0, 0) if strategy != user_managed else None
@@ -161,7 +160,6 @@ class EvaluatorContext:
         return lambda: self._execute(shapes, addresses)
 
     def _execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> bool:
-        self.num_executions += 1
         names = [name for name in self.engine.tensors if not addresses.get(name)]
         if names or self.infer_shapes():
             return self._fail(f"without address: {names}; without shape: {self.infer_shapes()}")
