@@ -22,6 +22,8 @@ class StopWords:
         words: Sequence[str] = (),
         ids: Sequence[tuple[int, ...]] = (),
         tokenizer: Tokenizer | None = None,
+        *,
+        skip_special: bool = False,
     ):
         if words and tokenizer is None:
             raise ConfigError(
@@ -30,6 +32,7 @@ class StopWords:
         self.words = tuple(words)
         self.ids = tuple(ids)
         self.tokenizer = tokenizer
+        self.skip_special = skip_special
 
     def start(self) -> StopWordState:
         return StopWordState(self)
@@ -55,7 +58,7 @@ class StopWordState:
         self._last: deque[int] = deque(maxlen=max(map(len, stops.ids), default=0))
         self._decoder: StreamDecoder | None = None
         if stops.tokenizer is not None and stops.words:
-            self._decoder = StreamDecoder(stops.tokenizer)
+            self._decoder = StreamDecoder(stops.tokenizer, stops.skip_special)
 
     def add(self, token: int) -> bool:
         """Takes the next new token; whether a stop word is complete with it."""

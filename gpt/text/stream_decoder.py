@@ -10,16 +10,16 @@ _MAX_UNFINISHED = 3
 
 
 class StreamDecoder:
-    """Decodes one sequence token by token; the pieces joined are the text of all tokens at once, special ones
-    included.
+    """Decodes one sequence token by token; the pieces joined are the text of all tokens at once.
 
     The bytes of a character may be spread over tokens: what might still become another character is held back.
     Decoding goes over a short window of tokens, because the text of a token can depend on its left neighbour
     (sentencepiece drops the blank of a first word).
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
         self._tokenizer = tokenizer
+        self._skip_special = skip_special
         self._window: list[int] = []
         self._window_shown = 0  # characters of the window's text that have been returned
 
@@ -42,14 +42,14 @@ class StreamDecoder:
 
     def copy(self) -> StreamDecoder:
         """A sequence of its own that has the same past."""
-        other = StreamDecoder(self._tokenizer)
+        other = StreamDecoder(self._tokenizer, self._skip_special)
         other._window, other._window_shown = list(self._window), self._window_shown
         return other
 
     def _restart(self, token: int) -> None:
-        alone = self._tokenizer.decode([token], skip_special=False)
+        alone = self._tokenizer.decode([token], self._skip_special)
         if alone:  # a token without text of its own does not show what its right neighbour will look like
             self._window, self._window_shown = [token], len(alone)
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special=False)
+        return self._tokenizer.decode(self._window, self._skip_special)
