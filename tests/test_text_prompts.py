@@ -40,11 +40,6 @@ def test_npy_padding_is_stripped_at_the_end_only(tmp_path: Path, dtype: type) ->
     assert read_tokens(tmp_path / "a.npy", None) == [[1, END, 2, END, END], [END, 3, 4, 5, 6]]
 
 
-def test_text_file_has_one_prompt_per_line(tmp_path: Path) -> None:
-    path = _file(tmp_path, "a.txt", "\ufefffirst \r\n  é, second\n")
-    assert read_row_texts(path, None) == ["first ", "  é, second"]
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -87,16 +82,6 @@ def test_pickles_and_garbage_are_no_arrays(tmp_path: Path) -> None:
     for path in (tmp_path / "objects.npy", _file(tmp_path, "text.npy", "1,2"), _file(tmp_path, "empty.npy", "")):
         with pytest.raises(ConfigError, match="is no numpy array"):
             read_tokens(path, END)
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [(b"", "holds no prompts"), (b"one\n \ntwo", "line 2: an empty prompt"), (b"\xff\xff", "line 1: not UTF-8")],
-)
-def test_bad_text_files_are_explained(tmp_path: Path, content: bytes, expected: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read_row_texts(_file(tmp_path, "a.txt", content), None)
-    assert expected in str(caught.value)
 
 
 def test_input_files_are_checked(tmp_path: Path) -> None:
@@ -149,3 +134,18 @@ def test_output_paths_are_refused_before_the_work(tmp_path: Path) -> None:
         check_output_file(tmp_path)
     with pytest.raises(ConfigError, match="cannot be made"):
         check_output_file(file / "below" / "a.csv")
+
+
+def test_a_text_file_has_one_prompt_per_line(tmp_path: Path) -> None:
+    path = _file(tmp_path, "a.txt", "\ufefffirst \r\n  é, second\n")
+    assert read_row_texts(path, None) == ["first ", "  é, second"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"", "holds no prompts"), (b"one\n \ntwo", "line 2: an empty prompt"), (b"\xff\xff", "line 1: not UTF-8")],
+)
+def test_bad_text_files_are_explained(tmp_path: Path, content: bytes, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_row_texts(_file(tmp_path, "a.txt", content), None)
+    assert expected in str(caught.value)

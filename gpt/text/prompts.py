@@ -1,6 +1,6 @@
-"""Prompts as token ids from files, results to files.
+"""Prompts from files, results to files.
 
-Prompts: .csv, one prompt of comma-separated ids per line, or .npy, a 2-D array of integers.  Results: whole rows
+Token files: .csv, one prompt of comma-separated ids per line, or .npy, a 2-D array of integers.  Results: whole rows
 (prompt, new tokens, end id up to the common length), int32, [B, longest prompt + max_output_len].
 """
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import numpy
 
 TOKEN_SUFFIXES = (".csv", ".npy")
-_MAX_SHOWN = 40  # characters of a cell that is no token id
 _TEXT_HINT = "prompts as text go into a .txt file, one per line (--input_file), or behind --input_text"
 
 
@@ -67,8 +66,8 @@ def read_id(cell: str) -> int | None:
     return int(cell) if cell.strip().removeprefix("-").isdecimal() else None
 
 
-def shorten(text: str) -> str:
-    return repr(text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "...")
+def shorten(text: str, limit: int = 40) -> str:
+    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
 
 
 def _read_npy(path: Path, end_id: int | None) -> list[list[int]]:
