@@ -10,6 +10,7 @@ import torch
 from gpt.checkpoint.layout import QKV
 from gpt.checkpoint.smoothquant import LEVELS, LayerScales, LinearScales, Ranges, quantize, tensor_max
 from gpt.config import ModelConfig
+from gpt.quant import SMALLEST_ROW_MAX
 
 # The four ways to run a linear layer in INT8: scale of the input, scale of the weight.
 STATIC_TENSOR, STATIC_CHANNEL = "per-tensor", "per-channel"
@@ -67,7 +68,7 @@ def _static(x: torch.Tensor, linear: LinearScales) -> torch.Tensor:
 
 
 def _per_token(x: torch.Tensor) -> torch.Tensor:
-    return _round(x, x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-6))
+    return _round(x, x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_ROW_MAX))
 
 
 def _round(x: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

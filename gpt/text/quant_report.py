@@ -10,23 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt.console import aligned
+from gpt.engine.quant_errors import STATIC_CHANNEL, STATIC_TENSOR, TOKEN_CHANNEL, ErrorRow
 from gpt.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from gpt.engine.quant_errors import ErrorRow
-
 CSV_NAME, PLOT_NAME = "quantization.csv", "quantization.svg"
-_WORST = "per-tensor"
-_BEST = "per-token per-channel"
+_WORST, _BEST = STATIC_TENSOR, TOKEN_CHANNEL
 # Heading, quantity and variant of each column of the terminal's table.
 _LINEAR_COLUMNS = (
-    ("weight per-tensor", "weight", _WORST),
-    ("weight per-channel", "weight", "per-channel"),
-    ("output per-tensor", "output", _WORST),
-    ("output per-channel", "output", "per-channel"),
-    ("output per-token per-channel", "output", _BEST),
+    *((f"weight {mode}", "weight", mode) for mode in (STATIC_TENSOR, STATIC_CHANNEL)),
+    *((f"output {mode}", "output", mode) for mode in (STATIC_TENSOR, STATIC_CHANNEL, TOKEN_CHANNEL)),
 )
 _CACHE_COLUMNS = tuple(
     (f"{quantity} {variant} scale", quantity, variant) for variant in ("shared", "separate") for quantity in "KV"
