@@ -29,8 +29,8 @@ class GemvConfig:
 def _gemv_kernel(
     x_ptr,  # [K], or with SPLITS an attention's parts: [K / HEAD_SIZE, SPLITS, HEAD_SIZE] float32
     part_sum_ptr,  # [2, K / HEAD_SIZE, SPLITS] float32
-    norm_weight_ptr,  # [K] float32
-    norm_bias_ptr,  # [K] float32
+    norm_weight_ptr,  # [K]
+    norm_bias_ptr,  # [K]
     weight_ptr,  # [N, K]
     gate_ptr,  # [N, K]
     scale_ptr,  # [N]
@@ -155,9 +155,9 @@ def load_norm(norm_weight_ptr, norm_bias_ptr, columns, K: tl.constexpr, NORM: tl
     stretch = inside.to(tl.float32)
     shift = stretch
     if NORM != "none":
-        stretch = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0)
+        stretch = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if NORM == "layernorm":
-        shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0)
+        shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     return stretch, shift
 
 
