@@ -6,7 +6,10 @@ drawn evenly from 8 to what the engine holds.  With --output_lens a text ends af
 prompt, the same one in every way, as if its end token came there.  On a CPU the ways run in turn, round by round, so
 that a machine that slows down slows all of them, and seconds are those of the processor (one process, all its threads),
 where other processes do not count.  On a GPU each way has the memory to itself, one after the other, and seconds are
-those of the clock.
+those of the clock.  Before it is measured each way runs a part of the prompts, so that what is made once (compiled
+kernels, recorded steps, memory) counts for none: the first --warm_up of them as they are, and on a GPU the longest ones
+and a step of every batch size.  With --static_prompts the first way takes the first so many prompts alone, and its rate
+stands for all: static batches are alike, and rows of results name the prompts they are of.
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from batching_steps import StepLog, print_table, summarize
 from common import Sample, append_csv, describe_device, describe_versions
 
 from gpt.engine.folder import EngineInfo, open_engine
@@ -81,10 +84,13 @@ class Countdown:
 
 @dataclass
 class Result:
-    """Of one way.  rates: tokens per second of each round.  rows: of the last one."""
+    """Of one way.  num_prompts: that it ran, the first ones.  rates: tokens per second of each round.  rows: of the
+    last one.  steps: what `batching_steps.summarize` says of it."""
 
+    num_prompts: int
     rates: list[float] = field(default_factory=list)
     rows: list[list[int]] = field(default_factory=list)
+    steps: list[dict[str, object]] = field(default_factory=list)
 
 
 Run = Callable[[Session, Work], list[Generation]]
@@ -92,10 +98,11 @@ Run = Callable[[Session, Work], list[Generation]]
 
 @dataclass(frozen=True)
 class Way:
-    """num_rows: sequences at a time, where it is always the same."""
+    """num_rows: sequences at a time, where it is always the same.  paged: whether its steps can be listened to."""
 
     run: Run
     num_rows: int | None = None
+    paged: bool = False
 
 
 def static(size: int) -> Way:
@@ -110,7 +117,7 @@ def continuous(batching: BatchingConfig) -> Way:
     def run(session: Session, work: Work) -> list[Generation]:
         return [generate_paged(cast(PagedSession, session), work.prompts, batching=batching, **work.settings())]
 
-    return Way(run)
+    return Way(run, paged=True)
 
 
 def vllm(model: str) -> Way:
@@ -133,14 +140,21 @@ def vllm(model: str) -> Way:
 def main() -> int:
     args = parse()
     info = open_engine(args.engine_dir)
-    works = {kind: make_work(args, info, kind) for kind in args.output_lens or [None]}
+    prompts, end_id = make_prompts(args, info)
+    works = {kind: make_work(args, prompts, end_id, kind) for kind in args.output_lens or [None]}
     ways = make_ways(args, info)
     on_gpu = pick_device(args.device).type == "cuda"
     if args.library_rows is not None:
         from gpt.engine import cuda_ops
 
         cuda_ops.LIBRARY_ROWS = args.library_rows
-    results = {kind: {name: Result() for name in ways} for kind in works}
+    if args.steps_ahead is not None:
+        from gpt.runtime import batcher
+
+        batcher.STEPS_AHEAD = args.steps_ahead
+    first = next(iter(ways))
+    counts = {name: (name == first and args.static_prompts) or len(prompts) for name in ways}
+    results = {kind: {name: Result(min(counts[name], len(prompts))) for name in ways} for kind in works}
     failed = False
     for names in [[name] for name in ways] if on_gpu else [list(ways)]:
         try:
@@ -192,7 +206,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--static_batch", type=int, default=64)
     parser.add_argument("--max_draft_len", type=int, default=8)
+    parser.add_argument("--static_prompts", type=int, help="the first way runs only the first so many prompts")
+    parser.add_argument("--warm_up", type=int, help="prompts that each way runs before (default: a batch)")
+    parser.add_argument("--profile", action="store_true", help="a table of the last round's steps over a paged cache")
     parser.add_argument("--library_rows", type=int, help="rows from which on a GPU's products are the libraries'")
+    parser.add_argument("--steps_ahead", type=int, help="steps that a GPU runs between two looks of the host")
     parser.add_argument("--max_tokens_in_paged_kv_cache", type=int)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
@@ -201,31 +219,30 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_work(args: argparse.Namespace, info: EngineInfo, kind: str | None) -> Work:
-    """kind: of the lengths of the outputs, None for the end token's."""
+def make_prompts(args: argparse.Namespace, info: EngineInfo) -> tuple[list[list[int]], int | None]:
+    """The prompts, and the end token where they are texts."""
     longest = args.longest or min(info.build.max_input_len, info.build.max_seq_len - args.max_output_len)
     generator = random.Random(0)
-    end_id = None
     if args.text_file is None:
         lengths = [generator.randint(8, longest) for _ in range(args.num_prompts)]
-        prompts = [[generator.randrange(info.model.vocab_size) for _ in range(length)] for length in lengths]
-    else:
-        tokenizer = require_tokenizer(choose_tokenizer(info, args.tokenizer, None), info, "read the texts")
-        lines = args.text_file.read_text(encoding="utf-8").splitlines()
-        texts = [tokenizer.encode(json.loads(line)[args.column] + args.suffix) for line in lines]
-        end_id = tokenizer.end_id
-        if args.suffix:
-            prompts = [text for text in texts if len(text) <= longest][: args.num_prompts]
-        else:
-            stream = [token for text in texts for token in text]
-            lengths = [generator.randint(8, longest) for _ in range(args.num_prompts)]
-            starts = [generator.randrange(len(stream) - length) for length in lengths]
-            prompts = [stream[start : start + length] for start, length in zip(starts, lengths, strict=True)]
-    limits = None
-    if kind is not None:
-        limits = draw_limits(kind, args.max_output_len, len(prompts))
-        end_id = None
-    return Work(prompts, limits, args.max_output_len, end_id)
+        vocabulary = range(info.model.vocab_size)
+        return [generator.choices(vocabulary, k=length) for length in lengths], None
+    tokenizer = require_tokenizer(choose_tokenizer(info, args.tokenizer, None), info, "read the texts")
+    lines = args.text_file.read_text(encoding="utf-8").splitlines()
+    texts = [tokenizer.encode(json.loads(line)[args.column] + args.suffix) for line in lines]
+    if args.suffix:
+        return [text for text in texts if len(text) <= longest][: args.num_prompts], tokenizer.end_id
+    stream = [token for text in texts for token in text]
+    lengths = [generator.randint(8, longest) for _ in range(args.num_prompts)]
+    starts = [generator.randrange(len(stream) - length) for length in lengths]
+    return [stream[start : start + length] for start, length in zip(starts, lengths, strict=True)], tokenizer.end_id
+
+
+def make_work(args: argparse.Namespace, prompts: list[list[int]], end_id: int | None, kind: str | None) -> Work:
+    """kind: of the lengths of the outputs, None for the end token's."""
+    if kind is None:
+        return Work(prompts, None, args.max_output_len, end_id)
+    return Work(prompts, draw_limits(kind, args.max_output_len, len(prompts)), args.max_output_len, None)
 
 
 def draw_limits(kind: str, longest: int, count: int) -> list[int]:
@@ -248,20 +265,29 @@ def measure(
 ) -> None:
     session = load_session(info, args.device)
     clock = time.perf_counter if session.device.type == "cuda" else time.process_time
-    for name, way in ways.items():  # first calls pay for what is made once
+    for name, way in ways.items():
         begin = time.perf_counter()
-        warm_up(session, way, next(iter(works.values())), args.static_batch)
+        num_rows = way.num_rows or session.build.max_batch_size
+        warm_up(session, way, next(iter(works.values())), num_rows if args.warm_up is None else args.warm_up)
         print(f"{name}: warmed up in {time.perf_counter() - begin:.1f} s", flush=True)
-    for kind, number in product(works, range(args.rounds)):
-        for name, way in ways.items():
-            begin = clock()
-            batches = way.run(session, works[kind])
-            seconds = clock() - begin
-            result = results[kind][name]
-            result.rows = [row for batch in batches for row in batch.tokens]
-            result.rates.append(sum(map(len, result.rows)) / seconds)
-            rate = f"{seconds:.2f} s, {result.rates[-1]:.1f} tokens/s"
-            print(f"{kind or 'end token'}, {name}, round {number}: {rate}; {describe_steps(batches)}", flush=True)
+    for kind, work in works.items():
+        for number in range(args.rounds):
+            for name, way in ways.items():
+                result = results[kind][name]
+                log = StepLog(cast(PagedSession, session)) if args.profile and way.paged else None
+                if log is not None:
+                    log.start()
+                begin = clock()
+                batches = way.run(session, work.part(0, result.num_prompts))
+                seconds = clock() - begin
+                if log is not None:
+                    log.end()
+                    result.steps = summarize(log.calls)
+                result.rows = [row for batch in batches for row in batch.tokens]
+                result.rates.append(sum(map(len, result.rows)) / seconds)
+                rate = f"{seconds:.2f} s, {result.rates[-1]:.1f} tokens/s"
+                print(f"{kind or 'end token'}, {name}, round {number}: {rate}; {describe_steps(batches)}", flush=True)
+                print_table(result.steps)
 
 
 def describe_steps(batches: list[Generation]) -> str:
@@ -271,20 +297,18 @@ def describe_steps(batches: list[Generation]) -> str:
     return f"steps with prompts {context_s:.2f} s, {len(steps)} others {sum(steps) / 1e3:.2f} s{middle}"
 
 
-def warm_up(session: Session, way: Way, work: Work, static_batch: int) -> None:
-    if session.device.type != "cuda":
-        way.run(session, work.part(0, static_batch))
-        return
-    from gpt.engine.kv_cache import batch_bucket
+def warm_up(session: Session, way: Way, work: Work, num_prompts: int) -> None:
+    if session.device.type == "cuda":
+        from gpt.engine.kv_cache import batch_bucket
 
-    # The longest prompts first: graphs hold the addresses of the memory that those need.
-    most = session.build.max_batch_size
-    longest = sorted(work.prompts, key=len, reverse=True)[: way.num_rows or most]
-    sizes = (
-        [way.num_rows] if way.num_rows else sorted({batch_bucket(rows) for rows in range(1, most + 1)}, reverse=True)
-    )
-    for prompts in (longest, *([prompt[:8] for prompt in work.prompts[:size]] for size in sizes)):
-        way.run(session, Work(prompts, [3] * len(prompts), work.max_new_tokens, None))
+        # The longest prompts first: graphs hold the addresses of the memory that those need.
+        most = way.num_rows or session.build.max_batch_size
+        longest = sorted(work.prompts, key=len, reverse=True)[:most]
+        sizes = [way.num_rows] if way.num_rows else sorted({batch_bucket(rows) for rows in range(1, most + 1)})[::-1]
+        for prompts in (longest, *([prompt[:8] for prompt in work.prompts[:size]] for size in sizes)):
+            way.run(session, Work(prompts, [3] * len(prompts), work.max_new_tokens, None))
+    if num_prompts > 0:
+        way.run(session, work.part(0, num_prompts))
 
 
 def report(
@@ -303,16 +327,22 @@ def report(
     print(f"\n{len(work.prompts)} prompts, {sum(map(len, work.prompts))} tokens, outputs: {kind or 'end token'}")
     for name, result in measured.items():
         rate = Sample(result.rates)
-        equal = sum(a == b for a, b in zip(result.rows, base.rows, strict=True))
+        pairs = list(zip(result.rows, base.rows, strict=False))
+        equal = sum(a == b for a, b in pairs)
         ratio = rate.median / Sample(base.rates).median
-        print(f"{name:20} {rate.median:10.1f} tokens/s {ratio:6.2f}x  equal ids {equal}/{len(work.prompts)}")
+        some = "" if result.num_prompts == len(work.prompts) else f"  (the first {result.num_prompts} prompts)"
+        spread = f"({min(rate.values):.1f} to {max(rate.values):.1f})"
+        print(
+            f"{name:20} {rate.median:10.1f} tokens/s {spread} {ratio:6.2f}x  equal ids {equal}/{len(pairs)}{some}",
+            flush=True,
+        )
         rows.append(
             {
                 "device": torch.cuda.get_device_name() if device == "cuda" else describe_device(),
                 "versions": describe_versions("torch"),
                 "engine": info.describe(),
-                "prompts": len(work.prompts),
-                "prompt_tokens": sum(map(len, work.prompts)),
+                "prompts": result.num_prompts,
+                "prompt_tokens": sum(map(len, work.prompts[: result.num_prompts])),
                 "output_lens": f"{kind or 'end token'}, at most {args.max_output_len}",
                 "new_tokens": sum(map(len, result.rows)),
                 "way": name,
@@ -324,8 +354,16 @@ def report(
                 "equal_rows": equal,
             }
         )
-    if args.csv is not None:
-        append_csv(args.csv, rows)
+    if args.csv is None:
+        return
+    append_csv(args.csv, rows)
+    steps = [
+        {"output_lens": kind, "way": name, "prompts": result.num_prompts, **row}
+        for name, result in measured.items()
+        for row in result.steps
+    ]
+    if steps:
+        append_csv(args.csv.with_name(f"{args.csv.stem}_steps.csv"), steps)
 
 
 if __name__ == "__main__":

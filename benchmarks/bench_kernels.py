@@ -28,6 +28,7 @@ PRODUCTS = ("qkv", "dense", "fc1", "fc2")
 GROUP_SIZE = 64
 HEAD_SIZE = 64
 NUM_SLOTS = 256
+_PER_BLOCK = 64  # slots of a paged cache
 COLD_BYTES = 160 << 20  # more than any card's second-level cache
 PROMPT_TOKENS = 8192
 # int4_gemv's block_n, block_k, warps.
@@ -161,7 +162,7 @@ def weight_launches(
         configs += [gemv.GemvConfig(*tile) for tile in INT4_TILES]
         multiply = int4.int4_gemv
     else:
-        configs = [gemv.default_config(num_rows, num_columns, device)]
+        configs = [gemv.default_config(num_rows, num_columns, device, itemsize=weights.itemsize)]
         multiply = gemv.gemv
 
     def bind(config: object) -> Launch:
@@ -256,7 +257,7 @@ def attention_case(model: str, batch_size: int) -> Case:
 
 def plugin_attention_cases(model: str, batch_size: int) -> Iterator[Case]:
     """The attention of TensorRT plugins beside PyTorch's: a step as in `attention_case`, and prompts of half the
-    slots."""
+    slots, those over blocks too."""
     num_heads = MODELS[model][0]
 
     def make(past: int, num_tokens: int, ours: bool) -> tuple[int, dict[str, Launch]]:
@@ -283,6 +284,27 @@ def plugin_attention_cases(model: str, batch_size: int) -> Iterator[Case]:
         configs = [cached_attention.default_config(HEAD_SIZE, 2, prompts=prompts) for prompts in (False, True)]
         return copies, {parameters(config): partial(launch, config=config) for config in configs}
 
+    def make_paged(num_tokens: int) -> tuple[int, dict[str, Launch]]:
+        from gpt.kernels import paged_attention
+
+        shape = (2, batch_size * num_tokens // _PER_BLOCK, num_heads, _PER_BLOCK, HEAD_SIZE)
+        copies = min(64, num_copies(2 * batch_size * num_heads * num_tokens * HEAD_SIZE * 2))
+        caches = half(copies, *shape)
+        qkv = half(batch_size * num_tokens, 3 * num_heads, HEAD_SIZE)
+        out = half(batch_size * num_tokens, num_heads, HEAD_SIZE)
+        config = paged_attention.default_config(HEAD_SIZE, 2)
+        lengths, nothing = [num_tokens] * batch_size, [0] * batch_size
+        listed = paged_attention.query_tiles(lengths, nothing, 1, config.block_m)
+        rows = zip(range(0, batch_size * num_tokens, num_tokens), lengths, nothing, strict=True)
+        tiles, sequences = (torch.tensor(part, dtype=torch.int32, device="cuda") for part in (listed, list(rows)))
+        table = torch.randperm(shape[1], dtype=torch.int32, device="cuda").view(batch_size, -1)
+
+        def launch(copy: int) -> None:
+            keys, values = caches[copy]
+            paged_attention.paged_attention(qkv, tiles, sequences, table, keys, values, out, scale=0.125, config=config)
+
+        return copies, {parameters(config): launch}
+
     for past, num_tokens in ((NUM_SLOTS * 3 // 4, 1), (0, NUM_SLOTS // 2)):
         num_bytes = 4 * batch_size * num_heads * (past + num_tokens) * HEAD_SIZE
         pairs = num_tokens * past + num_tokens * (num_tokens + 1) // 2
@@ -290,6 +312,10 @@ def plugin_attention_cases(model: str, batch_size: int) -> Iterator[Case]:
         for name, ours in (("cached_attention", True), ("torch attention", False)):
             maker = partial(make, past, num_tokens, ours)
             yield Case(name, model, f"{past} + {num_tokens} tokens", batch_size, num_bytes, operations, maker)
+        if past == 0:
+            maker = partial(make_paged, num_tokens)
+            shape = f"{past} + {num_tokens} tokens"
+            yield Case("paged_attention", model, shape, batch_size, num_bytes, operations, maker)
 
 
 def parameters(config: object) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from engines import build_engine, open_session, random_prompts, relative_error
+from pages import Pages
 
 from gpt.checkpoint.random_weights import RandomWeights
 from gpt.config import BuildConfig, ModelConfig
-from gpt.engine.step import PagedStep
 from gpt.engine.weights import engine_tensors
 from gpt.mapping import Mapping
 from gpt.runtime.torch_session import TorchSession
@@ -35,37 +34,6 @@ def session(request: pytest.FixtureRequest, tmp_path: Path) -> TorchSession:
     return session
 
 
-class Pages:
-    """Blocks handed out in a random order, so that nothing works by their being neighbours."""
-
-    def __init__(self, num_blocks: int):
-        self.free = random.Random(0).sample(range(num_blocks), num_blocks)
-        self.tables: dict[int, list[int]] = {}
-        self.filled: dict[int, int] = {}
-
-    def step(self, parts: dict[int, list[int]], wanted: list[int] | None = None) -> PagedStep:
-        """New tokens by sequence; logits of each one's last token unless `wanted` says otherwise."""
-        past = [self.filled.get(row, 0) for row in parts]
-        for row, tokens in parts.items():
-            table = self.tables.setdefault(row, [])
-            self.filled[row] = self.filled.get(row, 0) + len(tokens)
-            while len(table) * PER_BLOCK < self.filled[row]:
-                table.append(self.free.pop())
-        num_new = [len(tokens) for tokens in parts.values()]
-        width = max(len(self.tables[row]) for row in parts)
-        tables = [self.tables[row] + [0] * (width - len(self.tables[row])) for row in parts]
-        positions = [p for start, count in zip(past, num_new, strict=True) for p in range(start, start + count)]
-        last = torch.tensor(num_new).cumsum(0) - 1
-        return PagedStep(
-            ids=torch.tensor([token for tokens in parts.values() for token in tokens], dtype=torch.int32),
-            positions=torch.tensor(positions, dtype=torch.int32),
-            wanted=last if wanted is None else torch.tensor(wanted, dtype=torch.int64),
-            num_new=tuple(num_new),
-            num_past=tuple(past),
-            block_table=torch.tensor(tables, dtype=torch.int32),
-        )
-
-
 def logits_after(session: TorchSession, tokens: list[int]) -> torch.Tensor:
     session.start(1, len(tokens))
     return session.context([tokens])[0].clone()
@@ -81,7 +49,7 @@ def check(session: TorchSession, found: torch.Tensor, sequences: list[list[int]]
 
 def test_every_mixture_of_sequences_gives_the_logits_of_each_alone(session: TorchSession) -> None:
     tokens = random_prompts((3, 33, 12, 40, 8, 17, 1), 50)
-    pages = Pages(64)
+    pages = Pages(64, PER_BLOCK)
     rounds = [
         {0: 2, 1: 20, 2: 12},  # whole prompts and parts of prompts
         {0: 1, 1: 5, 3: 32, 6: 1},  # one token, the next part, a new prompt
@@ -103,7 +71,7 @@ def test_every_mixture_of_sequences_gives_the_logits_of_each_alone(session: Torc
 def test_lengths_far_apart_attend_in_calls_of_their_own(session: TorchSession, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt.engine.torch_paged_attention._CALL_COSTS_TOKENS", 8)
     tokens = random_prompts((5, 39, 6, 38, 21), 50)
-    pages = Pages(64)
+    pages = Pages(64, PER_BLOCK)
     session.run_paged(pages.step({row: prompt[:-2] for row, prompt in enumerate(tokens)}))
     found = session.run_paged(pages.step({row: prompt[-2:] for row, prompt in enumerate(tokens)}))
     assert [group.size for group in session.ops.attend.paged._groups] == [2, 1, 2]
@@ -112,7 +80,7 @@ def test_lengths_far_apart_attend_in_calls_of_their_own(session: TorchSession, m
 
 def test_any_tokens_logits_can_be_asked_for(session: TorchSession) -> None:
     first, second = random_prompts((6, 9), 50)
-    pages = Pages(64)
+    pages = Pages(64, PER_BLOCK)
     session.run_paged(pages.step({0: first[:2]}))
     found = session.run_paged(pages.step({0: first[2:], 1: second}, wanted=[0, 2, 3, 12]))
     check(session, found, [first[:3], first[:5], first[:6], second])
@@ -121,7 +89,7 @@ def test_any_tokens_logits_can_be_asked_for(session: TorchSession) -> None:
 
 def test_drafts_that_were_wrong_leave_no_trace(session: TorchSession) -> None:
     prompt, right, wrong = random_prompts((7, 5, 5), 50)
-    pages = Pages(64)
+    pages = Pages(64, PER_BLOCK)
     session.run_paged(pages.step({0: prompt}))
     session.run_paged(pages.step({0: wrong}))
     pages.filled[0] -= len(wrong)
@@ -131,7 +99,7 @@ def test_drafts_that_were_wrong_leave_no_trace(session: TorchSession) -> None:
 
 def test_sequences_can_share_blocks(session: TorchSession) -> None:
     prompt, left, right = random_prompts((8, 4, 4), 50)
-    pages = Pages(64)
+    pages = Pages(64, PER_BLOCK)
     session.run_paged(pages.step({0: prompt}))
     pages.tables[1], pages.filled[1] = list(pages.tables[0]), len(prompt)
     found = session.run_paged(pages.step({0: left, 1: right}))
@@ -143,7 +111,7 @@ def test_half_precision_is_as_near_as_in_a_contiguous_cache(tmp_path: Path) -> N
     session = open_session(build_engine(None, tmp_path / "e", *flags))
     session.start_paged(64, PER_BLOCK)
     prompt = random_prompts((30,), 50)[0]
-    pages = Pages(64)
+    pages = Pages(64, PER_BLOCK)
     for part in (prompt[:11], prompt[11:29]):
         session.run_paged(pages.step({0: part}))
     found = session.run_paged(pages.step({0: prompt[29:]}))[0].clone()
@@ -162,7 +130,7 @@ def test_a_quantised_cache_holds_the_same_in_blocks(kv_cache: str) -> None:
     expected = [session.context([prompt]).clone()]
     expected += [session.generation(torch.tensor(token)).clone() for token in singles]
     session.start_paged(64, PER_BLOCK)
-    pages = Pages(64)
+    pages = Pages(64, PER_BLOCK)
     for tokens, logits in zip((prompt, *singles), expected, strict=True):
         assert relative_error(session.run_paged(pages.step({0: tokens})), logits) < 1e-5
     assert session.pool is not None
@@ -172,4 +140,4 @@ def test_a_quantised_cache_holds_the_same_in_blocks(kv_cache: str) -> None:
 def test_a_step_needs_its_pool(tmp_path: Path) -> None:
     session = open_session(build_engine(None, tmp_path / "e", *SIZES, *LIMITS, "--random_seed", "1"))
     with pytest.raises(RuntimeError, match="start_paged comes before"):
-        session.run_paged(Pages(1).step({0: [1]}))
+        session.run_paged(Pages(1, PER_BLOCK).step({0: [1]}))

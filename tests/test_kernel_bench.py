@@ -30,7 +30,7 @@ def test_every_kernel_at_every_size() -> None:
     for batch_size, kind in ((1, "gemv"), (8, "skinny")):
         kernels = [f"{kind} {name}" for name in ("float16", "int8", "int4")]
         kernels += ["torch float16", "w8a8", "add_norm", "quantize_rows", "attention"]
-        kernels += ["cached_attention", "torch attention"]
+        kernels += ["cached_attention", "paged_attention", "torch attention"]
         assert {(kernel, batch_size) for kernel in kernels} <= found
 
 

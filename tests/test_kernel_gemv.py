@@ -9,7 +9,7 @@ import torch
 from engines import relative_error
 from kernel_inputs import TOLERANCE, int8_weight, normal, tiles_of
 
-from gpt.kernels.gemv import GemvConfig, default_config, gemv
+from gpt.kernels.gemv import GemvConfig, config_for_parts, default_config, gemv
 from gpt.kernels.product import ACTIVATION_FUNCTIONS, Gate, Norm, reference
 
 # Neither whole blocks of rows nor of columns; with several blocks of columns, and in several stretches of them.
@@ -113,3 +113,12 @@ def test_default_config_suits_every_size(kernel_device: torch.device) -> None:
         config = default_config(num_rows, num_columns, kernel_device)
         for number in (config.block_n, config.block_k, config.num_warps):
             assert number & (number - 1) == 0 < number
+
+
+@pytest.mark.parametrize("splits", [2, 4, 8, 16])
+@pytest.mark.parametrize("shape", [(1024, 1024), (1600, 1600), (6144, 3072)], ids=str)
+def test_parts_fit_the_registers(shape: tuple[int, int], splits: int, kernel_device: torch.device) -> None:
+    """A thread holds its share of a block of every part at once."""
+    config = config_for_parts(default_config(*shape, kernel_device), splits, 128)
+    assert config.block_k % 128 == 0
+    assert config.block_k * splits / (32 * config.num_warps) <= 128

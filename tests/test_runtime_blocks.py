@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from gpt.runtime.blocks import BlockManager, Table
-from gpt.runtime.scheduler import Part, RunningSequence, Scheduler
+from gpt.runtime.scheduler import Part, RunningSequence, Scheduler, worth_joining
 
 
 def filled(blocks: BlockManager, tokens: list[int]) -> Table:
@@ -160,7 +160,7 @@ def test_steps_ahead_take_the_blocks_that_they_need() -> None:
         part.sequence.tokens.append(7)
         scheduler.blocks.fill(part.sequence.table, part.sequence.tokens, part.num_new)
     scheduler.finish(scheduler.running[2])
-    parts = scheduler.plan(admit=False)
+    parts = scheduler.plan()
     assert [part.is_one_step for part in parts] == [True, True]
     assert scheduler.look_ahead(parts, 1) == 1
     assert scheduler.blocks.num_free == 1
@@ -170,15 +170,57 @@ def test_steps_ahead_take_the_blocks_that_they_need() -> None:
     assert scheduler.look_ahead(parts[1:], 8) == 2
 
 
-def test_nobody_joins_unasked() -> None:
-    waiting, _ = sequences([5, 5], [])
-    scheduler = Scheduler(BlockManager(100, 4), waiting, max_running=2, max_num_tokens=5)
-    (first,) = scheduler.plan()
-    first.sequence.tokens.append(7)
-    scheduler.blocks.fill(first.sequence.table, first.sequence.tokens, 5)
-    assert len(scheduler.plan(admit=False)) == 1
-    scheduler.finish(first.sequence)
-    assert len(scheduler.plan(admit=False)) == 1  # nothing runs: to wait would be for ever
+def worth(waiting: list[int], num_places: int, num_waited: int = 0) -> bool:
+    limits = {"max_running": 16, "max_num_tokens": 1000, "patience": 8}
+    return worth_joining(waiting, num_places, num_waited=num_waited, **limits)
+
+
+def test_when_sequences_join_on_a_gpu() -> None:
+    assert not worth([100, 100, 100], 2)
+    assert worth([250, 250, 100], 2)  # half a step
+    assert not worth([250, 100, 250], 2)  # the last one has no place
+    assert worth([1, 1], 2)  # all have a place
+    assert not worth([], 2)
+    assert not worth([1000], 0, num_waited=9)
+    assert not worth([1] * 4, 3)
+    assert worth([1] * 5, 4)  # a quarter of the places is empty
+    assert not worth([100] * 3, 2, num_waited=7)
+    assert worth([100] * 3, 2, num_waited=8)
+    assert worth_joining([4096, 1], 1, max_running=16, max_num_tokens=10**6, num_waited=0, patience=8)
+
+
+def test_patient_sequences_join_in_fewer_steps() -> None:
+    """All of them, none later than it may, and nobody waits where everybody has a place."""
+    patience = 6
+    steps: dict[int, list[list[int]]] = {}
+    for bound in (0, patience):
+        waiting, lengths = sequences([5] * 60, [3 + index * 7 % 13 for index in range(60)])
+        blocks = BlockManager(400, 4)
+        scheduler = Scheduler(blocks, waiting, max_running=16, max_num_tokens=96, patience=bound)
+        plans: list[list[Part]] = []
+        simulate(scheduler, lengths, plans.append)
+        steps[bound] = [[part.num_new for part in parts] for parts in plans]
+        assert sum(count == 5 for step in steps[bound] for count in step) == 60
+    with_prompts = {bound: sum(max(step) > 1 for step in seen) for bound, seen in steps.items()}
+    assert with_prompts[patience] < with_prompts[0] * 2 / 3
+    assert len(steps[patience]) < len(steps[0]) * 1.2
+    first = [max(step) > 1 for step in steps[patience]].index(False)
+    assert len(steps[patience][first]) == 16  # nobody waited before the places were taken
+
+
+def test_patience_ends_also_over_steps_ahead() -> None:
+    waiting, _ = sequences([1] * 10, [])
+    scheduler = Scheduler(BlockManager(400, 4), waiting, max_running=8, max_num_tokens=64, patience=10)
+    for part in scheduler.plan():
+        part.sequence.tokens.append(7)
+        scheduler.blocks.fill(part.sequence.table, part.sequence.tokens, 1)
+    scheduler.finish(scheduler.running[0])
+    parts = scheduler.plan()  # two wait for one place
+    assert len(parts) == 7
+    assert scheduler.look_ahead(parts, 8) == 8
+    assert len(scheduler.plan()) == 7
+    assert scheduler.look_ahead(parts, 2) == 2
+    assert len(scheduler.plan()) == 8
 
 
 def test_a_common_prompt_is_computed_once() -> None:

@@ -35,3 +35,9 @@ def test_two_ranks_decode_as_one(tmp_path: Path) -> None:
     assert {len(row) for row in one["free"]} == {12}
     assert min(len(row) for row in one["stopped"]) < 12
     assert one["samples"][0] != one["samples"][1]
+
+
+def test_two_ranks_share_steps_over_blocks() -> None:
+    done = mpirun(2, PROGRAMS / "paged_session.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("of 2: good") == 2

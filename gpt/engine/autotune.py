@@ -6,7 +6,6 @@ weights that none is still in the cache when its turn comes again.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -87,8 +86,8 @@ def autotune(
 
 def gemv_candidates(num_columns: int) -> Iterator[gemv.GemvConfig]:
     widest = 1 << (num_columns - 1).bit_length()
-    for block_n, block_k, num_warps in itertools.product((1, 2, 4, 8), (1024, 2048, 4096), (4, 8)):
-        if block_k <= max(widest, 1024) and 32 <= block_n * block_k // (32 * num_warps) <= 64:
+    for block_n, block_k, num_warps in itertools.product((2, 4, 8, 16), (1024, 2048, 4096), (1, 2, 4, 8)):
+        if block_k <= max(widest, 1024) and 64 <= block_n * block_k // (32 * num_warps) <= 128:
             yield gemv.GemvConfig(block_n, block_k, num_warps)
 
 
@@ -159,8 +158,7 @@ def _attention_launcher(
         )
         if joins:
             x, splits = (scratch, config.num_splits) if config.num_splits > 1 else (out.view(-1), 1)
-            product = tuning.gemv(width, width)
-            product = dataclasses.replace(product, block_k=max(product.block_k, head_size))
+            product = gemv.config_for_parts(tuning.gemv(width, width), splits, head_size)
             gemv.gemv(x, weight, stream, config=product, add_to_out=True, splits=splits, head_size=head_size)
 
     return launch, copies

@@ -9,7 +9,6 @@ GPUs that share memory, the sum over the ranks takes bias and residual sum along
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +27,7 @@ from gpt.engine.torch_executor import rotary_tables
 from gpt.engine.tuning import Tuning
 from gpt.kernels import int4
 from gpt.kernels.attention import Rotary, decode_attention, scratch_size
-from gpt.kernels.gemv import gemv
+from gpt.kernels.gemv import config_for_parts, gemv
 from gpt.kernels.norm import add_norm, embed
 from gpt.kernels.product import Gate, Norm
 from gpt.kernels.skinny import skinny
@@ -378,11 +377,11 @@ class DecodeOps:
         if packed:
             config = int4.default_gemv_config(num_rows, num_columns, self.device)
         else:
-            config = self.tuning.gemv(num_rows, num_columns)
+            config = self.tuning.gemv(num_rows, num_columns, itemsize=weight.itemsize)
         norm, splits = None, 1
         if isinstance(x, Parts):
             h, splits = x.parts, x.num_splits
-            config = dataclasses.replace(config, block_k=max(config.block_k, self.model.head_size))
+            config = config_for_parts(config, splits, self.model.head_size)
         elif isinstance(x, Normed) and x.value is None and x.stream.parts is None:
             h, norm = x.stream.x, x.norm
         else:

@@ -8,16 +8,13 @@ from typing import Any
 
 import torch
 
+from gpt.engine.cuda_prompt_attention import PromptAttention
 from gpt.engine.cuda_w8a8 import W8a8Linear, w8a8_linears
-from gpt.engine.kv_cache import KvCache
 from gpt.engine.linear import library_linear
 from gpt.engine.quant_linear import QuantizedRows, QuantLinear
-from gpt.engine.step import ContextStep, Step
-from gpt.engine.torch_attention import TorchAttention
 from gpt.engine.torch_executor import TorchOps
 from gpt.kernels.norm import add_norm
 from gpt.kernels.product import Norm
-from gpt.kernels.store_cache import store_cache
 from gpt.quant import QuantConfig
 
 
@@ -35,35 +32,11 @@ class _Sum:
         return self.x
 
 
-class _PromptAttention(TorchAttention):
-    """TorchAttention that writes the K and V of whole prompts by one kernel per layer."""
-
-    def begin(self, step: Step, cache: KvCache) -> None:
-        super().begin(step, cache)
-        if isinstance(step, ContextStep):
-            self._places = _places(step, cache)
-
-    def _keep(self, step: ContextStep, heads: torch.Tensor, layer: int) -> None:
-        scales = self.cache.scales
-        store_cache(heads, self._places, self.cache.blocks[layer], None if scales is None else scales[layer])
-
-
-def _places(step: ContextStep, cache: KvCache) -> torch.Tensor:
-    """[N] int32: row * tokens_per_block + slot of each token."""
-    batch_size, device = len(step.lengths), cache.blocks.device
-    rows = torch.arange(batch_size, dtype=torch.int32, device=device)[:, None] * cache.tokens_per_block
-    width = len(step.ids) // batch_size if step.padded else max(step.lengths)
-    places = rows + torch.arange(width, dtype=torch.int32, device=device)  # [B, S]
-    if step.padded:
-        return places.flatten()
-    return torch.cat([row[:length] for row, length in zip(places, step.lengths, strict=True)])
-
-
 class PromptOps(TorchOps):
     """TorchOps with residual sum and norm in one pass that writes what products take, cuBLASLt's own GELU behind a
     float product, and kernels for int8 and FP8 products."""
 
-    _attention_class = _PromptAttention
+    _attention_class = PromptAttention
 
     def _make_linears(self, weights: Dict[str, torch.Tensor], quant: QuantConfig) -> Dict[str, QuantLinear]:
         return w8a8_linears(weights, self.dtype) if quant.activations else super()._make_linears(weights, quant)

@@ -30,8 +30,10 @@ class Tuning:
     attentions: dict[tuple[int, ...], attention.AttentionConfig] = field(default_factory=dict)
     batch_invariant: bool = False
 
-    def gemv(self, num_rows: int, num_columns: int) -> gemv.GemvConfig:
-        return self.gemvs.get((num_rows, num_columns)) or gemv.default_config(num_rows, num_columns, self.device)
+    def gemv(self, num_rows: int, num_columns: int, *, itemsize: int = 2) -> gemv.GemvConfig:
+        """itemsize: bytes of a weight."""
+        measured = self.gemvs.get((num_rows, num_columns))
+        return measured or gemv.default_config(num_rows, num_columns, self.device, itemsize=itemsize)
 
     def skinny(
         self, num_tokens: int, num_rows: int, num_columns: int, *, splits: bool, itemsize: int = 2

@@ -403,7 +403,10 @@ def default_config(
     """As many programs as fill the card, none with less than a block of the past."""
     if batch_size > 1 and num_slots <= 1024 and batch_size * num_kv_heads >= 2 * num_multiprocessors(device) // 5:
         return AttentionConfig(64, 1, 4 if num_heads > num_kv_heads else 2)  # joining costs a launch of its own
-    block_t, num_warps = (32, 4) if num_heads > num_kv_heads else (64, 2)
+    if num_heads > num_kv_heads:
+        block_t, num_warps = 64 if batch_size == 1 else 32, 4
+    else:
+        block_t, num_warps = 64, 2
     wanted = triton.cdiv(2 * num_multiprocessors(device), batch_size * num_kv_heads)
     num_splits = triton.next_power_of_2(max(1, min(wanted, num_slots // block_t, 16)))
     return AttentionConfig(block_t, num_splits, num_warps)

@@ -7,7 +7,7 @@ before the kernel waits for the vector.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -75,10 +75,13 @@ def _gemv_kernel(
     if NORM != "none":
         whole = tl.arange(0, PADDED_K)
         mean, inverse = moments(tl.load(x_ptr + whole, mask=whole < K, other=0.0).to(tl.float32), epsilon, K, NORM)
+    # What a thread loads at once it adds at once: a sum per weight would take half of its registers.
+    LOADED: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    VECTOR: tl.constexpr = LOADED if LOADED < BLOCK_K else BLOCK_K
     # All of a row is written out, tile by tile; of a long one, whose tiles would not fit the registers, a stretch.
     STRETCH: tl.constexpr = K if K <= 6 * BLOCK_K else 4 * BLOCK_K
-    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    gate_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    sums = tl.zeros((BLOCK_N, BLOCK_K // VECTOR), tl.float32)
+    gate_sums = tl.zeros((BLOCK_N, BLOCK_K // VECTOR), tl.float32)
     for begin in tl.range(0, K, STRETCH):
         for piece in tl.static_range(0, STRETCH, BLOCK_K):
             start = begin + piece
@@ -95,13 +98,13 @@ def _gemv_kernel(
                 x = (x - mean) * inverse * stretch
             if NORM == "layernorm":
                 x += shift
-            sums += weights.to(tl.float32) * x[None, :]
+            sums += _sum_vectors(weights.to(tl.float32) * x[None, :], VECTOR)
             if GATED:
                 if piece == 0 and STRETCH >= K:
                     gates = first_gate
                 else:
                     gates = _load_weights(gate_ptr, rows, start + columns, in_rows, K)
-                gate_sums += gates.to(tl.float32) * x[None, :]
+                gate_sums += _sum_vectors(gates.to(tl.float32) * x[None, :], VECTOR)
     y = tl.sum(sums, 1)
     if HAS_SCALE:
         y *= tl.load(scale_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
@@ -123,6 +126,12 @@ def _gemv_kernel(
         value, index = best_of(y, 0)
         tl.store(tile_max_ptr + tl.program_id(0), value)
         tl.store(tile_argmax_ptr + tl.program_id(0), tl.minimum(tl.program_id(0) * BLOCK_N + index, num_valid - 1))
+
+
+@triton.jit
+def _sum_vectors(x, VECTOR: tl.constexpr):
+    """[N, K] -> [N, K / VECTOR]"""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // VECTOR, VECTOR)), 2)
 
 
 @triton.jit
@@ -256,11 +265,33 @@ def gemv(
     )
 
 
-def default_config(num_rows: int, num_columns: int, device: torch.device) -> GemvConfig:
-    """Enough programs to fill the card, each with a few kilobytes of weights in flight: 64 values per thread."""
-    block_k = min(4096, triton.next_power_of_2(num_columns))
-    block_n = 8
-    while block_n > 1 and triton.cdiv(num_rows, block_n) < num_multiprocessors(device):
+def default_config(num_rows: int, num_columns: int, device: torch.device, itemsize: int = 2) -> GemvConfig:
+    """What was fastest on an H100 for the shapes of GPT-2, SantaCoder and StarCoder (docs/performance.md).
+
+    A thread has 64 to 128 values in flight, and there are programs for every multiprocessor.
+    """
+    block_k = triton.next_power_of_2(num_columns)
+    per_thread = 64
+    if num_columns <= 1024:
+        block_n, per_thread = 4, 128 if itemsize == 1 or num_rows == num_columns else 64
+    elif num_rows < num_columns:
+        block_n, block_k = 8 if num_columns >= 8192 else 4, min(block_k, 4096 if num_columns >= 4096 else 2048)
+    elif itemsize == 1:
+        block_n, block_k, per_thread = 8, min(block_k, 2048), 128
+    elif num_rows == num_columns:
+        block_n, block_k = 16, 1024
+    elif num_columns <= 2048:
+        block_n, block_k = 4, 1024
+    else:
+        block_n, block_k, per_thread = 8, 2048, 128
+    if itemsize == 4:
+        per_thread = 64
+    while block_n > 1 and triton.cdiv(num_rows, block_n) < 3 * num_multiprocessors(device) // 4:
         block_n //= 2
-    block_k = max(min(block_k, 512), min(block_k, 16384 // block_n))
-    return GemvConfig(block_n, block_k, max(1, min(8, block_n * block_k // 2048)))
+    return GemvConfig(block_n, block_k, min(8, max(1, block_n * block_k // (32 * per_thread))))
+
+
+def config_for_parts(config: GemvConfig, splits: int, head_size: int) -> GemvConfig:
+    """For an attention's parts: whole heads in a block, and at most 128 of their values in a thread's registers."""
+    block_k = max(config.block_k, head_size)
+    return replace(config, block_k=block_k, num_warps=max(config.num_warps, min(8, block_k * splits // (32 * 128))))

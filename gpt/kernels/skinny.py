@@ -242,9 +242,13 @@ def default_config(
     """
     processors = num_multiprocessors(device)
     few = num_tokens <= 32 or itemsize != 2
-    block_n = 64 if num_rows >= 45 * processors else 32
+    if itemsize != 2:
+        enough, wide = processors, num_rows >= 45 * processors
+    else:
+        enough = 3 * processors // 4
+        wide = num_rows >= 60 * processors or (splits and num_columns > 1024) if few else num_rows >= 45 * processors
+    block_n = 64 if wide else 32
     num_tiles = triton.cdiv(num_rows, block_n)
-    enough = processors if few else 3 * processors // 4
     split_k = 1
     while splits and num_tiles * split_k < enough and num_columns >= 512 * split_k:
         split_k *= 2

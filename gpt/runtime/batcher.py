@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from gpt.comm import WAITING
 from gpt.errors import ConfigError
@@ -14,14 +14,16 @@ from gpt.runtime.paged_rows import Rows
 from gpt.runtime.paged_steps import StepRunner
 from gpt.runtime.pool_size import pool_blocks
 from gpt.runtime.sampling_config import SamplingConfig
-from gpt.runtime.scheduler import RunningSequence, Scheduler
+from gpt.runtime.scheduler import Part, RunningSequence, Scheduler
 from gpt.runtime.session import PagedSession
 from gpt.runtime.stopping import Stops
 from gpt.runtime.virtual_tokens import VirtualTokens
 
 # Steps between two looks at what ended and what may join.  A sequence that ends runs on for half as many in the middle,
 # a hundredth of a usual text; planning, which the device waits for, costs as much of a step.
-_STEPS_AHEAD = 8
+STEPS_AHEAD = 8
+# Steps that prompts wait for others on a GPU: about half a second, of which nothing is lost but their first tokens'.
+_PATIENCE = 32
 
 
 def generate_paged(
@@ -93,36 +95,57 @@ def generate_paged(
         continuous=session.build.use_inflight_batching,
         draft=rows.draft if batching.max_draft_len else None,
         independent=session.batch_invariant,
+        patience=_PATIENCE if steps.runs_ahead else 0,
     )
-    _run(scheduler, steps, rows)
+    run = _run_ahead if steps.runs_ahead and rows.takes_likeliest else _run
+    run(scheduler, steps, rows)
     steps.end()
     return rows.result
 
 
 def _run(scheduler: Scheduler, steps: StepRunner, rows: Rows) -> None:
-    """Steps one by one; where the device can choose tokens itself, prompts' steps take turns with several steps of
-    running sequences that the host only reads."""
+    """Steps one by one, the same for all sequences."""
     begin = time.perf_counter()
-    runs_ahead = steps.runs_ahead and rows.takes_likeliest
-    admit = True
-    while parts := scheduler.plan(admit=admit):
-        num_steps = 1
-        if runs_ahead and all(part.is_one_step for part in parts):
-            num_steps = scheduler.look_ahead(parts, _STEPS_AHEAD)
+    while parts := scheduler.plan():
+        ended = rows.advance(parts, steps.run(parts))
+        _account(scheduler, parts, ended)
+        begin = rows.count_time(begin, context=any(part.num_new > 1 for part in parts))
+
+
+def _run_ahead(scheduler: Scheduler, steps: StepRunner, rows: Rows) -> None:
+    """Where the device can choose tokens itself: sequences that are generating run several steps that the host only
+    reads, or one beside a step of prompts, which the host prepares meanwhile."""
+    begin = time.perf_counter()
+    while True:
+        running = scheduler.plan_running()
+        ahead = [part for part in running if part.is_one_step]
+        others = [part for part in running if not part.is_one_step]
+        joins = scheduler.lets_join()
+        results: Iterator[tuple[list[int], list[float]]] = iter(())
+        if ahead:
+            num_steps = 1 if joins or others else scheduler.look_ahead(ahead, STEPS_AHEAD)
+            results = steps.run_ahead(ahead, num_steps)
+        if joins:
+            others += scheduler.join()
+        if not ahead and not others:
+            return
+        logits = steps.run(others) if others else None
         ended: list[RunningSequence] = []
-        if num_steps > 1:
-            for tokens, largest in steps.run_ahead(parts, num_steps):
-                ended += rows.take(parts, tokens, largest)
+        for tokens, largest in results:
+            ended += rows.take(ahead, tokens, largest)
+            if logits is None:
                 begin = rows.count_time(begin, context=False)
-        else:
-            ended = rows.advance(parts, steps.run(parts))
-        for part in parts:
-            sequence = part.sequence
-            filled = len(sequence.tokens) - 1 if part.reaches_end else sequence.table.num_filled + part.num_new
-            scheduler.blocks.fill(sequence.table, sequence.tokens, filled)
-        for sequence in ended:
-            scheduler.finish(sequence)
-        has_prompts = any(part.num_new > 1 for part in parts)
-        if num_steps == 1:
-            begin = rows.count_time(begin, context=has_prompts)
-        admit = num_steps > 1 or not (runs_ahead and has_prompts)
+        if logits is not None:
+            ended += rows.advance(others, logits)
+            begin = rows.count_time(begin, context=True)
+        _account(scheduler, ahead + others, ended)
+
+
+def _account(scheduler: Scheduler, parts: Sequence[Part], ended: Sequence[RunningSequence]) -> None:
+    """What a step has left in the blocks, and who leaves."""
+    for part in parts:
+        sequence = part.sequence
+        filled = len(sequence.tokens) - 1 if part.reaches_end else sequence.table.num_filled + part.num_new
+        scheduler.blocks.fill(sequence.table, sequence.tokens, filled)
+    for sequence in ended:
+        scheduler.finish(sequence)

@@ -15,6 +15,7 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
 from gpt.engine.cuda_prompt_ops import PromptOps
 from gpt.engine.cuda_w8a8 import W8a8Linear
+from gpt.engine.host_lists import on_device
 from gpt.engine.kv_cache import KvCache, batch_bucket, cache_slots
 from gpt.engine.step import AheadStep, PagedStep, Step
 from gpt.engine.tuning import Tuning
@@ -214,23 +215,24 @@ class CudaSession(TorchSession):
         return max(0, super().num_pool_blocks - 1)
 
     def run_paged(self, step: PagedStep) -> torch.Tensor:
-        """Rows of one token after a past take the decode step, all others PyTorch's."""
+        """Rows of one token after a past take the decode step, all others PyTorch's.  The host prepares the latter
+        while the device decodes."""
         decoding = [num_new == 1 and past > 0 for num_new, past in zip(step.num_new, step.num_past, strict=True)]
         if not any(decoding):
             return super().run_paged(step)
         starts = list(accumulate(step.num_new, initial=0))
         rows = [row for row, one in enumerate(decoding) if one]
-        logits = self._decode_rows(step, rows, [starts[row] for row in rows])
         if all(decoding):
-            return logits[step.wanted]
+            return self._decode_rows(step, rows, rows)[step.wanted]
         lines = {token: line for line, token in enumerate(step.wanted.tolist())}
+        logits = self._decode_rows(step, rows, [starts[row] for row in rows])
         result = logits.new_empty((len(lines), logits.shape[1]))
         decoded = [(lines[starts[row]], index) for index, row in enumerate(rows) if starts[row] in lines]
         if decoded:
-            target, source = torch.tensor(decoded, device=self.device).T
+            target, source = on_device(decoded, self.device, torch.int64).T
             result[target] = logits[source]
         part, others = paged_part(step, [row for row, one in enumerate(decoding) if not one], lines)
-        result[torch.tensor(others, dtype=torch.int64, device=self.device)] = super().run_paged(part)
+        result[on_device(others, self.device, torch.int64)] = super().run_paged(part)
         return result
 
     def run_paged_ahead(self, step: AheadStep) -> Iterator[tuple[list[int], list[float]]]:
@@ -245,7 +247,7 @@ class CudaSession(TorchSession):
             for token, past, end, table in zip(step.ids, step.num_past, step.ends, step.tables, strict=True)
         ]
         rows += [[0, 0, 0, *[trash] * width]] * (decoder.num_rows - num_rows)
-        numbers = torch.tensor(rows, dtype=torch.int32).to(self.device)
+        numbers = on_device(rows, self.device)
         inputs.ids.copy_(numbers[:, 0])
         inputs.positions.copy_(numbers[:, 1])
         decoder.first.copy_(inputs.positions)
@@ -260,24 +262,20 @@ class CudaSession(TorchSession):
             if self.graphs:
                 done.append(torch.cuda.Event())
                 done[-1].record()
-        for number in range(step.num_steps):
-            if self.graphs:
-                done[number].synchronize()
-            tokens, values = host[number, :, :num_rows]
-            yield tokens.tolist(), values.view(torch.float32).tolist()
+        return _read(host[:, :, :num_rows], done)
 
     def _decode_rows(self, step: PagedStep, rows: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
         """One decode step of these rows of a paged step, whose tokens stand at `tokens`: logits [rows, V]."""
         decoder = self._paged_decoder(len(rows))
         inputs, num_rows = decoder.inputs, len(rows)
-        picked = torch.tensor(tokens, device=self.device)
+        picked = on_device(tokens, self.device, torch.int64)
         inputs.ids[:num_rows] = step.ids[picked]
         inputs.positions.zero_()
         inputs.positions[:num_rows] = step.positions[picked]
         decoder.first.copy_(inputs.positions)
         inputs.table.fill_(self._pool().num_blocks - 1)
         width = min(step.block_table.shape[1], inputs.table.shape[1])
-        inputs.table[:num_rows, :width] = step.block_table[torch.tensor(rows, device=self.device), :width]
+        inputs.table[:num_rows, :width] = step.block_table[on_device(rows, self.device, torch.int64), :width]
         return self._step(decoder)[:num_rows]
 
     def _paged_decoder(self, num_rows: int) -> _Decoder:
@@ -370,3 +368,12 @@ class CudaSession(TorchSession):
         decoder.inputs.ids.copy_(saved[0])
         decoder.inputs.positions.copy_(saved[1])
         return _Recorded(graph, logits)
+
+
+def _read(host: torch.Tensor, done: Sequence[torch.cuda.Event]) -> Iterator[tuple[list[int], list[float]]]:
+    """Tokens and the largest logits of each step in host [T, 2, B] int32, as soon as they are there.  done: events of
+    the steps, none where nothing has to be waited for."""
+    for number, (tokens, values) in enumerate(host):
+        if done:
+            done[number].synchronize()
+        yield tokens.tolist(), values.view(torch.float32).tolist()

@@ -9,6 +9,7 @@ from itertools import accumulate, chain
 import torch
 
 from gpt.dtypes import torch_dtype
+from gpt.engine.host_lists import on_device
 from gpt.engine.step import AheadStep, PagedStep
 from gpt.runtime.scheduler import Part
 from gpt.runtime.session import PagedRunsAhead, PagedSession
@@ -98,14 +99,12 @@ class StepRunner:
             first_rows = torch.tensor(work.tasks, dtype=torch.int32) * self._virtual_per_task
             first_row = first_rows.repeat_interleave(torch.tensor(num_new)).to(device)
         return PagedStep(
-            ids=torch.tensor(list(chain.from_iterable(work.tokens)), dtype=torch.int32, device=device),
-            positions=torch.tensor(list(positions), dtype=torch.int32, device=device),
-            wanted=torch.tensor(work.wanted, dtype=torch.int64, device=device),
+            ids=on_device(list(chain.from_iterable(work.tokens)), device),
+            positions=on_device(list(positions), device),
+            wanted=on_device(work.wanted, device, torch.int64),
             num_new=num_new,
             num_past=tuple(work.num_past),
-            block_table=torch.tensor(
-                [table + [0] * (width - len(table)) for table in work.tables], dtype=torch.int32, device=device
-            ),
+            block_table=on_device([table + [0] * (width - len(table)) for table in work.tables], device),
             prompt_table=self._table,
             first_row=first_row,
         )

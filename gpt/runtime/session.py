@@ -111,5 +111,6 @@ class PagedRunsAhead(Protocol):
     """A paged session whose device chooses the likeliest tokens itself for several steps."""
 
     def run_paged_ahead(self, step: AheadStep) -> Iterator[tuple[list[int], list[float]]]:
-        """Yields per step the chosen tokens and their logits, which the device need not wait for."""
+        """Sets the device to work, and yields per step the chosen tokens and their logits as they come.  Other steps
+        may be asked for before these have been read."""
         ...

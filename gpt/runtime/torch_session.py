@@ -11,6 +11,7 @@ import torch
 
 from gpt.comm import Communicator, NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
+from gpt.engine.host_lists import on_device
 from gpt.engine.kv_cache import KvCache, kv_scales
 from gpt.engine.step import ContextStep, GenerationStep, PagedStep, Step
 from gpt.engine.torch_executor import TorchOps
@@ -204,15 +205,15 @@ def paged_part(step: PagedStep, rows: Sequence[int], lines: Dict[int, int]) -> t
     starts = list(accumulate(step.num_new, initial=0))
     places = [place for row in rows for place in range(starts[row], starts[row + 1])]
     device = step.ids.device
-    picked = torch.tensor(places, device=device)
+    picked = on_device(places, device, torch.int64)
     wanted = [index for index, place in enumerate(places) if place in lines]
     part = PagedStep(
         ids=step.ids[picked],
         positions=step.positions[picked],
-        wanted=torch.tensor(wanted, dtype=torch.int64, device=device),
+        wanted=on_device(wanted, device, torch.int64),
         num_new=tuple(step.num_new[row] for row in rows),
         num_past=tuple(step.num_past[row] for row in rows),
-        block_table=step.block_table[torch.tensor(rows, device=device)],
+        block_table=step.block_table[on_device(rows, device, torch.int64)],
         prompt_table=step.prompt_table,
         first_row=None if step.first_row is None else step.first_row[picked],
     )
