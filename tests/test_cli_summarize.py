@@ -14,6 +14,7 @@ from tiny_models import tiny_gpt2
 
 import summarize
 from gpt.runtime.prompt_lookup import PromptLookup
+from gpt.runtime.torch_session import TorchSession
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "assets" / "gpt2-tiny"
@@ -151,6 +152,16 @@ def test_one_side_alone(tiny: Engine, articles: Path, main: Main, side: list[str
     assert code == 0
     assert out.count("beam 0 result") == 1
     assert "difference" not in out
+
+
+def test_noticeable_recording_of_steps_is_told(
+    tiny: Engine, articles: Path, main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TorchSession, "recording_seconds", 3.0, raising=False)
+    flags = ("--test_engine", "--engine_dir", tiny.folder, "--dataset_path", articles, "--output_len", 5)
+    code, _, errors = main(*flags, "--max_ite", 1)
+    assert code == 0
+    assert errors.startswith("3.0 s went into steps that came for the first time")
 
 
 def test_hugging_face_alone_needs_no_engine(tiny: Engine, articles: Path, main: Main, tmp_path: Path) -> None:
