@@ -24,7 +24,6 @@ from gpt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gpt.runtime.generate import Generation
-    from gpt.runtime.sampling_config import SamplingConfig
     from gpt.text.run_prompts import RunConfig
 
 
@@ -130,7 +129,7 @@ def _problem_of(tokens: Sequence[int], num_ids: int, in_front: int) -> str | Non
 
 
 def with_earlier_seed(config: RunConfig) -> RunConfig:
-    """A continuation draws as the run before it did; Raises ConfigError as `read_job` does."""
+    """A continuation draws as the run before it did.  Raises ConfigError as `read_job` does."""
     sampling = config.decoding.sampling
     earlier = read_job(config.output_file) if config.resume and config.output_file is not None else None
     if earlier is not None and sampling.seed is None and not sampling.is_greedy:
@@ -140,8 +139,8 @@ def with_earlier_seed(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, decoding=config.decoding.with_seed())
 
 
-def run_job(job: Job, ranks: Communicator, sampling: SamplingConfig, out: TextIO) -> None:
-    """Loads the engine, computes what is missing of the results and appends it.  sampling: the choice of tokens.
+def run_job(job: Job, ranks: Communicator, out: TextIO) -> None:
+    """Loads the engine, computes what is missing of the results and appends it.
 
     Raises ConfigError where the output file holds something else, EngineError for a bad engine, InterruptError after
     Ctrl-C, and GptError where the disk is full or, at the very end, where rows could not be run.
@@ -154,7 +153,7 @@ def run_job(job: Job, ranks: Communicator, sampling: SamplingConfig, out: TextIO
     num_done = ranks.broadcast_object(0 if file is None else file.num_done)
     writer = _Writer(job, file, num_done)
     try:
-        results = _compute(job, sampling, writer, num_done)
+        results = _compute(job, writer, num_done)
     except KeyboardInterrupt:
         raise InterruptError(
             "interrupted",
@@ -169,7 +168,7 @@ def run_job(job: Job, ranks: Communicator, sampling: SamplingConfig, out: TextIO
         _tell(job, path, num_done, out)
 
 
-def _compute(job: Job, sampling: SamplingConfig, writer: _Writer, num_done: int) -> list[Generation]:
+def _compute(job: Job, writer: _Writer, num_done: int) -> list[Generation]:
     pending = [index for index in range(num_done, len(job.rows)) if job.prompts[index] is not None]
     decoding = job.config.decoding
     results: list[Generation] = []
@@ -179,7 +178,7 @@ def _compute(job: Job, sampling: SamplingConfig, writer: _Writer, num_done: int)
     settings: dict[str, Any] = {
         "max_new_tokens": job.config.max_output_len,
         "end_id": job.end_id,
-        "sampling": sampling,
+        "sampling": decoding.choice(job.tokenizer),
         "stops": job.stops,
         "results": results,
     }

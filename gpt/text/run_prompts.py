@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -122,8 +122,6 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     """
     if config.input_file is not None:
         check_input_file(config.input_file, ROW_SUFFIXES)
-    if config.output_file is not None:
-        config = with_earlier_seed(config)
     start()  # first, so that what fails on one rank alone ends them all
     info = open_engine(config.engine_dir)
     ranks = join_ranks(info)
@@ -132,12 +130,11 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     config.batching.check_fits(info.build)
     decoding = config.decoding
     decoding.check_fits(info.build, info.model.vocab_size, config.max_output_len)
-    choice = decoding.choice(tokenizer)
-    choice.check_fits(info.model.vocab_size, config.max_output_len)
-    stops = make_stops(decoding, tokenizer)
+    decoding.choice(tokenizer).check_fits(info.model.vocab_size, config.max_output_len)
+    stops = decoding.stops(tokenizer)
     if config.output_file is not None:
         job = prepare_job(config, info, tokenizer, end_id, stops)
-        run_job(job, ranks, choice, out)
+        run_job(replace(job, config=with_earlier_seed(config)), ranks, out)
         return []
     prompts, tuning = read_prompts(config, info, tokenizer, end_id)
     if not config.writes_files:
@@ -150,6 +147,7 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
 
     from gpt.runtime.load import load_session
 
+    choice = decoding.with_seed().choice(tokenizer)
     session = load_session(info, config.device, config.execution)
     wanted = config.wanted(end_id, info.model.pad_token_id, ranks.rank)
     results = Results(wanted, prompts, tokenizer, end_id, stops, info.model.vocab_size, out)
@@ -164,13 +162,6 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
         results.break_off()
         raise
     return results.finish(batches) if ranks.rank == 0 else []
-
-
-def make_stops(decoding: DecodingOptions, tokenizer: Tokenizer | None) -> StopWords | None:
-    """None where nothing but its end token and its length ends a text."""
-    if not decoding.stop_words and not decoding.stop_ids:
-        return None
-    return StopWords(decoding.stop_words, decoding.stop_ids, tokenizer)
 
 
 def read_prompts(

@@ -168,12 +168,19 @@ class Results:
         return lines
 
 
-def final_text(tokens: Sequence[int], tokenizer: Tokenizer | None, end_id: int | None, stops: StopWords | None) -> str:
+def final_text(
+    tokens: Sequence[int],
+    tokenizer: Tokenizer | None,
+    end_id: int | None,
+    stops: StopWords | None,
+    *,
+    skip_special: bool = False,
+) -> str:
     """A row's text, without the end token or stop word that ended it; none without a tokenizer."""
     if tokenizer is None:
         return ""
     tokens = without_end(tokens, end_id)
-    decoded = tokenizer.decode(tokens if stops is None else stops.trim(tokens), skip_special=False)
+    decoded = tokenizer.decode(tokens if stops is None else stops.trim(tokens), skip_special)
     return decoded if stops is None else stops.cut(decoded)
 
 
