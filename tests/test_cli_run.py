@@ -240,6 +240,7 @@ def _npy(folder: Path, array: np.ndarray) -> list[object]:
             ["1 + 99 new tokens", f"--max_output_len {MAX_OUTPUT}"],
         ),
         (lambda _: ["--input_text", "a", ""], ["empty prompt", "prompt 1: ''"]),
+        (lambda _: ["--input_text", "a", "b\udcff"], ["prompt 1: character 2 is a byte that is not UTF-8"]),
         (lambda _: ["--input_text", "a", "--max_output_len", 0], ["at least 1"]),
         (lambda d: _csv(d, "1,2\n3,264,-1\n"), ["prompt 1: token ids -1, 264", "0 to 263"]),
         (lambda d: _csv(d, "1,2\nthe end\n"), ["row 2, column 1: 'the end'", "--input_file"]),

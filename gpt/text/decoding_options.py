@@ -13,6 +13,7 @@ from gpt.console import print_notice
 from gpt.errors import ConfigError, Problems
 from gpt.runtime.beam_config import NO_BEAMS, BeamConfig
 from gpt.runtime.sampling_config import GREEDY, SamplingConfig
+from gpt.text.prompts import unicode_problem
 from gpt.text.stop_words import StopWords
 from gpt.text.tokenizer import Tokenizer
 
@@ -67,6 +68,8 @@ class DecodingOptions:
         for flag, words in (("bad_words", self.bad_words), ("stop_words", self.stop_words)):
             if "" in words:
                 problems.add(f"--{flag}: one of the words is empty")
+            wrong = filter(None, map(unicode_problem, words))
+            problems.items += [f"--{flag}: one of the words is no text: {problem}" for problem in wrong]
         for flag, ids in (("bad_ids", self.bad_ids), ("stop_ids", self.stop_ids)):
             if () in ids:
                 problems.add(f"--{flag}: one of the sequences has no token")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from gpt.comm import Communicator
 from gpt.console import log, print_notice, progress
@@ -16,7 +16,7 @@ from gpt.text.pipeline import batches, check_vocabulary, describe_speed, generat
 from gpt.text.prompt_fit import first_lines, last_tokens, listed, prompt_limit
 from gpt.text.prompt_rows import PromptRow, holds_tokens, read_rows
 from gpt.text.prompt_tuning import PromptTuning, load_prompt_tuning
-from gpt.text.prompts import check_output_file
+from gpt.text.prompts import check_output_file, unicode_problem
 from gpt.text.result_file import ResultFile, read_job
 from gpt.text.run_results import final_text
 from gpt.text.stop_words import StopWords
@@ -84,7 +84,8 @@ def prepare_job(
 ) -> Job:
     """Reads all rows and makes them prompts; what cannot be run is noted.  Raises ConfigError as `read_rows` does."""
     if config.input_file is None:
-        rows = [PromptRow(number, text=text) for number, text in enumerate(config.texts, start=1)]
+        texts = enumerate(config.texts, start=1)
+        rows = [PromptRow(number, text=text, problem=unicode_problem(text)) for number, text in texts]
     else:
         rows = read_rows(config.input_file, config.column, end_id)
     tuning = load_prompt_tuning(config.prompt_table, config.tasks, info, len(rows))
@@ -116,7 +117,7 @@ def prepare_job(
 
 
 def _encode(row: PromptRow, tokenizer: Tokenizer | None) -> list[int]:
-    if row.text is None or tokenizer is None:
+    if row.text is None or row.problem is not None or tokenizer is None:
         return list(row.tokens or ())
     return tokenizer.encode(row.text)
 
@@ -139,7 +140,7 @@ def with_earlier_seed(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, decoding=config.decoding.with_seed())
 
 
-def run_job(job: Job, ranks: Communicator, out: TextIO) -> None:
+def run_job(job: Job, ranks: Communicator) -> None:
     """Loads the engine, computes what is missing of the results and appends it.
 
     Raises ConfigError where the output file holds something else, EngineError for a bad engine, InterruptError after
@@ -165,7 +166,7 @@ def run_job(job: Job, ranks: Communicator, out: TextIO) -> None:
     if file is not None:
         if results:
             log.info(describe_speed(results))
-        _tell(job, path, num_done, out)
+        _tell(job, path, num_done)
 
 
 def _compute(job: Job, writer: _Writer, num_done: int) -> list[Generation]:
@@ -252,10 +253,9 @@ class _Writer:
             self._file.append(records)
 
 
-def _tell(job: Job, path: Path, num_before: int, out: TextIO) -> None:
+def _tell(job: Job, path: Path, num_before: int) -> None:
     before = f", {num_before} of them by an earlier run" if num_before else ""
-    out.write(f"{len(job.rows)} results in {path}{before}\n")
-    out.flush()
+    print_notice(f"{len(job.rows)} results in {path}{before}")
     cut = [f"line {job.rows[index].line}: {length} tokens" for index, length in job.truncated.items()]
     if cut:
         print_notice(f"Prompts cut to what fits: {listed(cut)}")

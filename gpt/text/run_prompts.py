@@ -26,7 +26,7 @@ from gpt.text.pipeline import (
 from gpt.text.prompt_fit import fit_prompts, prompt_limit
 from gpt.text.prompt_rows import ROW_SUFFIXES, holds_tokens, read_row_texts
 from gpt.text.prompt_tuning import PromptTuning, load_prompt_tuning
-from gpt.text.prompts import check_input_file, check_output_file, read_tokens
+from gpt.text.prompts import TOKEN_SUFFIXES, check_input_file, check_output_file, read_tokens
 from gpt.text.run_job import prepare_job, run_job, with_earlier_seed
 from gpt.text.run_results import Results, Wanted
 from gpt.text.stop_words import StopWords
@@ -101,7 +101,15 @@ class RunConfig:
         if self.output_file is not None and (self.writes_files or self.streaming):
             problems.append("--output_file with --output_csv, --output_npy or --streaming: results go to one place")
         if self.output_file is not None and self.decoding.logprobs is not None:
-            problems.append("--output_file with --logprobs: that file is written at the end, and cannot be resumed")
+            problems.append(
+                "--output_file with --logprobs: that file is written at the end, and cannot be resumed; without "
+                "--output_file texts go to stdout"
+            )
+        if self.output_file is not None and self.output_file.suffix.lower() in (".parquet", *TOKEN_SUFFIXES):
+            problems.append(
+                f"--output_file {self.output_file.name}: it gets lines of JSON (.jsonl); --output_csv and --output_npy "
+                "take token ids"
+            )
         problems += self.batching.contradictions(self.decoding.beams.num_beams)
         if self.streaming and self.writes_files:
             problems.append("--streaming prints text, --output_csv and --output_npy write token ids instead of it")
@@ -134,7 +142,7 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     stops = decoding.stops(tokenizer)
     if config.output_file is not None:
         job = prepare_job(config, info, tokenizer, end_id, stops)
-        run_job(replace(job, config=with_earlier_seed(config)), ranks, out)
+        run_job(replace(job, config=with_earlier_seed(config)), ranks)
         return []
     prompts, tuning = read_prompts(config, info, tokenizer, end_id)
     if not config.writes_files:

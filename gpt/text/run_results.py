@@ -89,19 +89,22 @@ class Results:
         """Prints or writes what is complete; returns the texts, none without a tokenizer."""
         self._rows = [tokens for batch in batches for tokens in batch.tokens]
         log.info(describe_speed(batches))
+        texts = [] if self._tokenizer is None else [self.text(tokens) for tokens in self._rows]
+        try:
+            self._write_files(batches)
+        finally:  # a full disk does not take the texts along
+            if self._printer is not None:
+                print(describe_speed(batches), file=sys.stderr, flush=True)
+            elif self._wanted.prints_text:
+                self._print(texts)
+        return texts
+
+    def _write_files(self, batches: Sequence[Generation]) -> None:
         if self._wanted.logprobs is not None:
             lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self._logprob_lines(batches)]
             write_text(self._wanted.logprobs, "".join(lines))
         if not self._wanted.prints_text:
             self._write_tokens(self._wanted.output_csv, self._wanted.output_npy, len(self._rows))
-        if self._tokenizer is None:
-            return []
-        texts = [self.text(tokens) for tokens in self._rows]
-        if self._printer is not None:
-            print(describe_speed(batches), file=sys.stderr, flush=True)
-        elif self._wanted.prints_text:
-            self._print(texts)
-        return texts
 
     def interrupted(self, batches: Sequence[Generation]) -> InterruptError:
         """Prints or writes what there is, token files under a name that says so; the error to end with."""
