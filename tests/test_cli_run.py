@@ -206,7 +206,7 @@ def test_an_interrupt_leaves_what_there_is(
     prompts = [*PROMPTS[:3], PROMPTS[3]]
     code, out, err = main("--input_text", *prompts, *(["--streaming"] if streaming else []))
     assert (code, out) == (130, whole)
-    assert err == "error: interrupted\n  found:\n    - 3 of 4 outputs are complete\n"
+    assert err.startswith("error: interrupted\n  found:\n    - 3 of 4 outputs are complete\n  next:    --output_file")
 
 
 def test_an_interrupted_token_file_has_another_name(

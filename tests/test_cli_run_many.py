@@ -59,6 +59,8 @@ def test_results_are_the_texts_of_each_prompt_alone(
 ) -> None:
     capfd.readouterr()
     alone = run.generate(12, engine_dir=engines["contiguous"], input_text=TEXTS, top_k=30, seed=4)
+    drafted = run.generate(12, engine_dir=engines["paged"], input_text=TEXTS, top_k=30, seed=4, max_draft_len=3)
+    assert drafted == alone
     capfd.readouterr()
     for name, engine in engines.items():
         out = tmp_path / f"{name}.jsonl"

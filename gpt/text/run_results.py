@@ -122,7 +122,8 @@ class Results:
             named = [_interrupted_name(path) for path in (self._wanted.output_csv, self._wanted.output_npy)]
             self._write_tokens(named[0], named[1], num_begun)
             found += [f"what there is went to {path}" for path in named if path is not None]
-        return InterruptError("interrupted", found=found)
+        many = "--output_file keeps results as they come, and --resume goes on with them"
+        return InterruptError("interrupted", found=found, hint=many if len(self._prompts) > 1 else None)
 
     def break_off(self) -> None:
         """Closes the line that is being written."""
