@@ -124,7 +124,8 @@ def _unsupported(args: Namespace) -> list[str]:
             "--check_accuracy: it checks the engine's texts, so it goes with --test_trt_llm",
         ),
     )
-    drafts = BatchingConfig(max_draft_len=args.max_draft_len).contradictions(args.num_beams)
+    batching = BatchingConfig(max_draft_len=args.max_draft_len)
+    drafts = batching.contradictions(args.num_beams, batch_invariant=args.batch_invariant)
     return [*(reason for present, reason in checks if present), *drafts]
 
 

@@ -280,6 +280,7 @@ def test_the_function_takes_the_options(engine: Path, main: Main, capsys: pytest
         (["--top_k", 100000, "--top_p", 1.5], ["--top_p 1.5"]),
         (["--top_k", 100000], ["--top_k 100000", "264"]),
         (["--score_prompts", "--top_k", 5, "--streaming"], ["nothing to choose", "--streaming with --score_prompts"]),
+        (["--score_prompts", "--max_draft_len", 2], ["--max_draft_len with --score_prompts"]),
         (
             ["--top_k", -1, "--num_beams", 0, "--num_return_sequences", 0, "--stop_words", ""],
             ["--top_k -1", "--num_beams 0", "--num_return_sequences 0", "--stop_words"],

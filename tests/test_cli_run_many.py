@@ -346,6 +346,7 @@ def test_ctrl_c_says_how_to_go_on(
         (["--max_draft_len", "99"], "--max_draft_len 99: allowed are 0 (off) to 64"),
         (["--column", "words"], "--column names a column of a table"),
         (["--max_draft_len", "3", "--num_beams", "2"], "--max_draft_len 3 with beams"),
+        (["--max_draft_len", "3", "--batch_invariant"], "--max_draft_len 3 with --batch_invariant"),
     ],
 )
 def test_what_cannot_be_asked_for(

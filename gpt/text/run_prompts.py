@@ -110,7 +110,9 @@ class RunConfig:
                 f"--output_file {self.output_file.name}: it gets lines of JSON (.jsonl); --output_csv and --output_npy "
                 "take token ids"
             )
-        problems += self.batching.contradictions(self.decoding.beams.num_beams)
+        problems += self.batching.contradictions(
+            self.decoding.beams.num_beams, batch_invariant=self.execution.batch_invariant
+        )
         if self.streaming and self.writes_files:
             problems.append("--streaming prints text, --output_csv and --output_npy write token ids instead of it")
         if self.streaming and self.decoding.uses_beams:

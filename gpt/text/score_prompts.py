@@ -37,6 +37,7 @@ def contradictions(config: RunConfig) -> list[str]:
         "bad_words": decoding.bad_words or decoding.bad_ids,
         "stop_words": decoding.stop_words or decoding.stop_ids,
         "num_return_sequences": decoding.num_return_sequences,
+        "max_draft_len": config.batching.max_draft_len,
     }
     problems += [
         f"--{name} with --score_prompts: no text is made; scores go to stdout, and to --logprobs FILE"
