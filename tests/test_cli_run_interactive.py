@@ -186,6 +186,18 @@ def test_a_session_that_cannot_begin_ends_at_once(engine: Path) -> None:
     assert "--top_k 999" in err
 
 
+def test_a_text_that_becomes_too_long_goes_on_from_its_end(engine: Path) -> None:
+    flags = ("--engine_dir", engine, "--max_output_len", COUNT, "--end_id", 0)
+    for more, goes_on in (((), False), (("--on_long_prompt", "truncate"), True)):
+        terminal = Terminal(*flags, *more)
+        terminal.expect("> ")
+        assert terminal.answer("x" * 55)
+        assert bool(terminal.answer("/more")) == goes_on
+        terminal.type("\x04")
+        code, err = terminal.close()
+        assert (code, "Cut to its last 60 tokens" in err) == (0, goes_on)
+
+
 def test_a_session_uses_the_paged_cache_as_the_flags_say(engine: Path, tmp_path: Path) -> None:
     terminal = Terminal("--engine_dir", engine, "--max_output_len", 2, "--max_draft_len", 3)
     code, err = terminal.close()

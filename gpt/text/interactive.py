@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from gpt.cli import ArgumentParser, positive_int
+from gpt.console import print_notice
 from gpt.engine.folder import open_engine
 from gpt.errors import ConfigError, GptError
 from gpt.runtime.limits import check_prompts
@@ -27,7 +28,7 @@ from gpt.text.pipeline import (
     require_tokenizer,
     search_batches,
 )
-from gpt.text.prompt_fit import prompt_limit
+from gpt.text.prompt_fit import last_tokens, prompt_limit
 from gpt.text.run_prompts import RunConfig, read_prompts
 from gpt.text.streaming import RowText
 
@@ -124,6 +125,7 @@ class Conversation:
     def _continue(self, prompt: Sequence[int]) -> None:
         if not prompt:
             raise ConfigError("there is no prompt to continue yet", hint="type one")
+        prompt = self._fit(prompt)
         count = self._config.max_output_len
         num_virtual = 0 if self._virtual is None else self._virtual.num_tokens
         check_prompts(self._info.model, self._info.build, [prompt], count, num_virtual=num_virtual)
@@ -139,6 +141,15 @@ class Conversation:
         if batches:
             seed = "" if self._choice.is_greedy else f", seed {self._choice.seed}"
             print(f"({describe_speed(batches)}{seed})", file=sys.stderr, flush=True)
+
+    def _fit(self, prompt: Sequence[int]) -> Sequence[int]:
+        """With --on_long_prompt truncate, a text that has become too long goes on from its end."""
+        config, model = self._config, self._info.model
+        limit, reason = prompt_limit(model, self._info.build, config.max_output_len, config.max_input_length)
+        if config.on_long_prompt != "truncate" or len(prompt) <= limit:
+            return prompt
+        print_notice(f"Cut to its last {limit} tokens ({reason})")
+        return last_tokens(prompt, limit, sum(token >= model.vocab_size for token in prompt))
 
     def _answer_one(self, batches: list[Generation]) -> None:
         """Text appears as it is made."""
