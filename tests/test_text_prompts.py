@@ -13,7 +13,6 @@ from gpt.text.prompts import (
     check_input_file,
     check_output_file,
     full_rows,
-    read_texts,
     read_tokens,
     write_csv,
     write_npy,
@@ -38,10 +37,6 @@ def test_npy_padding_is_stripped_at_the_end_only(tmp_path: Path, dtype: type) ->
     np.save(tmp_path / "a.npy", np.array([[1, END, 2, END, END], [END, 3, 4, 5, 6]], dtype=dtype))
     assert read_tokens(tmp_path / "a.npy", END) == [[1, END, 2], [END, 3, 4, 5, 6]]
     assert read_tokens(tmp_path / "a.npy", None) == [[1, END, 2, END, END], [END, 3, 4, 5, 6]]
-
-
-def test_text_file_has_one_prompt_per_line(tmp_path: Path) -> None:
-    assert read_texts(_file(tmp_path, "a.txt", "first \r\n  é, second\n")) == ["first ", "  é, second"]
 
 
 @pytest.mark.parametrize(
@@ -86,16 +81,6 @@ def test_pickles_and_garbage_are_no_arrays(tmp_path: Path) -> None:
     for path in (tmp_path / "objects.npy", _file(tmp_path, "text.npy", "1,2"), _file(tmp_path, "empty.npy", "")):
         with pytest.raises(ConfigError, match="is no numpy array"):
             read_tokens(path, END)
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [(b"", "holds no prompts"), (b"one\n \ntwo", "line 2: an empty prompt"), (b"\xff\xff", "cannot be read")],
-)
-def test_bad_text_files_are_explained(tmp_path: Path, content: bytes, expected: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read_texts(_file(tmp_path, "a.txt", content))
-    assert expected in str(caught.value)
 
 
 def test_input_files_are_checked(tmp_path: Path) -> None:

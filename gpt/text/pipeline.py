@@ -11,6 +11,7 @@ from gpt.console import log, print_notice
 from gpt.engine.folder import EngineInfo
 from gpt.errors import ConfigError, Problems
 from gpt.runtime.session import RecordsSteps
+from gpt.text.prompts import unicode_problem
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -78,10 +79,16 @@ def choose_end_id(override: int | None, tokenizer: Tokenizer | None, model: Mode
 def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], model: ModelConfig) -> list[list[int]]:
     """Token ids of each text, nothing added.
 
-    Raises ConfigError for texts without tokens, and for a tokenizer whose ids the model's embedding does not have.
+    Raises ConfigError for texts without tokens or that are no Unicode, and for a tokenizer whose ids the model's
+    embedding does not have.
     """
-    prompts = [tokenizer.encode(text) for text in texts]
     problems = Problems()
+    for number, text in enumerate(texts):
+        problem = unicode_problem(text)
+        if problem is not None:
+            problems.add(f"prompt {number}: {problem}")
+    problems.raise_if_any(ConfigError, "prompts that are no text")
+    prompts = [tokenizer.encode(text) for text in texts]
     for number, prompt in enumerate(prompts):
         if not prompt:
             problems.add(f"prompt {number}: {texts[number]!r}")

@@ -1,8 +1,7 @@
 """Prompts from files, results to files.
 
-Text files: .txt, one prompt per line.  Token files: .csv, one prompt of comma-separated ids per line, or .npy, a 2-D
-array of integers.  Results: whole rows (prompt, new tokens, end id up to the common length), int32, [B, longest
-prompt + max_output_len].
+Token files: .csv, one prompt of comma-separated ids per line, or .npy, a 2-D array of integers.  Results: whole rows
+(prompt, new tokens, end id up to the common length), int32, [B, longest prompt + max_output_len].
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ from gpt.files import whole_file
 if TYPE_CHECKING:
     import numpy
 
-TEXT_SUFFIXES = (".txt",)
 TOKEN_SUFFIXES = (".csv", ".npy")
-_TEXT_HINT = "prompts as text go into a .txt file, one per line (--input_file), or behind --input_text"
+TEXT_HINT = "texts: --input_file with --column NAME for a table, a .txt file with one per line; or --input_text"
 
 
 def check_input_file(path: Path, suffixes: Sequence[str]) -> None:
@@ -33,25 +31,6 @@ def check_input_file(path: Path, suffixes: Sequence[str]) -> None:
         raise ConfigError("no such input file", found=path)
     if not path.is_file():
         raise ConfigError("the input file is no file", found=path)
-
-
-def read_texts(path: Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one per line.
-
-    Raises ConfigError for other bytes, for no prompt and for an empty one.
-    """
-    lines = _read_text(path, "the prompts").split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    texts = [line.removesuffix("\r") for line in lines]
-    problems = Problems()
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            problems.add(f"line {number}: an empty prompt")
-    problems.raise_if_any(ConfigError, f"{path} holds prompts without text", hint="remove the empty lines")
-    if not texts:
-        raise ConfigError(f"{path} holds no prompts", found="an empty file", hint="one prompt per line")
-    return texts
 
 
 def read_tokens(path: Path, end_id: int | None) -> list[list[int]]:
@@ -79,12 +58,21 @@ def _read_csv(path: Path) -> list[list[int]]:
             if token is None:
                 problems.add(f"row {number}, column {column}: {shorten(cell) if cell.strip() else 'an empty cell'}")
         rows.append([token for token in ids if token is not None])
-    problems.raise_if_any(ConfigError, f"{path} holds something other than token ids", hint=_TEXT_HINT)
+    problems.raise_if_any(ConfigError, f"{path} holds something other than token ids", hint=TEXT_HINT)
     return rows
 
 
 def read_id(cell: str) -> int | None:
     return int(cell) if cell.strip().removeprefix("-").isdecimal() else None
+
+
+def unicode_problem(text: str) -> str | None:
+    """What keeps a text from being Unicode; such a one comes from bytes of a command line or from JSON's escapes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"character {error.start + 1} is a byte that is not UTF-8, or half of a surrogate pair"
+    return None
 
 
 def shorten(text: str, limit: int = 40) -> str:
