@@ -46,7 +46,7 @@ def build_parser() -> ArgumentParser:
         "--bound",
         type=float,
         help="--diff: relative L2 that is no difference, in the engines' own types (default: by these; "
-        "4e-2, computed in float32, where values are rounded to integers)",
+        "4e-2, computed in float32, where values are rounded to integers, 1e-1 to FP8)",
     )
     group = parser.add_argument_group("ranks of a job (mpirun -np N python3 check.py --ranks)")
     group.add_argument("--ranks", action="store_true", help="check machines, devices, links, sums and their speed")

@@ -14,7 +14,7 @@ from gpt.console import setup_logging
 from gpt.errors import ConfigError
 from gpt.launch import read_launch
 from gpt.runtime.batching_config import DEFAULT_BATCHING, BatchingConfig
-from gpt.runtime.execution import DEFAULT_EXECUTION, Execution
+from gpt.runtime.execution import Execution
 from gpt.text.decoding_options import add_decoding_flags, decoding_of_call, read_decoding
 from gpt.text.execution_options import add_execution_flags, read_execution
 from gpt.text.interactive import interact
@@ -120,8 +120,11 @@ def generate(
     column: str | None = None,
     max_input_length: int | None = None,
     on_long_prompt: str = "refuse",
-    batching: BatchingConfig = DEFAULT_BATCHING,
-    execution: Execution = DEFAULT_EXECUTION,
+    max_draft_len: int = 0,
+    kv_cache_free_gpu_memory_fraction: float = DEFAULT_BATCHING.free_memory_fraction,
+    max_tokens_in_paged_kv_cache: int | None = None,
+    no_cuda_graphs: bool = False,
+    batch_invariant: bool = False,
     **decoding: Any,
 ) -> list[str]:
     """Runs the prompts, prints the new texts or writes the token files where one is named, and returns the texts.
@@ -131,7 +134,7 @@ def generate(
     decoding: see `DecodingOptions`, by the names of the flags (temperature, stop_words, length_penalty, ...); the
     default is greedy.  With several results per prompt, the texts of one prompt follow each other, the best first.
     output_file: results go there as lines of JSON, and the return value is empty; `resume` goes on with such a file.
-    batching: of engines with a paged cache.  execution: how steps run, whatever they compute.
+    The other names are those of the flags, too.
     Raises ConfigError, CheckpointError (the table) or EngineError for what the command line would refuse.
     """
     setup_logging(log_level)
@@ -155,8 +158,8 @@ def generate(
         column=column,
         max_input_length=max_input_length,
         on_long_prompt=on_long_prompt,
-        batching=batching,
-        execution=execution,
+        batching=BatchingConfig(kv_cache_free_gpu_memory_fraction, max_tokens_in_paged_kv_cache, max_draft_len),
+        execution=Execution(cuda_graphs=not no_cuda_graphs, batch_invariant=batch_invariant),
     )
     return run_prompts(config, sys.stdout)
 

@@ -15,7 +15,7 @@ from gpt.dtypes import canonical_dtype
 from gpt.errors import ConfigError
 from gpt.runtime.batching_config import BatchingConfig
 from gpt.text.comparison import SummarizeConfig, compare
-from gpt.text.decoding_options import add_beam_flags, read_decoding
+from gpt.text.decoding_options import add_choice_flags, read_decoding
 from gpt.text.evaluation import TASKS
 from gpt.text.execution_options import add_execution_flags, read_execution
 
@@ -49,19 +49,11 @@ def build_parser() -> ArgumentParser:
         default="summarize",
         help="code_completion compares the text with a reference solution and executes nothing",
     )
-    choice = parser.add_argument_group("choice of tokens, the same for both sides")
-    choice.add_argument("--top_k", type=int, default=1, help="draw from so many likeliest tokens; 1 greedy, 0 all")
-    choice.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
-    choice.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
-    choice.add_argument("--seed", type=int, help="repeats what was drawn (default: another one each time)")
-    choice.add_argument(
-        "--max_draft_len",
-        type=int,
-        default=0,
-        metavar="N",
-        help="tokens the engine guesses from the text at a time (engines built with --paged_kv_cache)",
+    add_choice_flags(parser)
+    paged = parser.add_argument_group("paged cache (engines built with --paged_kv_cache)")
+    paged.add_argument(
+        "--max_draft_len", type=int, default=0, metavar="N", help="tokens the engine guesses from the text at a time"
     )
-    add_beam_flags(parser)
     check = parser.add_argument_group("results")
     check.add_argument("--check_accuracy", action="store_true", help="exit code 1 unless ROUGE-1 exceeds the threshold")
     threshold = ("--tensorrt_llm_rouge1_threshold", "--rouge1_threshold")
@@ -115,6 +107,14 @@ def _unsupported(args: Namespace) -> list[str]:
             args.num_beam_groups > 1 and args.test_hf,
             f"--num_beam_groups {args.num_beam_groups} with --test_hf: transformers has no groups of beams any more",
         ),
+        *(
+            (
+                value != 0 and args.test_hf,
+                f"--{name} {value:g}: transformers has no such penalty, so it goes without --test_hf",
+            )
+            for name in ("presence_penalty", "frequency_penalty")
+            for value in [getattr(args, name)]
+        ),
         (
             args.max_draft_len > 0 and not args.test_engine,
             f"--max_draft_len {args.max_draft_len}: the engine makes drafts, so it goes with --test_trt_llm",
@@ -124,7 +124,8 @@ def _unsupported(args: Namespace) -> list[str]:
             "--check_accuracy: it checks the engine's texts, so it goes with --test_trt_llm",
         ),
     )
-    drafts = BatchingConfig(max_draft_len=args.max_draft_len).contradictions(args.num_beams)
+    batching = BatchingConfig(max_draft_len=args.max_draft_len)
+    drafts = batching.contradictions(args.num_beams, batch_invariant=args.batch_invariant)
     return [*(reason for present, reason in checks if present), *drafts]
 
 

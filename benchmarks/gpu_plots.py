@@ -158,24 +158,25 @@ def draw_kernels(path: Path, rows: Sequence[Row]) -> list[Path]:
 
 def draw_ranks(path: Path) -> Path:
     """Two panels: ms per token over the number of ranks, with the limit of the memory dashed, and the sums' share of a
-    step; a line per model and batch.  Of several rows of the same measurement the last counts."""
+    step; a line per model, batch and kind of card.  Of several rows of the same measurement the last counts."""
+    from matplotlib import color_sequences
+
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     # An engine's folder may name its ranks last: starcoder_4.
-    latest = {
-        (row["model"].removesuffix("_" + row["ranks"]), int(row["batch_size"]), int(row["ranks"])): row for row in rows
-    }
+    latest = {(*line_of(row), int(row["ranks"])): row for row in rows}
     figure = new_figure(8.5, 3.8)
     times, shares = figure.subplots(1, 2)
-    for place, line in enumerate(sorted({key[:2] for key in latest})):
-        found = {n: row for (name, batch, n), row in sorted(latest.items()) if (name, batch) == line}
-        ranks, mine, colour = list(found), list(found.values()), f"C{place}"
-        label = f"{line[0]}, batch {line[1]}"
+    colours = color_sequences["tab20"]  # more lines than matplotlib's usual ten colours
+    for place, line in enumerate(sorted({key[:3] for key in latest})):
+        found = {key[3]: row for key, row in sorted(latest.items()) if key[:3] == line}
+        ranks, mine, colour = list(found), list(found.values()), colours[place % len(colours)]
+        label = f"{line[0]}, batch {line[1]}, {line[2]}"
         times.plot(ranks, numbers(mine, "token_ms"), color=colour, marker="o", markersize=4, label=label)
         times.plot(ranks, numbers(mine, "limit_ms"), color=colour, linestyle="--", linewidth=1)
         shared = {n: 100 * float(row["sums_share"]) for n, row in found.items() if row["sums_share"]}
         shares.plot(list(shared), list(shared.values()), color=colour, marker="o", markersize=4, label=label)
-    all_ranks = sorted({n for _, _, n in latest})
+    all_ranks = sorted({key[3] for key in latest})
     for axes in (times, shares):
         axes.set_xscale("log", base=2)
         axes.set_xticks(all_ranks, list(map(str, all_ranks)))
@@ -185,6 +186,12 @@ def draw_ranks(path: Path) -> Path:
     shares.set(xlabel="ranks", ylabel="% of a step", title="What sums over the ranks cost")
     add_legend(figure, [times])
     return save(figure, path, "ranks")
+
+
+def line_of(row: Row) -> tuple[str, int, str]:
+    """Model, batch and card of "4 x NVIDIA H100 80GB HBM3"."""
+    card = row["device"].split(" x ")[-1].removeprefix("NVIDIA ").split()[0]
+    return row["model"].removesuffix("_" + row["ranks"]), int(row["batch_size"]), card
 
 
 def shorten(name: str, width: int = 60) -> str:

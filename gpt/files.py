@@ -51,17 +51,19 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     A link is followed; a device or a pipe is written to, since a file may not take its place.
     """
     path = path.resolve()
-    if path.exists() and not path.is_file():
-        with open(path, "wb") as file:
-            yield file
-        return
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    in_place = path.exists() and not path.is_file()
+    partial = path if in_place else path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with open(partial, "wb") as file:
             yield file
-        partial.replace(path)
+        if not in_place:
+            partial.replace(path)
+    except OSError as error:  # of a failed write Python does not say which file it was
+        error.filename = error.filename or str(path)
+        raise
     finally:
-        partial.unlink(missing_ok=True)
+        if not in_place:
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,6 +20,8 @@ from gpt.checkpoint.store import Checkpoint
 from gpt.engine import trt_graph, trt_library
 from gpt.engine.diff import compare
 from gpt.engine.folder import EngineInfo
+from gpt.quant import QuantConfig
+from gpt.runtime import trace
 from gpt.runtime.trace import compare_engines
 
 pytestmark = pytest.mark.tensorrt
@@ -108,6 +110,21 @@ class TestDiff:
         assert found is not None
         assert (found.name, found.moved) == ("context, layers.2.mlp", found.num_rows)
         assert found.error < 4e-2  # what a single rounding may become
+
+    @pytest.mark.parametrize(
+        ("quant", "differs"), [(QuantConfig("fp8", "per_token"), False), (QuantConfig("int8", "per_token"), True)]
+    )
+    def test_what_one_number_of_fp8_may_become(
+        self, engines: dict[str, EngineInfo], quant: QuantConfig, differs: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Measured of a trained multi-query model; int8's steps are finer."""
+        ones = torch.ones(16, 4)
+        one_row = ones.clone()
+        one_row[3] += 4 * 6.6e-2
+        traces = iter([{"a": ones}, {"a": one_row}])
+        monkeypatch.setattr(trace, "trace_engine", lambda *_, **__: next(traces))
+        info = replace(engines["torch"], build=replace(engines["torch"].build, quant=quant))
+        assert (compare_engines(info, info).first is not None) == differs
 
     def test_rows_tell_a_defect_from_a_rounding(self) -> None:
         """The first tensor with any that moved decides, where there are enough of them."""

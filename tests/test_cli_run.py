@@ -199,7 +199,7 @@ def test_an_interrupt_leaves_what_there_is(
     prompts = [*PROMPTS[:3], PROMPTS[3]]
     code, out, err = main("--input_text", *prompts, *(["--streaming"] if streaming else []))
     assert (code, out) == (130, whole)
-    assert err == "error: interrupted\n  found:\n    - 3 of 4 outputs are complete\n"
+    assert err.startswith("error: interrupted\n  found:\n    - 3 of 4 outputs are complete\n  next:    --output_file")
 
 
 def test_an_interrupted_token_file_has_another_name(
@@ -233,6 +233,7 @@ def _npy(folder: Path, array: np.ndarray) -> list[object]:
             ["1 + 99 new tokens", f"--max_output_len {MAX_OUTPUT}"],
         ),
         (lambda _: ["--input_text", "a", ""], ["empty prompt", "prompt 1: ''"]),
+        (lambda _: ["--input_text", "a", "b\udcff"], ["prompt 1: character 2 is a byte that is not UTF-8"]),
         (lambda _: ["--input_text", "a", "--max_output_len", 0], ["at least 1"]),
         (lambda d: _csv(d, "1,2\n3,264,-1\n"), ["prompt 1: token ids -1, 264", "0 to 263"]),
         (lambda d: _csv(d, "1,2\nthe end\n"), ["row 2, column 1: 'the end'", "--input_file"]),

@@ -3,6 +3,7 @@ other."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -18,7 +19,8 @@ from tiny_models import tiny_gpt2
 from transformers import GPT2LMHeadModel
 
 import run
-from gpt.runtime import load
+from gpt.runtime import load, scoring
+from gpt.text.decoding_options import decoding_of_call
 from gpt.text.tokenizer import load_tokenizer
 
 PROMPTS = ("the end", "a", "in the north")
@@ -176,7 +178,7 @@ def test_scores_of_prompts(main: Main, hf_model: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     tokenizer = load_tokenizer(hf_model)
     model = GPT2LMHeadModel.from_pretrained(hf_model).eval()
-    printed = re.findall(r'Input: "(.*)"\nScore: (\d+) tokens, log-probability (\S+), (?:perplexity (\S+)|no .*)', out)
+    printed = re.findall(r'Input: "(.*)"\nScore: (\d+) tokens?, (?:log-probability (\S+), perplexity (\S+)|no .*)', out)
     assert [text for text, *_ in printed] == list(PROMPTS)
     for prompt, line, (_, count, total, perplexity) in zip(PROMPTS, lines, printed, strict=True):
         ids = torch.tensor([tokenizer.encode(prompt)])
@@ -192,11 +194,26 @@ def test_scores_of_prompts(main: Main, hf_model: Path, tmp_path: Path) -> None:
         assert float(total) == pytest.approx(-loss * (ids.shape[1] - 1), abs=1e-3)
 
 
+def test_scores_appear_as_they_come(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = main("--score_prompts")[1]
+    compute, calls = scoring._score, []
+
+    def interrupted(*arguments: Any) -> scoring.Score:
+        calls.append(arguments)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return compute(*arguments)
+
+    monkeypatch.setattr(scoring, "_score", interrupted)
+    code, out, err = main("--score_prompts")
+    assert (code, "2 of 3 prompts are scored" in err) == (130, True)
+    assert whole.startswith(out)
+    assert out.count("Score: ") == 2
+
+
 def test_long_prompts_are_scored_in_parts(
     main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gpt.runtime import scoring
-
     whole = main("--score_prompts")[1]
     monkeypatch.setattr(scoring, "_LOGITS_BYTES", 3 * 4 * 264)
     parts = main("--score_prompts")[1]
@@ -204,6 +221,13 @@ def test_long_prompts_are_scored_in_parts(
     number = re.compile(r"\d+\.\d+")
     assert number.split(parts) == number.split(whole)
     assert [*map(float, number.findall(parts))] == pytest.approx([*map(float, number.findall(whole))], rel=1e-6)
+
+
+def test_the_function_has_the_names_of_the_flags() -> None:
+    flags = {action.dest for action in run.build_parser()._actions}
+    own = set(inspect.signature(run.generate).parameters)
+    others = flags - own - {"help", "tokenizer", "input_tokens", "score_prompts", "spawn"}
+    decoding_of_call(**dict.fromkeys(others))  # raises TypeError for a name that it does not have
 
 
 def test_the_function_takes_the_options(engine: Path, main: Main, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,6 +271,7 @@ def test_the_function_takes_the_options(engine: Path, main: Main, capsys: pytest
         (["--top_k", 100000, "--top_p", 1.5], ["--top_p 1.5"]),
         (["--top_k", 100000], ["--top_k 100000", "264"]),
         (["--score_prompts", "--top_k", 5, "--streaming"], ["nothing to choose", "--streaming with --score_prompts"]),
+        (["--score_prompts", "--max_draft_len", 2], ["--max_draft_len with --score_prompts"]),
         (
             ["--top_k", -1, "--num_beams", 0, "--num_return_sequences", 0, "--stop_words", ""],
             ["--top_k -1", "--num_beams 0", "--num_return_sequences 0", "--stop_words"],

@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engines import build_engine, convert
 from ranks import LIMIT_S, ROOT, environment
 from tiny_models import tiny_gpt2
 
-from gpt.text.run_prompts import RunConfig, run_prompts
+import run
 
 COUNT = 12
 
@@ -85,9 +86,9 @@ def terminal(engine: Path) -> Iterator[Terminal]:
     opened.process.kill()
 
 
-def text_of(engine: Path, prompt: str, count: int, capsys: pytest.CaptureFixture[str]) -> str:
+def text_of(engine: Path, prompt: str, count: int, capsys: pytest.CaptureFixture[str], **decoding: Any) -> str:
     """What the same engine makes without a terminal, as a terminal shows it."""
-    (text,) = run_prompts(RunConfig(max_output_len=count, engine_dir=engine, texts=(prompt,), device="cpu"), sys.stdout)
+    (text,) = run.generate(count, engine_dir=engine, input_text=prompt, device="cpu", **decoding)
     capsys.readouterr()
     return text.replace("\r\n", "\n")
 
@@ -105,22 +106,39 @@ def test_a_session(engine: Path, terminal: Terminal, capsys: pytest.CaptureFixtu
     assert terminal.answer("/set --max_output_len 3 --repetition_penalty 1.5") == (
         "at most 3 new tokens, greedy: repetition_penalty 1.5\n"
     )
+    assert terminal.answer("/set --stop_words 'a b' --min_length 2").endswith("min_length 2, stop_words 'a b'\n")
+    assert terminal.answer("/reset") == f"at most {COUNT} new tokens, greedy\n"
+    assert terminal.answer("/set --max_output_len 3 --repetition_penalty 1.5")
     assert terminal.answer("/set --repetition_penalty 1").endswith("greedy\n")
     assert terminal.answer("in the") == text_of(engine, "in the", 3, capsys) + "\n"
     assert re.fullmatch(
         r"\[1\].*\n\[2\].*\n", terminal.answer("/set --num_beams 2") and terminal.answer("a"), re.DOTALL
     )
     assert "/more" in terminal.answer("/help")
-    for wrong in ("/set --top_k x", "/set --top_k 999 --top_p 0.5", "/what", "/set 'open", "x" * 61, "/set --bogus 1"):
+    too_long = "/set --max_output_len 1961"  # what the engine holds, and one more
+    for wrong in (
+        too_long,
+        "/set --top_k x",
+        "/set --top_k 999 --top_p 0.5",
+        "/what",
+        "/set 'open",
+        "x" * 61,
+        "/set --bogus 1",
+    ):
         assert terminal.answer(wrong) == ""
     assert terminal.answer("/show") == "at most 3 new tokens, 2 beams\n"
+    assert terminal.answer("/set --num_beams 1 --top_k 5").endswith("sampled: top_k 5\n")
+    drawn = terminal.answer("the end")
     terminal.type("\x04")
     code, err = terminal.close()
     assert code == 0
     for part in ("argument --top_k: invalid int value: 'x'", "--top_k 999", "no such command", "quotes", "61 tokens"):
         assert part in err
     assert "unrecognized arguments: --bogus" in err
-    assert len(re.findall(r"^\(\d+ new tokens in .* tokens/s", err, re.M)) == 6
+    assert "no room for a prompt" in err
+    assert len(re.findall(r"^\(\d+ new tokens in .* tokens/s", err, re.M)) == 7
+    (seed,) = re.findall(r"^\(.*, seed (\d+)\)$", err, re.M)
+    assert drawn == text_of(engine, "the end", 3, capsys, top_k=5, seed=int(seed)) + "\n"
     assert "Traceback" not in err
 
 
@@ -166,3 +184,30 @@ def test_a_session_that_cannot_begin_ends_at_once(engine: Path) -> None:
     code, err = terminal.close()
     assert code == 2
     assert "--top_k 999" in err
+
+
+def test_a_text_that_becomes_too_long_goes_on_from_its_end(engine: Path) -> None:
+    flags = ("--engine_dir", engine, "--max_output_len", COUNT, "--end_id", 0)
+    for more, goes_on in (((), False), (("--on_long_prompt", "truncate"), True)):
+        terminal = Terminal(*flags, *more)
+        terminal.expect("> ")
+        assert terminal.answer("x" * 55)
+        assert bool(terminal.answer("/more")) == goes_on
+        terminal.type("\x04")
+        code, err = terminal.close()
+        assert (code, "Cut to its last 60 tokens" in err) == (0, goes_on)
+
+
+def test_a_session_uses_the_paged_cache_as_the_flags_say(engine: Path, tmp_path: Path) -> None:
+    terminal = Terminal("--engine_dir", engine, "--max_output_len", 2, "--max_draft_len", 3)
+    code, err = terminal.close()
+    assert (code, "the engine has no paged cache" in err) == (2, True)
+    limits = ["--max_batch_size", "2", "--max_input_len", "60", "--max_output_len", "100", "--tokens_per_block", "4"]
+    build_engine(engine.parent / "ft" / "1-gpu", tmp_path / "paged", *limits, "--paged_kv_cache")
+    flags = ("--engine_dir", tmp_path / "paged", "--max_output_len", 40, "--max_tokens_in_paged_kv_cache", 8)
+    terminal = Terminal(*flags)
+    terminal.expect("> ")
+    assert terminal.answer("the end") == ""
+    terminal.type("\x04")
+    code, err = terminal.close()
+    assert (code, "--max_tokens_in_paged_kv_cache 8" in err) == (0, True)

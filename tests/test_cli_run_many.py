@@ -59,11 +59,13 @@ def test_results_are_the_texts_of_each_prompt_alone(
 ) -> None:
     capfd.readouterr()
     alone = run.generate(12, engine_dir=engines["contiguous"], input_text=TEXTS, top_k=30, seed=4)
+    drafted = run.generate(12, engine_dir=engines["paged"], input_text=TEXTS, top_k=30, seed=4, max_draft_len=3)
+    assert drafted == alone
     capfd.readouterr()
     for name, engine in engines.items():
         out = tmp_path / f"{name}.jsonl"
         assert run.main(flags(engine, source, out, *SAMPLED)) == 0
-        assert capfd.readouterr().out == f"20 results in {out}\n"
+        assert capfd.readouterr() == ("", f"20 results in {out}\n")
         assert [record["text"] for record in lines(out)] == alone
         assert [(record["index"], record["line"]) for record in lines(out)] == [(n, n + 1) for n in range(20)]
 
@@ -85,7 +87,10 @@ def test_all_kinds_of_files_give_the_same(engines: dict[str, Path], source: Path
         out = tmp_path / f"{name}.out"
         more = ["--column", column] if column else []
         assert run.main(flags(engines["in-flight"], tmp_path / name, out, *more)) == 0
-        texts.add(out.read_text())
+        records = lines(out)
+        first = 2 if name == "in.csv" else 1  # behind the header
+        assert [record.pop("line") for record in records] == list(range(first, first + len(TEXTS)))
+        texts.add(json.dumps(records))
     assert len(texts) == 1
 
 
@@ -109,10 +114,12 @@ def test_rows_that_cannot_be_run_are_listed_and_the_others_run(
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     long = "x" * 50
     rows = [b'{"text": "the"}', b"", b"{oops", b'{"other": 1}', b'{"text": null}', b'{"text": "\xff"}', b'"bare"']
-    source.write_bytes(b"\n".join([*rows, json.dumps({"text": long}).encode()]))
+    half = b'{"text": "a\\ud83d"}'  # JSON can name what UTF-8 cannot hold
+    source.write_bytes(b"\n".join([*rows, json.dumps({"text": long}).encode(), half]))
     assert run.main(flags(engines["in-flight"], source, out, "--column", "text")) == 1
     told = capfd.readouterr().err
-    assert "6 of 8 prompts could not be run" in told
+    assert "7 of 9 prompts could not be run" in told
+    assert "line 9: character 2 is a byte that is not UTF-8, or half of a surrogate pair" in told
     for line, why in ((2, "an empty line"), (3, "no JSON"), (4, "no 'text'"), (5, "no text"), (6, "not UTF-8")):
         assert f"line {line}: {why}" in told
         assert why in lines(out)[line - 1]["error"]
@@ -120,7 +127,32 @@ def test_rows_that_cannot_be_run_are_listed_and_the_others_run(
     assert "text" in lines(out)[0]
     assert "text" in lines(out)[6]
     assert run.main(flags(engines["in-flight"], source, out, "--column", "text", "--resume")) == 1
-    assert len(lines(out)) == 8
+    assert len(lines(out)) == 9
+
+
+def test_rows_of_a_table_are_told_by_the_lines_of_the_file(engines: dict[str, Path], tmp_path: Path) -> None:
+    """Quoted cells have line breaks in them, and empty lines are no rows."""
+    source, out = tmp_path / "in.csv", tmp_path / "out.jsonl"
+    source.write_bytes(b'id,text\n1,"the\nend"\n\n2,\n3,\xff\n4\n5,' + b"a" * 140_000 + b"\n6,the\n")
+    assert run.main(flags(engines["in-flight"], source, out, "--column", "text")) == 1
+    found = [(record["line"], record.get("error", "")) for record in lines(out)]
+    assert [line for line, _ in found] == [2, 5, 6, 7, 8, 9]
+    for (_, error), why in zip(
+        found, ("", "an empty prompt", "not UTF-8", "no text", "140000 tokens", ""), strict=True
+    ):
+        assert why in error if why else not error
+
+
+def test_a_table_of_texts_without_its_column_is_explained(
+    engines: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in.csv", tmp_path / "out.jsonl"
+    source.write_text("id,text\none,the\n")
+    assert run.main(flags(engines["in-flight"], source, out)) == 2
+    told = capfd.readouterr().err
+    assert "line 1: column 1: no token id: 'id'" in told
+    assert "--column NAME" in told
+    assert not out.exists()
 
 
 def test_long_prompts_are_cut_where_that_is_asked_for(
@@ -133,13 +165,15 @@ def test_long_prompts_are_cut_where_that_is_asked_for(
     first, second = lines(out)
     assert (first["truncated_from"], "truncated_from" in second) == (40, False)
     assert first["text"] == second["text"]
-    assert capfd.readouterr().err == "Prompts cut to what fits: 1\n  line 1: 40 tokens\n"
+    assert capfd.readouterr().err == f"2 results in {out}\nPrompts cut to what fits: 1\n  line 1: 40 tokens\n"
     base = ["--engine_dir", str(engines["in-flight"]), "--max_output_len", "12", "--input_file", str(source)]
     assert run.main([*base, *asked]) == 0
     told = "Prompts cut to their last 10 tokens (--max_input_length 10): 1\n  prompt 0: 40 tokens\n"
     assert capfd.readouterr().err == told
     assert run.main([*base, *asked[2:]]) == 2
-    assert "prompt 0: 40 tokens" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "prompt 0: 40 tokens" in told
+    assert "--on_long_prompt truncate" in told
 
 
 def test_several_results_per_prompt(engines: dict[str, Path], source: Path, tmp_path: Path) -> None:
@@ -186,7 +220,7 @@ def test_a_line_cut_short_is_made_again(
         capfd.readouterr()
         assert run.main(flags(engines["in-flight"], source, out, *SAMPLED[:2], "--resume")) == 0
         assert out.read_bytes() == whole
-    assert "20 results" in capfd.readouterr().out
+    assert "20 results" in capfd.readouterr().err
 
 
 def test_results_of_other_work_are_left_alone(
@@ -220,6 +254,30 @@ def test_a_full_disk_is_said_and_leaves_whole_lines(
     told = capfd.readouterr().err
     assert "cannot be written further: No space left on device" in told
     assert "--resume" in told
+
+
+def test_a_pipe_takes_the_lines_as_they_come(engines: dict[str, Path], source: Path, tmp_path: Path) -> None:
+    pipe, whole = tmp_path / "pipe", tmp_path / "whole.jsonl"
+    assert run.main(flags(engines["in-flight"], source, whole)) == 0
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE) as reader:
+        assert run.main(flags(engines["in-flight"], source, pipe)) == 0
+        assert reader.communicate()[0] == whole.read_bytes()
+    assert not (tmp_path / "pipe.job.json").exists()
+    assert run.main(flags(engines["in-flight"], source, pipe, "--resume")) == 2
+
+
+def test_a_full_disk_takes_no_texts_along(
+    engines: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--engine_dir", str(engines["contiguous"]), "--max_output_len", "4", "--input_text", "the"]
+    assert run.main(arguments) == 0
+    expected = capfd.readouterr().out
+    assert run.main([*arguments, "--logprobs", "/dev/full"]) == 1
+    assert capfd.readouterr() == (
+        expected,
+        "error: no space left on the device (/dev/full)\n  next:    free space or choose another output folder\n",
+    )
 
 
 def test_a_write_that_fails_halfway_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,10 +340,13 @@ def test_ctrl_c_says_how_to_go_on(
         (["--output_file", "o.jsonl", "--streaming"], "results go to one place"),
         (["--output_file", "o.jsonl", "--logprobs", "l.jsonl"], "--output_file with --logprobs"),
         (["--output_file", "o.jsonl", "--score_prompts"], "--output_file with --score_prompts"),
+        (["--output_file", "o.csv"], "--output_file o.csv: it gets lines of JSON"),
+        (["--stop_words", "\udcff"], "--stop_words: one of the words is no text: character 1"),
         (["--max_draft_len", "3"], "the engine has no paged cache"),
         (["--max_draft_len", "99"], "--max_draft_len 99: allowed are 0 (off) to 64"),
         (["--column", "words"], "--column names a column of a table"),
         (["--max_draft_len", "3", "--num_beams", "2"], "--max_draft_len 3 with beams"),
+        (["--max_draft_len", "3", "--batch_invariant"], "--max_draft_len 3 with --batch_invariant"),
     ],
 )
 def test_what_cannot_be_asked_for(
@@ -308,7 +369,6 @@ def test_what_cannot_be_asked_for(
     [
         ("in.parquet", b"PAR0", "is no parquet file"),
         ("in.csv", b"a,b\n1,2\n", "has no column 'words'"),
-        ("in.csv", b"words\n\xff\n", "cannot be read as a table"),
         ("in.jsonl", b"", "holds no prompts"),
         ("in.xml", b"", "input file format not supported"),
     ],

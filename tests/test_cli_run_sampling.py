@@ -60,7 +60,7 @@ def test_a_seed_repeats_in_batches_of_any_size(main: Main) -> None:
 
 
 def test_the_random_seed_is_told_and_repeats_the_run(main: Main) -> None:
-    code, out, err = main("--top_k", 0, "--log_level", "info")
+    code, out, err = main("--top_k", 0)
     assert code == 0
     seeds = re.findall(r"--seed (\d+) repeats this run", err)
     assert len(seeds) == 1

@@ -16,6 +16,7 @@ from tiny_models import tiny_gpt2
 
 import summarize
 from gpt.runtime.prompt_lookup import PromptLookup
+from gpt.runtime.torch_session import TorchSession
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "assets" / "gpt2-tiny"
@@ -152,6 +153,48 @@ def test_every_beam_has_a_block(tiny: Engine, articles: Path, main: Main, tmp_pa
     assert "3 beams, length_penalty 2, early_stopping true" in report.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("paged", [[], ["--paged_kv_cache", "--use_inflight_batching"]], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("beams", [[], ["--num_beams", 3, "--length_penalty", 0.7]], ids=["greedy", "beams"])
+def test_penalties_blocks_and_stop_words_are_those_of_both_sides(
+    tiny: Engine, articles: Path, main: Main, tmp_path: Path, beams: list[object], paged: list[str]
+) -> None:
+    """Prompts of a batch differ in length, and Hugging Face's processors take padding for text."""
+    engine = tiny
+    if paged:
+        limits = ["--max_batch_size", "4", "--max_beam_width", "3", "--max_input_len", "40", "--max_output_len", "20"]
+        build_engine(convert(tiny.hf, tmp_path / "ft"), tmp_path / "paged", *limits, *paged)
+        engine = Engine(tiny.hf, tmp_path / "paged")
+    flags = [*_both(engine, articles), "--batch_size", 3, "--output_len", 16, *beams]
+
+    def text(*more: object) -> str:
+        """The first article's, which both sides make."""
+        code, out, err = main(*flags, *more)
+        assert (code, err) == (0, "")
+        assert "identical output ids: 5 of 5 articles" in out
+        ours, theirs = re.findall(r"Output : (.*?)\n-{57}", out, flags=re.DOTALL)
+        assert ours == theirs
+        return str(ours)
+
+    penalties = ("--repetition_penalty", 1.6, "--no_repeat_ngram_size", 2, "--min_length", 9)
+    penalised = text(*penalties)
+    assert penalised != text()
+    word = next(sign for sign in penalised if sign in "0123456789+=")  # a token of its own
+    assert text(*penalties, "--bad_words", word) != penalised
+    assert text(*penalties, "--stop_words", word) == penalised.partition(word)[0]
+
+
+def test_every_sample_has_a_block(tiny: Engine, articles: Path, main: Main) -> None:
+    """Drawn at a temperature near 0, both sides' samples are the likeliest tokens, scored each by itself."""
+    flags = ("--top_k", 0, "--temperature", 0.001, "--min_p", 0.1, "--num_return_sequences", 2, "--seed", 1)
+    code, out, _ = main(*_both(tiny, articles), "--batch_size", 2, "--output_len", 10, *flags)
+    assert code == 0
+    assert "identical output ids: 5 of 5 articles" in out
+    for label in ("Engine", "HF"):
+        blocks = re.findall(rf"^{label} sample (\d) result\n((?:  rouge.*\n)+)", out, re.M)
+        assert [number for number, _ in blocks] == ["0", "1"]
+        assert blocks[0][1] == blocks[1][1]
+
+
 @pytest.mark.parametrize("side", [["--test_engine"], ["--test_hf"]])
 def test_one_side_alone(tiny: Engine, articles: Path, main: Main, side: list[str]) -> None:
     location = ["--hf_model_location", tiny.hf] if side == ["--test_hf"] else []
@@ -160,6 +203,16 @@ def test_one_side_alone(tiny: Engine, articles: Path, main: Main, side: list[str
     assert code == 0
     assert out.count("beam 0 result") == 1
     assert "difference" not in out
+
+
+def test_noticeable_recording_of_steps_is_told(
+    tiny: Engine, articles: Path, main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TorchSession, "recording_seconds", 3.0, raising=False)
+    flags = ("--test_engine", "--engine_dir", tiny.folder, "--dataset_path", articles, "--output_len", 5)
+    code, _, errors = main(*flags, "--max_ite", 1)
+    assert code == 0
+    assert errors.startswith("3.0 s went into steps that came for the first time")
 
 
 def test_hugging_face_alone_needs_no_engine(tiny: Engine, articles: Path, main: Main, tmp_path: Path) -> None:
@@ -237,7 +290,10 @@ def test_the_threshold_itself_is_not_enough() -> None:
     [
         ([], ["nothing to test", "--test_trt_llm", "--test_hf"]),
         (["--test_hf"], ["--test_hf needs a model", "--hf_model_location"]),
-        (["--test_engine", "--output_len", 5, "--num_beams", 4], ["--num_beams 4", "at most 3"]),
+        (
+            ["--test_engine", "--output_len", 5, "--num_beams", 4],
+            ["--num_beams 4", "at most 3", "next: build.py ... --max_beam_width 4"],
+        ),
         (["--test_engine", "--num_beams", 2, "--top_k", 0], ["--num_beams 2 with --top_k 0"]),
         (["--test_engine", "--top_k", -1, "--top_p", 1.5], ["--top_k -1", "--top_p 1.5: allowed are 0 to 1"]),
         (["--test_engine", "--temperature", 0.5], ["--temperature 0.5 with --top_k 1", "--top_k 0 draws from all"]),
@@ -248,6 +304,11 @@ def test_the_threshold_itself_is_not_enough() -> None:
         (["--test_engine", "--max_draft_len", 3], ["the engine has no paged cache", "--paged_kv_cache"]),
         (["--test_engine", "--max_draft_len", 3, "--num_beams", 2], ["--max_draft_len 3 with beams"]),
         (["--test_engine", "--max_draft_len", 65], ["--max_draft_len 65", "0 (off) to 64"]),
+        (
+            ["--test_engine", "--test_hf", "--hf_model_location", "x", "--presence_penalty", 1],
+            ["--presence_penalty 1: transformers has no such penalty", "without --test_hf"],
+        ),
+        (["--test_engine", "--output_len", 5, "--bad_words", ""], ["one of the words is empty"]),
         (["--test_engine", "--data_type", "int8"], ["unknown dtype 'int8'"]),
         (["--test_engine", "--dataset_path", "absent.jsonl"], ["there is no data set absent.jsonl"]),
         (["--test_engine", "--article_column", "text"], ["no column text", "article, highlights", "--article_column"]),

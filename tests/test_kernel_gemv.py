@@ -17,11 +17,11 @@ SHAPES = [(50, 96), (33, 160), (20, 600)]
 CONFIG = GemvConfig(8, 64, 4)
 
 
-def make_norm(kind: str, width: int, device: torch.device) -> Norm | None:
+def make_norm(kind: str, width: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Norm | None:
     if kind == "none":
         return None
-    bias = normal(width, device=device) if kind == "layernorm" else None
-    return Norm(1 + 0.1 * normal(width, device=device), bias, 1e-5)
+    bias = normal(width, device=device).to(dtype) if kind == "layernorm" else None
+    return Norm((1 + 0.1 * normal(width, device=device)).to(dtype), bias, 1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -37,7 +37,7 @@ def test_everything_fused(
     if weights == "int8":
         weight, scale = int8_weight(*shape, kernel_device)
     bias = normal(num_rows, device=kernel_device, dtype=torch.float16)
-    norm = make_norm(kind, num_columns, kernel_device)
+    norm = make_norm(kind, num_columns, kernel_device, torch.float16 if weights == "float16" else torch.float32)
     gate = Gate(weight.flip(0).contiguous(), bias.flip(0).contiguous(), scale) if gated else None
     options = {"bias": bias, "scale": scale, "norm": norm, "activation": "gelu_tanh", "gate": gate}
     out = torch.full((num_rows,), 7.0, device=kernel_device)

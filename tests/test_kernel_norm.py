@@ -20,7 +20,7 @@ def test_sums_and_norm(kind: str, dtype: torch.dtype, kernel_device: torch.devic
     """A mean far from zero loses what squares minus mean squared would lose."""
     x, bias = 30 + normal(5, WIDTH, device=kernel_device), normal(WIDTH, device=kernel_device, dtype=dtype)
     parts = normal(3, 5, WIDTH, device=kernel_device, dtype=dtype)
-    weight, shift = normal(WIDTH, device=kernel_device), normal(WIDTH, device=kernel_device)
+    weight, shift = (normal(WIDTH, device=kernel_device, dtype=dtype) for _ in range(2))
     expected = x.double() + parts.double().sum(0) + bias.double()
     out = torch.empty((5, WIDTH), device=kernel_device, dtype=dtype)
     add_norm(x, out, Norm(weight, shift if kind == "layernorm" else None, 1e-5), parts=parts, bias=bias)

@@ -52,7 +52,7 @@ def test_steps_equal_the_formulas(
 @pytest.mark.parametrize("static", [False, True])
 def test_sums_norm_and_integers_in_one_pass(kind: str, static: bool, kernel_device: torch.device) -> None:
     x, parts = normal(M, K, device=kernel_device), normal(3, M, K, device=kernel_device, dtype=torch.float16)
-    bias, weight, shift = (normal(K, device=kernel_device) for _ in range(3))
+    bias, weight, shift = (normal(K, device=kernel_device, dtype=torch.float16) for _ in range(3))
     stream = x.double() + parts.double().sum(0) + bias.double()
     norm = Norm(weight, shift if kind == "layernorm" else None, 1e-5)
     if kind == "layernorm":

@@ -214,7 +214,8 @@ def test_files_are_written_once(engines: dict[int, EngineInfo], tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.csv", "2.csv", "in.csv"]
 
 
-def test_summaries_on_ranks(engines: dict[int, EngineInfo], tmp_path: Path) -> None:
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_summaries_on_ranks(paged: bool, engines: dict[int, EngineInfo], tmp_path: Path) -> None:
     articles = tmp_path / "articles.jsonl"
     rows = [{"article": "the north " * n, "highlights": "the end"} for n in (2, 3)]
     articles.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -222,7 +223,11 @@ def test_summaries_on_ranks(engines: dict[int, EngineInfo], tmp_path: Path) -> N
     for world_size in (1, 2):
         info = engines[world_size]
         hf = Path(json.loads((info.folder / "config.json").read_text())["engine"]["source"]["checkpoint"]).parents[1]
-        flags = ["--test_trt_llm", "--test_hf", "--hf_model_location", hf / "hf", "--engine_dir", info.folder]
+        folder = info.folder
+        if paged:
+            checkpoint, folder = hf / "ft" / f"{world_size}-gpu", tmp_path / f"paged-{world_size}"
+            build_engine(checkpoint, folder, *LIMITS, "--world_size", str(world_size), "--paged_kv_cache")
+        flags = ["--test_trt_llm", "--test_hf", "--hf_model_location", hf / "hf", "--engine_dir", folder]
         flags += ["--dataset_path", articles, "--output_len", 6, "--device", "cpu", "--max_ite", 2]
         result = mpirun(world_size, "summarize.py", *flags, "--log_level", "error")
         assert result.returncode == 0, result.stderr

@@ -95,7 +95,6 @@ class DecodeOps:
         self.num_kv_heads = mapping.local_kv_heads(model)
         self.tiles: tuple[torch.Tensor, torch.Tensor] | None = None
         self.inputs: DecodeInputs
-        self._norms = {name: tensor.float() for name, tensor in weights.items() if "layernorm." in name}
         self._scratch = _Scratch()
         self._rotary: Rotary | None = None
         if not model.learned_positions:
@@ -189,10 +188,10 @@ class DecodeOps:
         stream.parts, stream.bias = part.value[None], part.bias
 
     def layer_norm(self, x: Value, name: str, epsilon: float, feeds: str | None = None) -> Value:
-        return self._normed(x, Norm(self._norms[name + ".weight"], self._norms[name + ".bias"], epsilon))
+        return self._normed(x, Norm(self.weights[name + ".weight"], self.weights[name + ".bias"], epsilon))
 
     def rms_norm(self, x: Value, name: str, epsilon: float, feeds: str | None = None) -> Value:
-        return self._normed(x, Norm(self._norms[name + ".weight"], None, epsilon))
+        return self._normed(x, Norm(self.weights[name + ".weight"], None, epsilon))
 
     def _normed(self, x: Value, norm: Norm) -> Normed:
         return Normed(x if isinstance(x, Stream) else self._stream(x), norm)

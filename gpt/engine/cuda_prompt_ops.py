@@ -45,10 +45,10 @@ class PromptOps(TorchOps):
         return _Sum(_value(a), b)
 
     def layer_norm(self, x: Any, name: str, epsilon: float, feeds: str | None = None) -> Any:
-        return self._norm(x, Norm(self._norms[name + ".weight"], self._norms[name + ".bias"], epsilon), feeds)
+        return self._norm(x, Norm(self.weights[name + ".weight"], self.weights[name + ".bias"], epsilon), feeds)
 
     def rms_norm(self, x: Any, name: str, epsilon: float, feeds: str | None = None) -> Any:
-        return self._norm(x, Norm(self._norms[name + ".weight"], None, epsilon), feeds)
+        return self._norm(x, Norm(self.weights[name + ".weight"], None, epsilon), feeds)
 
     def _norm(self, x: Any, norm: Norm, feeds: str | None) -> QuantizedRows | torch.Tensor:
         parts = None

@@ -29,8 +29,8 @@ class GemvConfig:
 def _gemv_kernel(
     x_ptr,  # [K], or with SPLITS an attention's parts: [K / HEAD_SIZE, SPLITS, HEAD_SIZE] float32
     part_sum_ptr,  # [2, K / HEAD_SIZE, SPLITS] float32
-    norm_weight_ptr,  # [K] float32
-    norm_bias_ptr,  # [K] float32
+    norm_weight_ptr,  # [K]
+    norm_bias_ptr,  # [K]
     weight_ptr,  # [N, K]
     gate_ptr,  # [N, K]
     scale_ptr,  # [N]
@@ -155,9 +155,9 @@ def load_norm(norm_weight_ptr, norm_bias_ptr, columns, K: tl.constexpr, NORM: tl
     stretch = inside.to(tl.float32)
     shift = stretch
     if NORM != "none":
-        stretch = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0)
+        stretch = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if NORM == "layernorm":
-        shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0)
+        shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     return stretch, shift
 
 
@@ -268,24 +268,27 @@ def gemv(
 def default_config(num_rows: int, num_columns: int, device: torch.device, itemsize: int = 2) -> GemvConfig:
     """What was fastest on an H100 for the shapes of GPT-2, SantaCoder and StarCoder (docs/performance.md).
 
-    A thread has 64 to 128 values in flight, and there are programs for every multiprocessor.
+    Blocks of several rows, since each program reads the vector and the norm's anew: at most 128 values per thread are
+    in flight, and there are programs for every multiprocessor.
     """
     block_k = triton.next_power_of_2(num_columns)
-    per_thread = 64
-    if num_columns <= 1024:
-        block_n, per_thread = 4, 128 if itemsize == 1 or num_rows == num_columns else 64
-    elif num_rows < num_columns:
-        block_n, block_k = 8 if num_columns >= 8192 else 4, min(block_k, 4096 if num_columns >= 4096 else 2048)
-    elif itemsize == 1:
+    wide = num_rows > num_columns
+    if num_columns <= 768 or (num_columns <= 1024 and itemsize == 1):
+        block_n, per_thread = 4, 128
+    elif num_columns <= 1024:
+        block_n, per_thread = (16, 128) if wide else (4, 64)
+    elif num_rows >= num_columns and itemsize == 1:
         block_n, block_k, per_thread = 8, min(block_k, 2048), 128
+    elif wide:
+        block_n, block_k, per_thread = (8, 1024, 64) if num_columns <= 2048 else (8, 2048, 128)
     elif num_rows == num_columns:
-        block_n, block_k = 16, 1024
-    elif num_columns <= 2048:
-        block_n, block_k = 4, 1024
+        block_n, block_k, per_thread = 16, 1024, 64
+    elif num_columns % 4096 == 0:
+        block_n, block_k, per_thread = 8, 4096, 128
     else:
-        block_n, block_k, per_thread = 8, 2048, 128
+        block_n, block_k, per_thread = 8 if num_columns > 4096 else 4, min(block_k, 2048), 64
     if itemsize == 4:
-        per_thread = 64
+        block_n, per_thread = block_n // 2, 64
     while block_n > 1 and triton.cdiv(num_rows, block_n) < 3 * num_multiprocessors(device) // 4:
         block_n //= 2
     return GemvConfig(block_n, block_k, min(8, max(1, block_n * block_k // (32 * per_thread))))

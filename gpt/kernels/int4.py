@@ -26,8 +26,8 @@ from gpt.quant import dequantize_weight, unpack_int4
 def _int4_gemv_kernel(
     x_ptr,  # [K], or with SPLITS an attention's parts: [K / HEAD_SIZE, SPLITS, HEAD_SIZE] float32
     part_sum_ptr,  # [2, K / HEAD_SIZE, SPLITS] float32
-    norm_weight_ptr,  # [K] float32
-    norm_bias_ptr,  # [K] float32
+    norm_weight_ptr,  # [K]
+    norm_bias_ptr,  # [K]
     weight_ptr,  # [N, K / 8] int32
     gate_ptr,  # [N, K / 8] int32
     scale_ptr,  # [N] or [N, K / GROUP]

@@ -71,8 +71,8 @@ def add_norm_kernel(
     x_ptr,  # [M, E] float32
     parts_ptr,  # [PARTS, M, E]
     bias_ptr,  # [E]
-    weight_ptr,  # [E] float32
-    norm_bias_ptr,  # [E] float32
+    weight_ptr,  # [E]
+    norm_bias_ptr,  # [E]
     out_ptr,  # [M, E]
     M,
     epsilon,
@@ -87,7 +87,7 @@ def add_norm_kernel(
     columns = tl.arange(0, PADDED_E)
     inside = columns < E
     if NORM != "none":
-        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     wait_for_inputs(DEPENDENT)
     x = tl.load(x_ptr + row * E + columns, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
@@ -99,7 +99,7 @@ def add_norm_kernel(
     if NORM == "layernorm":
         centred = tl.where(inside, x - tl.sum(x, 0) / E, 0.0)
         y = centred * tl.rsqrt(tl.sum(centred * centred, 0) / E + epsilon) * weight
-        y += tl.load(norm_bias_ptr + columns, mask=inside, other=0.0)
+        y += tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + row * E + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
     elif NORM == "rmsnorm":
         y = x * tl.rsqrt(tl.sum(x * x, 0) / E + epsilon) * weight

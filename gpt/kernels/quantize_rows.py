@@ -23,8 +23,8 @@ def quantize_rows_kernel(
     x_ptr,  # [M, K]
     parts_ptr,  # [PARTS, M, K]
     bias_ptr,  # [K]
-    weight_ptr,  # [K] float32
-    norm_bias_ptr,  # [K] float32
+    weight_ptr,  # [K]
+    norm_bias_ptr,  # [K]
     smoother_ptr,  # [K] float32
     input_scale_ptr,  # [] float32
     out_ptr,  # [M, K] int8 or float8e4nv
@@ -45,7 +45,7 @@ def quantize_rows_kernel(
     columns = tl.arange(0, PADDED_K)
     inside = columns < K
     if NORM != "none":
-        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     wait_for_inputs(DEPENDENT)
     x = tl.load(x_ptr + row * K + columns, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
@@ -57,7 +57,7 @@ def quantize_rows_kernel(
     if NORM == "layernorm":
         centred = tl.where(inside, x - tl.sum(x, 0) / K, 0.0)
         x = centred * tl.rsqrt(tl.sum(centred * centred, 0) / K + epsilon) * weight
-        x += tl.load(norm_bias_ptr + columns, mask=inside, other=0.0)
+        x += tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     elif NORM == "rmsnorm":
         x = x * tl.rsqrt(tl.sum(x * x, 0) / K + epsilon) * weight
     if SMOOTHED:

@@ -35,11 +35,15 @@ class BatchingConfig:
             problems.add(f"--max_draft_len {self.max_draft_len}: allowed are 0 (off) to {MAX_DRAFT_LEN}")
         problems.raise_if_any(ConfigError, "these settings cannot be used")
 
-    def contradictions(self, num_beams: int) -> list[str]:
-        """What goes against a search with so many beams."""
-        if num_beams > 1 and self.max_draft_len > 0:
-            return [f"--max_draft_len {self.max_draft_len} with beams: drafts are checked for one text"]
-        return []
+    def contradictions(self, num_beams: int, *, batch_invariant: bool) -> list[str]:
+        """What goes against a search with so many beams, and against results that are the same to the last bit."""
+        if self.max_draft_len == 0:
+            return []
+        reasons = (
+            (num_beams > 1, "beams: drafts are checked for one text"),
+            (batch_invariant, "--batch_invariant: steps of several tokens, which check drafts, round otherwise"),
+        )
+        return [f"--max_draft_len {self.max_draft_len} with {reason}" for present, reason in reasons if present]
 
     def check_fits(self, build: BuildConfig) -> None:
         """Raises ConfigError for settings of a paged cache that the engine does not have."""

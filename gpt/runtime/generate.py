@@ -44,6 +44,18 @@ class Generation:
         return self.context_ms + sum(self.step_ms)
 
 
+def joined(parts: Sequence[Generation]) -> Generation:
+    """What several batches produced, one behind the other, as one."""
+    whole = Generation()
+    for part in parts:
+        whole.tokens += part.tokens
+        whole.context_ms += part.context_ms
+        whole.step_ms += part.step_ms
+        whole.logprobs += part.logprobs
+        whole.scores += part.scores
+    return whole
+
+
 def generate(
     session: Session,
     prompts: Sequence[Sequence[int]],

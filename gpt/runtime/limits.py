@@ -68,7 +68,8 @@ def check_prompts(
     problems.raise_if_any(
         ConfigError,
         "the prompts do not fit the engine",
-        hint="shorten them, or build the engine with a larger --max_input_len / --max_output_len",
+        hint="shorten them (run.py --on_long_prompt truncate keeps their ends), ask for fewer new tokens, or build the "
+        "engine with a larger --max_input_len / --max_output_len",
     )
 
 

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from gpt.kernels.peer_all_reduce import PeerBuffers
 
 LIMIT_VARIABLE = "GPT_PEER_SUM_BYTES"
-# Up to here GPUs that use each other's memory are faster than NCCL: measured for two by benchmarks/bench_allreduce.py,
-# for eight in steps, where they won at 192 KiB and lost at 384.  Four, not measured, move less than half of eight.
+# Up to here GPUs that use each other's memory are faster than NCCL in steps: two at 384 KiB and by
+# benchmarks/bench_allreduce.py further on, four and eight at 192 KiB and not at 384.
 _MAX_RANKS = 8
-_DEFAULT_LIMIT_BYTES = {2: 1 << 20, 4: 1 << 19}
-_OTHER_LIMIT_BYTES = 1 << 18
+_LIMIT_BYTES_OF_TWO = 1 << 20
+_LIMIT_BYTES = 1 << 18
 
 
 class PeerSum:
@@ -68,7 +68,7 @@ def connect_peers(ranks: Communicator, group: torch.distributed.ProcessGroup, de
 def _limit_bytes(num_ranks: int) -> int:
     from gpt.kernels.peer_all_reduce import MAX_BYTES
 
-    default = _DEFAULT_LIMIT_BYTES.get(num_ranks, _OTHER_LIMIT_BYTES) if num_ranks <= _MAX_RANKS else 0
+    default = 0 if num_ranks > _MAX_RANKS else _LIMIT_BYTES_OF_TWO if num_ranks == 2 else _LIMIT_BYTES
     text = os.environ.get(LIMIT_VARIABLE, str(default))
     if not text.isdecimal() or int(text) > MAX_BYTES:
         raise ConfigError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, fields, replace
 
-from gpt.console import log
 from gpt.errors import ConfigError, Problems
 
 # Outside of these, float32 logits overflow or nothing of the model's distribution is left.
@@ -112,12 +111,8 @@ class SamplingConfig:
         problems.raise_if_any(ConfigError, "these sampling settings do not fit")
 
     def with_seed(self) -> SamplingConfig:
-        """The same with a seed, which is told where it had to be made up; greedy decoding needs none."""
-        if self.is_greedy or self.seed is not None:
-            return self
-        seeded = replace(self, seed=secrets.randbelow(2**32))
-        log.info("Random seed: --seed %d repeats this run", seeded.seed)
-        return seeded
+        """The same with a seed, made up where there is none; greedy decoding needs none."""
+        return self if self.is_greedy or self.seed is not None else replace(self, seed=secrets.randbelow(2**32))
 
     def describe(self) -> str:
         """What differs from greedy decoding, in the words of the flags."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gpt.comm import WAITING
@@ -40,8 +40,11 @@ def score(
     *,
     virtual: VirtualTokens | None = None,
     num_top_logprobs: int = 0,
+    on_score: Callable[[int, Score], None] | None = None,
 ) -> list[Score]:
     """The score of each prompt, one after the other.  Virtual tokens condition what follows and are not scored.
+
+    on_score: called with each prompt's number and score as they come.
 
     Among several ranks, what rank 0 was given counts.
 
@@ -55,11 +58,13 @@ def score(
         check_virtual_tokens(session.model, session.build, virtual, len(prompts))
     num_virtual = virtual.num_tokens if virtual is not None else 0
     check_prompts(session.model, session.build, prompts, 0, num_virtual=num_virtual)
-    scores = []
+    scores: list[Score] = []
     for number, prompt in enumerate(prompts):
         session.comm.stage = f"prompt {number}"
         part = None if virtual is None else virtual.of_prompts([number])
         scores.append(_score(session, prompt, part, num_top_logprobs))
+        if on_score is not None:
+            on_score(number, scores[-1])
     session.comm.stage = ""
     return scores
 

@@ -6,9 +6,8 @@ import io
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO
 
 from gpt.comm import start
 from gpt.console import log
@@ -29,15 +28,17 @@ from gpt.text.evaluation import (
     evaluate,
     max_prompt_tokens,
 )
-from gpt.text.pipeline import choose_end_id, choose_tokenizer, tell_recording, without_end
+from gpt.text.pipeline import choose_end_id, choose_tokenizer, run_batches, tell_recording
 from gpt.text.prompts import check_output_file
 from gpt.text.rouge import ROUGE_KEYS
+from gpt.text.run_results import final_text
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-    from gpt.runtime.session import PagedSession, Session
+    from gpt.runtime.generate import Generation
+    from gpt.runtime.session import Session
     from gpt.text.hf_baseline import HfBaseline
 
 _RULE = "-" * 57
@@ -201,15 +202,21 @@ def _run_sides(
     vocab_sizes = [side.vocab_size for side in (model, baseline) if side is not None]
     if build is not None and session is not None:
         config.decoding.check_fits(build, min(vocab_sizes), config.output_len)
-    config.decoding.sampling.check_fits(min(vocab_sizes), config.output_len)
+    sampling = config.decoding.choice(tokenizer)
+    sampling.check_fits(min(vocab_sizes), config.output_len)
+    stops = config.decoding.stops(tokenizer, skip_special=True)
     prompts = encode_articles(tokenizer, articles, min(vocab_sizes), limit, config.task.prompt)
     end_id = tokenizer.end_id if model is None else choose_end_id(None, tokenizer, model)
 
-    sides = _make_sides(session, baseline, config, end_id)
+    settings = {"max_new_tokens": config.output_len, "end_id": end_id, "sampling": sampling, "stops": stops}
+    sides = _make_sides(session, baseline, config, settings)
     for side in sides:
-        _print_demo(side, prompts[0], articles[0], tokenizer, end_id, out)
+        tokens = side.generate(prompts[:1], first_row=0).tokens[0]  # once, before anything is timed: it warms up, too
+        _print_demo(side, articles[0], final_text(tokens, tokenizer, end_id, stops, skip_special=True), out)
     references = [article.reference for article in articles]
-    results = [evaluate(side, prompts, references, tokenizer, end_id, config.batch_size, config.task) for side in sides]
+    results = [
+        evaluate(side, prompts, references, tokenizer, end_id, config.batch_size, config.task, stops) for side in sides
+    ]
     if session is not None:
         tell_recording(session)
     return Comparison(config, info, _describe_device(device), tokenizer.name, limit, articles, prompts, results)
@@ -228,46 +235,43 @@ def _describe_device(device: torch.device) -> str:
 
 
 def _make_sides(
-    session: Session | None, baseline: HfBaseline | None, config: SummarizeConfig, end_id: int | None
+    session: Session | None, baseline: HfBaseline | None, config: SummarizeConfig, settings: dict[str, Any]
 ) -> list[Side]:
-    from gpt.runtime.beams import generate_beams
-    from gpt.runtime.generate import generate
+    """settings: what both sides take by the same names."""
+    from gpt.runtime.generate import joined
 
     decoding = config.decoding
-    settings: dict[str, Any] = {"max_new_tokens": config.output_len, "end_id": end_id, "sampling": decoding.sampling}
-    sides: list[Side] = []
-    if session is not None:
-        ours: Any = partial(generate, session, **settings)
-        if session.build.paged_kv_cache:
-            from gpt.runtime.batcher import generate_paged
+    names = decoding.num_results, "beam" if decoding.uses_beams or decoding.num_results == 1 else "sample"
 
-            ours = partial(generate_paged, cast("PagedSession", session), batching=config.batching, **settings)
-        if decoding.uses_beams:
-            ours = partial(generate_beams, session, beams=decoding.search, **settings)
-        sides.append(Side("Engine", "Engine", ours, decoding.num_results))
-    if baseline is not None:
-        theirs = partial(baseline.generate, beams=decoding.search, **settings)
-        sides.append(Side("Hugging Face", "HF", theirs, decoding.num_results))
-    return sides
+    def ours(prompts: Sequence[Sequence[int]], /, *, first_row: int) -> Generation:
+        assert session is not None
+        indices = range(first_row, first_row + len(prompts))
+        result = joined(run_batches(session, prompts, decoding, batching=config.batching, indices=indices, **settings))
+        if session.comm.rank > 0 and not result.tokens:  # over a paged cache the first rank alone knows them
+            result.tokens = [[] for _ in range(len(prompts) * decoding.num_results)]
+        return result
+
+    def theirs(prompts: Sequence[Sequence[int]], /, *, first_row: int) -> Generation:
+        assert baseline is not None
+        return baseline.generate(prompts, first_row=first_row, beams=decoding.search, **settings)
+
+    sides = [Side("Engine", "Engine", ours, *names)] if session is not None else []
+    return sides if baseline is None else [*sides, Side("Hugging Face", "HF", theirs, *names)]
 
 
-def _print_demo(
-    side: Side, prompt: Sequence[int], article: Article, tokenizer: Tokenizer, end_id: int | None, out: TextIO
-) -> None:
-    """The first article, once, before anything is timed: it also warms the side up."""
-    tokens = side.generate([prompt], first_row=0).tokens[0]
-    text = tokenizer.decode(without_end(tokens, end_id))
+def _print_demo(side: Side, article: Article, text: str, out: TextIO) -> None:
+    """The first article as the original shows it."""
     lines = (_RULE, f"{side.label} Generated : ", f" Input : {article.text}", f"\n Reference : {article.reference}")
     print(*lines, f"\n Output : {text}", _RULE, sep="\n", file=out, flush=True)
 
 
 def _print_result(result: SideResult, out: TextIO) -> None:
     print(f"{result.side.name} (total latency: {result.latency_s:.3f} sec)", file=out)
-    print(f"{result.side.label} beam 0 result", file=out)
+    print(f"{result.side.label} {result.side.noun} 0 result", file=out)
     for key in ROUGE_KEYS:
         print(f"  {key} : {result.rouge[key]}", file=out)
-    for number, rouge in enumerate(result.other_beams, start=1):
-        print(f"{result.side.label} beam {number} result", file=out)
+    for number, rouge in enumerate(result.others, start=1):
+        print(f"{result.side.label} {result.side.noun} {number} result", file=out)
         for key in ROUGE_KEYS:
             print(f"  {key} : {rouge[key]}", file=out)
     if result.first_line_percent is not None:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from gpt.config import BuildConfig
+from gpt.console import print_notice
 from gpt.errors import ConfigError, Problems
 from gpt.runtime.beam_config import NO_BEAMS, BeamConfig
 from gpt.runtime.sampling_config import GREEDY, SamplingConfig
+from gpt.text.prompts import unicode_problem
+from gpt.text.stop_words import StopWords
 from gpt.text.tokenizer import Tokenizer
 
 _EARLY = {"false": False, "true": True, "never": "never"}
@@ -65,6 +68,8 @@ class DecodingOptions:
         for flag, words in (("bad_words", self.bad_words), ("stop_words", self.stop_words)):
             if "" in words:
                 problems.add(f"--{flag}: one of the words is empty")
+            wrong = filter(None, map(unicode_problem, words))
+            problems.items += [f"--{flag}: one of the words is no text: {problem}" for problem in wrong]
         for flag, ids in (("bad_ids", self.bad_ids), ("stop_ids", self.stop_ids)):
             if () in ids:
                 problems.add(f"--{flag}: one of the sequences has no token")
@@ -86,8 +91,11 @@ class DecodingOptions:
         return self.beams.num_beams
 
     def with_seed(self) -> DecodingOptions:
-        """The same with a seed, where one is needed: see `SamplingConfig.with_seed`."""
-        return replace(self, sampling=self.sampling.with_seed())
+        """The same with a seed where one is needed, which is told if it had to be made up."""
+        sampling = self.sampling.with_seed()
+        if sampling != self.sampling:
+            print_notice(f"Random seed: --seed {sampling.seed} repeats this run")
+        return replace(self, sampling=sampling)
 
     @property
     def search(self) -> BeamConfig:
@@ -120,6 +128,12 @@ class DecodingOptions:
         problems.raise_if_any(ConfigError, "these words cannot be kept out")
         return replace(self.sampling, bad_words=tuple(words))
 
+    def stops(self, tokenizer: Tokenizer | None, *, skip_special: bool = False) -> StopWords | None:
+        """None where nothing but its end token and its length ends a text.  Raises ConfigError as `StopWords` does."""
+        if not self.stop_words and not self.stop_ids:
+            return None
+        return StopWords(self.stop_words, self.stop_ids, tokenizer, skip_special=skip_special)
+
     def check_fits(self, build: BuildConfig, vocab_size: int, max_new_tokens: int) -> None:
         """Raises ConfigError listing what engine and length make impossible."""
         problems = Problems()
@@ -138,7 +152,15 @@ class DecodingOptions:
 
     def describe(self) -> str:
         """What differs from greedy decoding, in the words of the flags."""
-        return self.beams.describe() if self.uses_beams else self.sampling.describe()
+        parts = [self.sampling.describe()]
+        if self.uses_beams:
+            parts = [self.beams.describe(), *([] if self.sampling.is_argmax else [parts[0].removeprefix("greedy: ")])]
+        for name in ("bad_words", "bad_ids", "stop_words", "stop_ids"):
+            words = getattr(self, name)
+            parts += [f"{name} {' '.join(map(repr, words))}"] if words else []
+        if self.num_return_sequences is not None:
+            parts.append(f"num_return_sequences {self.num_return_sequences}")
+        return ", ".join(parts)
 
 
 GREEDY_DECODING = DecodingOptions()
@@ -147,15 +169,17 @@ _OWN = tuple(field.name for field in fields(DecodingOptions) if field.name not i
 
 def add_decoding_flags(parser: ArgumentParser) -> None:
     """All of them, in groups; `read_decoding` reads what was given."""
-    _add_sampling_flags(parser)
-    _add_end_flags(parser)
-    add_beam_flags(parser)
-    group = parser.add_argument_group("several results, log-probabilities")
-    group.add_argument(
-        "--num_return_sequences", type=int, metavar="N", help="results per prompt (default: 1, or all beams)"
-    )
+    add_choice_flags(parser)
+    group = parser.add_argument_group("log-probabilities")
     group.add_argument("--logprobs", type=Path, metavar="FILE", help="log-probabilities of the new tokens, as .jsonl")
     group.add_argument("--top_logprobs", type=int, default=0, metavar="N", help="the N likeliest tokens beside each")
+
+
+def add_choice_flags(parser: ArgumentParser) -> None:
+    """Those that decide which texts are made."""
+    _add_sampling_flags(parser)
+    _add_end_flags(parser)
+    _add_beam_flags(parser)
 
 
 def _add_sampling_flags(parser: ArgumentParser) -> None:
@@ -174,14 +198,14 @@ def _add_sampling_flags(parser: ArgumentParser) -> None:
 
 
 def _add_end_flags(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("end of a text (besides --max_output_len and --end_id)")
+    group = parser.add_argument_group("end of a text (besides its length and the end token)")
     group.add_argument("--min_length", type=int, default=0, help="new tokens before the end token may come")
     group.add_argument("--stop_words", nargs="+", metavar="TEXT", help=r"end a text, and are cut off; \n is a new line")
     group.add_argument("--stop_ids", nargs="+", metavar="IDS", help="the same as comma-separated token ids")
 
 
-def add_beam_flags(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("beam search")
+def _add_beam_flags(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("beam search, several results")
     group.add_argument("--num_beams", type=int, default=1, help="hypotheses followed at a time, 1 is off")
     group.add_argument("--length_penalty", type=float, default=1.0, help="above 0 favours long hypotheses")
     group.add_argument(
@@ -194,6 +218,9 @@ def add_beam_flags(parser: ArgumentParser) -> None:
     )
     group.add_argument("--num_beam_groups", type=int, default=1, help="groups of beams that differ from each other")
     group.add_argument("--diversity_penalty", type=float, default=0.0, help="of a token that an earlier group took")
+    group.add_argument(
+        "--num_return_sequences", type=int, metavar="N", help="results per prompt (default: 1, or all beams)"
+    )
 
 
 def read_decoding(args: Namespace) -> DecodingOptions:
@@ -244,6 +271,8 @@ def _make(values: dict[str, Any]) -> DecodingOptions:
         problems.items += found
         if not found:
             parts[name] = part
+    if problems and parts.get("num_return_sequences", 0) > 0:
+        del parts["num_return_sequences"]  # whether the others leave so many is not known
     options, found = _try(lambda: DecodingOptions(**parts))
     problems.items += found
     problems.raise_if_any(ConfigError, "these decoding options cannot be used")
@@ -257,8 +286,8 @@ def _try(make: Callable[[], Any]) -> tuple[Any, list[str]]:
     except ConfigError as error:
         if isinstance(error.found, (list, tuple)):
             return None, [str(item) for item in error.found]
-        allowed = "" if error.allowed is None else f"; allowed: {error.allowed}"
-        return None, [f"{error.what}: {error.found}{allowed}"]
+        rest = (("; allowed: ", error.allowed), ("; next: ", error.hint))
+        return None, [f"{error.what}: {error.found}" + "".join(f"{label}{text}" for label, text in rest if text)]
 
 
 def _parse_ids(name: str, text: str) -> tuple[int, ...]:

@@ -11,8 +11,10 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.console import progress
 from gpt.errors import ConfigError
 from gpt.text.dataset import CNN_DAILYMAIL, HUMANEVAL, Article, HubData
-from gpt.text.pipeline import batches, check_vocabulary, without_end
+from gpt.text.pipeline import batches, check_vocabulary
 from gpt.text.rouge import Scores, aggregate, score_texts
+from gpt.text.run_results import final_text
+from gpt.text.stop_words import StopWords
 from gpt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -99,12 +101,13 @@ TASKS = {
 @dataclass(frozen=True)
 class Side:
     """One of the two sides of a comparison: what it is called in the log, and how it continues a batch of prompts, with
-    `num_results` rows for each of them, the best first."""
+    `num_results` rows for each of them, the best first; noun: what the log calls those."""
 
     name: str
     label: str
     generate: Generate
     num_results: int = 1
+    noun: str = "beam"
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class SideResult:
 
     tokens: new ids with the end token where it came.  texts: the parts that are scored.  scores, rouge: per cent.
     latency_s: wall time of the calls.  same_first_line: None where the task does not compare first lines.  Of several
-    results per article, all this is about the best; other_beams: ROUGE of each of the others.
+    results per article, all this is about the first; others: ROUGE of each of the others.
     """
 
     side: Side
@@ -125,7 +128,7 @@ class SideResult:
     context_ms: list[float]
     step_ms: list[list[float]]
     same_first_line: list[bool] | None = None
-    other_beams: tuple[Scores, ...] = ()
+    others: tuple[Scores, ...] = ()
 
     @property
     def first_line_percent(self) -> float | None:
@@ -196,8 +199,10 @@ def evaluate(
     end_id: int | None,
     batch_size: int,
     task: Task,
+    stops: StopWords | None = None,
 ) -> SideResult:
-    """Runs all prompts through one side, timing the calls alone, and scores what `task` compares of the texts."""
+    """Runs all prompts through one side, timing the calls alone, and scores what `task` compares of the texts: they
+    end before `stops`."""
     tokens: list[list[int]] = []
     context_ms: list[float] = []
     step_ms: list[list[float]] = []
@@ -211,13 +216,12 @@ def evaluate(
         context_ms.append(result.context_ms)
         step_ms.append(result.step_ms)
     scored = [task.scored(reference) for reference in references]
-    beams = [
-        [task.scored(tokenizer.decode(without_end(row, end_id))) for row in tokens[beam :: side.num_results]]
-        for beam in range(side.num_results)
-    ]
-    tokens, texts = tokens[:: side.num_results], beams[0]
+    outputs = [task.scored(final_text(row, tokenizer, end_id, stops, skip_special=True)) for row in tokens]
+    tokens, texts = tokens[:: side.num_results], outputs[:: side.num_results]
     scores = score_texts(scored, texts)
-    others = tuple(aggregate(score_texts(scored, other)) for other in beams[1:])
+    others = tuple(
+        aggregate(score_texts(scored, outputs[number :: side.num_results])) for number in range(1, side.num_results)
+    )
     same = None
     if task.compares_first_line:
         same = [first_line(text) == first_line(reference) for text, reference in zip(texts, references, strict=True)]

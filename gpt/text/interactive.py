@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from gpt.cli import ArgumentParser, positive_int
+from gpt.console import print_notice
 from gpt.engine.folder import open_engine
 from gpt.errors import ConfigError, GptError
 from gpt.runtime.limits import check_prompts
@@ -28,7 +29,8 @@ from gpt.text.pipeline import (
     run_batches,
     tell_recording,
 )
-from gpt.text.run_prompts import RunConfig, make_stops, read_prompts
+from gpt.text.prompt_fit import last_tokens, prompt_limit
+from gpt.text.run_prompts import RunConfig, read_prompts
 from gpt.text.streaming import RowText
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ A line is a prompt; the model continues it.
   /again           continues the last prompt once more
   /set FLAG ...    changes flags of run.py that decide how texts are made, as in
                    /set --top_k 40 --temperature 0.8 --max_output_len 60
+  /reset           sets all of them as they were at first
   /show            what is set
   /help            this text
   /quit            leaves, as Ctrl-D does; Ctrl-C stops an answer
@@ -72,21 +75,24 @@ class Conversation:
         from gpt.runtime.load import load_session
 
         self._config = config
-        self._args = args
+        self._args = self._first_args = args
         self._out = out
         self._info = open_engine(config.engine_dir)
         chosen = choose_tokenizer(self._info, config.tokenizer, config.vocab_file)
         self._tokenizer = require_tokenizer(chosen, self._info, "read what is typed")
         self._end_id = choose_end_id(config.end_id, self._tokenizer, self._info.model)
         self._check(config)
+        config.batching.check_fits(self._info.build)
         self._session = load_session(self._info, config.device, config.execution)
         self._prompt: list[int] = []
         self._virtual: VirtualTokens | None = None
         self._answer: list[int] = []
+        self._choice = config.decoding.sampling
         self._commands: dict[str, Callable[[Sequence[str]], None]] = {
             "/more": lambda words: self._continue([*self._prompt, *self._answer]),
             "/again": lambda words: self._continue(self._prompt),
-            "/set": self._set,
+            "/set": lambda words: self._set(_SetParser().parse_args(words, copy(self._args))),
+            "/reset": lambda words: self._set(self._first_args),
             "/show": lambda words: self._show(),
             "/help": lambda words: self._print(_HELP),
         }
@@ -120,12 +126,14 @@ class Conversation:
     def _continue(self, prompt: Sequence[int]) -> None:
         if not prompt:
             raise ConfigError("there is no prompt to continue yet", hint="type one")
+        prompt = self._fit(prompt)
         count = self._config.max_output_len
         num_virtual = 0 if self._virtual is None else self._virtual.num_tokens
         check_prompts(self._info.model, self._info.build, [prompt], count, num_virtual=num_virtual)
         self._prompt, self._answer = list(prompt), []
         batches: list[Generation] = []
         before = recording_seconds(self._session)
+        self._choice = self._config.decoding.choice(self._tokenizer).with_seed()
         try:
             self._answer_all(batches) if self._config.decoding.num_results > 1 else self._answer_one(batches)
         except KeyboardInterrupt:
@@ -133,12 +141,22 @@ class Conversation:
         finally:
             self._session.comm.stage = ""  # what comes next may take its time
         if batches:
-            print(f"({describe_speed(batches)})", file=sys.stderr, flush=True)
+            seed = "" if self._choice.is_greedy else f", seed {self._choice.seed}"
+            print(f"({describe_speed(batches)}{seed})", file=sys.stderr, flush=True)
             tell_recording(self._session, before)
+
+    def _fit(self, prompt: Sequence[int]) -> Sequence[int]:
+        """With --on_long_prompt truncate, a text that has become too long goes on from its end."""
+        config, model = self._config, self._info.model
+        limit, reason = prompt_limit(model, self._info.build, config.max_output_len, config.max_input_length)
+        if config.on_long_prompt != "truncate" or len(prompt) <= limit:
+            return prompt
+        print_notice(f"Cut to its last {limit} tokens ({reason})")
+        return last_tokens(prompt, limit, sum(token >= model.vocab_size for token in prompt))
 
     def _answer_one(self, batches: list[Generation]) -> None:
         """Text appears as it is made."""
-        stops = make_stops(self._config.decoding, self._tokenizer)
+        stops = self._config.decoding.stops(self._tokenizer)
         text = RowText(self._tokenizer, self._end_id, stops)
 
         def add(row: int, token: int) -> None:
@@ -155,7 +173,7 @@ class Conversation:
 
     def _answer_all(self, batches: list[Generation]) -> None:
         """Several answers, one below the other; the first is the one that /more goes on from."""
-        stops = make_stops(self._config.decoding, self._tokenizer)
+        stops = self._config.decoding.stops(self._tokenizer)
         self._run(batches, lambda row, token: None)
         for number, tokens in enumerate(tokens for batch in batches for tokens in batch.tokens):
             text = RowText(self._tokenizer, self._end_id, stops)
@@ -165,7 +183,7 @@ class Conversation:
 
     def _run(self, batches: list[Generation], on_token: Callable[[int, int], None]) -> None:
         config, decoding = self._config, self._config.decoding
-        sampling, stops = decoding.choice(self._tokenizer), make_stops(decoding, self._tokenizer)
+        stops = decoding.stops(self._tokenizer)
         run_batches(
             self._session,
             [self._prompt],
@@ -173,23 +191,24 @@ class Conversation:
             max_new_tokens=config.max_output_len,
             end_id=self._end_id,
             virtual=self._virtual,
-            sampling=sampling,
+            sampling=self._choice,
             stops=stops,
             on_token=on_token,
             results=batches,
+            batching=config.batching,
         )
 
-    def _set(self, words: Sequence[str]) -> None:
+    def _set(self, args: Namespace) -> None:
         """Nothing changes where something is wrong with the new flags."""
-        args = _SetParser().parse_args(words, copy(self._args))
         config = replace(self._config, max_output_len=args.max_output_len, decoding=read_decoding(args))
         self._check(config)
         self._args, self._config = args, config
         self._show()
 
     def _check(self, config: RunConfig) -> None:
+        prompt_limit(self._info.model, self._info.build, config.max_output_len, config.max_input_length)
         config.decoding.check_fits(self._info.build, self._info.model.vocab_size, config.max_output_len)
-        config.decoding.choice(self._tokenizer)
+        config.decoding.choice(self._tokenizer).check_fits(self._info.model.vocab_size, config.max_output_len)
         if config.decoding.logprobs is not None:
             raise ConfigError("--logprobs goes with prompts on the command line or in a file")
 

@@ -11,6 +11,7 @@ from gpt.console import log, print_notice
 from gpt.engine.folder import EngineInfo
 from gpt.errors import ConfigError, Problems
 from gpt.runtime.session import RecordsSteps
+from gpt.text.prompts import unicode_problem
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -79,10 +80,16 @@ def choose_end_id(override: int | None, tokenizer: Tokenizer | None, model: Mode
 def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], model: ModelConfig) -> list[list[int]]:
     """Token ids of each text, nothing added.
 
-    Raises ConfigError for texts without tokens, and for a tokenizer whose ids the model's embedding does not have.
+    Raises ConfigError for texts without tokens or that are no Unicode, and for a tokenizer whose ids the model's
+    embedding does not have.
     """
-    prompts = [tokenizer.encode(text) for text in texts]
     problems = Problems()
+    for number, text in enumerate(texts):
+        problem = unicode_problem(text)
+        if problem is not None:
+            problems.add(f"prompt {number}: {problem}")
+    problems.raise_if_any(ConfigError, "prompts that are no text")
+    prompts = [tokenizer.encode(text) for text in texts]
     for number, prompt in enumerate(prompts):
         if not prompt:
             problems.add(f"prompt {number}: {texts[number]!r}")
@@ -234,11 +241,12 @@ def run_batches(
     on_token: Callable[[int, int], None] | None = None,
     on_end: Callable[[int], None] | None = None,
     batching: BatchingConfig | None = None,
+    indices: Sequence[int] | None = None,
     **settings: Any,
 ) -> list[Generation]:
     """`search_batches` or `generate_batches`, as `decoding` says.
 
-    on_token, on_end, batching: for what is no search, where no text is known before the end.
+    on_token, on_end, batching, indices: not for a search, which draws nothing and knows no text before its end.
     """
     if decoding.uses_beams:
         return search_batches(session, prompts, beams=decoding.search, **settings)
@@ -249,6 +257,7 @@ def run_batches(
         on_token=on_token,
         on_end=on_end,
         batching=batching,
+        indices=indices,
         **settings,
     )
 

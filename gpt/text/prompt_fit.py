@@ -50,8 +50,9 @@ def fit_prompts(prompts: Sequence[list[int]], limit: int, reason: str, *, trunca
     for row, prompt in enumerate(prompts):
         if len(prompt) > limit:
             problems.add(f"prompt {row}: {len(prompt)} tokens")
+    hint = "--on_long_prompt truncate keeps their ends; else shorten them"
     if not truncate:
-        problems.raise_if_any(ConfigError, f"prompts of more than {limit} tokens: {reason}", hint="--on_long_prompt")
+        problems.raise_if_any(ConfigError, f"prompts of more than {limit} tokens: {reason}", hint=hint)
     elif problems:
         print_notice(f"Prompts cut to their last {limit} tokens ({reason}): {listed(problems.items)}")
     return [last_tokens(prompt, limit) for prompt in prompts]

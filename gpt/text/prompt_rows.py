@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.errors import ConfigError, Problems
-from gpt.text.prompts import TOKEN_SUFFIXES, read_id, read_tokens, shorten
+from gpt.text.prompts import TEXT_HINT, TOKEN_SUFFIXES, read_id, read_tokens, shorten, unicode_problem
 
 DEFAULT_COLUMN = "prompt"
 ROW_SUFFIXES = (".txt", ".jsonl", ".parquet", *TOKEN_SUFFIXES)
@@ -21,7 +21,8 @@ ROW_SUFFIXES = (".txt", ".jsonl", ".parquet", *TOKEN_SUFFIXES)
 
 @dataclass(frozen=True)
 class PromptRow:
-    """line: counted from 1, of a table's rows those behind the header.  Either text or tokens, or what is wrong."""
+    """line: where the row begins in the file, counted from 1; of a .parquet or .npy file the number of the row.
+    Either text or tokens, or what is wrong."""
 
     line: int
     text: str | None = None
@@ -55,6 +56,9 @@ def read_rows(path: Path, column: str | None, end_id: int | None) -> list[Prompt
         elif suffix == ".csv":
             parse = _token_row
         rows = [_parse_line(n, line, parse) for n, line in enumerate(_lines(path), start=1)]
+        if suffix == ".csv" and rows and all(row.problem for row in rows):
+            found = f"line 1: {rows[0].problem}"
+            raise ConfigError(f"{path} holds something other than token ids", found=found, hint=TEXT_HINT)
     if not rows:
         raise ConfigError(f"{path} holds no prompts", found="no rows", hint="one prompt per row")
     return rows
@@ -68,7 +72,9 @@ def read_row_texts(path: Path, column: str | None) -> list[str]:
         if row.problem is not None:
             problems.add(f"line {row.line}: {row.problem}")
     problems.raise_if_any(
-        ConfigError, f"{path} holds rows that are no prompts", hint="--output_file runs the others, or remove them"
+        ConfigError,
+        f"{path} holds rows that are no prompts",
+        hint="mend or remove them; with --output_file texts are made of the others",
     )
     return [row.text or "" for row in rows]
 
@@ -92,7 +98,8 @@ def _text_row(number: int, value: object) -> PromptRow:
         return PromptRow(number, problem="no text" if value is None else f"no text: {shorten(str(value))}")
     if not value.strip():
         return PromptRow(number, problem="an empty prompt")
-    return PromptRow(number, text=value)
+    problem = unicode_problem(value)
+    return PromptRow(number, problem=problem) if problem else PromptRow(number, text=value)
 
 
 def _token_row(number: int, line: str) -> PromptRow:
@@ -142,16 +149,20 @@ def _read_parquet(path: Path, column: str) -> list[object]:
 
 
 def _read_table(path: Path, column: str) -> Iterator[PromptRow]:
+    csv.field_size_limit(2**31 - 1)  # the library's own is shorter than many a prompt
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            names = reader.fieldnames or []
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.reader(file)
+            names = next(reader, [])
             if column not in names:
-                raise _no_column(path, column, list(names))
-            for number, row in enumerate(reader, start=1):
-                yield _text_row(number, row[column])
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path} cannot be read as a table", found=error, allowed="UTF-8 text") from error
+                raise _no_column(path, column, names)
+            place, line = names.index(column), reader.line_num + 1
+            for cells in reader:
+                if cells:
+                    yield _text_row(line, cells[place] if place < len(cells) else None)
+                line = reader.line_num + 1
+    except csv.Error as error:
+        raise ConfigError(f"{path} cannot be read as a table", found=error) from error
 
 
 def _no_column(path: Path, column: str, names: list[str]) -> ConfigError:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy
 
 TOKEN_SUFFIXES = (".csv", ".npy")
-_TEXT_HINT = "prompts as text go into a .txt file, one per line (--input_file), or behind --input_text"
+TEXT_HINT = "texts: --input_file with --column NAME for a table, a .txt file with one per line; or --input_text"
 
 
 def check_input_file(path: Path, suffixes: Sequence[str]) -> None:
@@ -58,12 +58,21 @@ def _read_csv(path: Path) -> list[list[int]]:
             if token is None:
                 problems.add(f"row {number}, column {column}: {shorten(cell) if cell.strip() else 'an empty cell'}")
         rows.append([token for token in ids if token is not None])
-    problems.raise_if_any(ConfigError, f"{path} holds something other than token ids", hint=_TEXT_HINT)
+    problems.raise_if_any(ConfigError, f"{path} holds something other than token ids", hint=TEXT_HINT)
     return rows
 
 
 def read_id(cell: str) -> int | None:
     return int(cell) if cell.strip().removeprefix("-").isdecimal() else None
+
+
+def unicode_problem(text: str) -> str | None:
+    """What keeps a text from being Unicode; such a one comes from bytes of a command line or from JSON's escapes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"character {error.start + 1} is a byte that is not UTF-8, or half of a surrogate pair"
+    return None
 
 
 def shorten(text: str, limit: int = 40) -> str:

@@ -24,6 +24,7 @@ _FORMAT = 1
 
 
 def job_path(path: Path) -> Path:
+    path = path.resolve()
     return path.with_name(path.name + ".job.json")
 
 
@@ -41,7 +42,9 @@ def read_job(path: Path) -> dict[str, Any] | None:
 
 
 class ResultFile:
-    """Open for appending; held alone, so that two processes cannot write the same results."""
+    """Open for appending; held alone, so that two processes cannot write the same results.
+
+    A pipe or a device takes the lines and keeps nothing that could be gone on with."""
 
     def __init__(self, path: Path, job: dict[str, Any], *, resume: bool):
         """job: values that JSON has, what the work is.
@@ -49,8 +52,16 @@ class ResultFile:
         Raises ConfigError where there are results already and `resume` is false, where they are those of other work,
         and where another process writes them.
         """
-        job = json.loads(json.dumps(job, default=str))
         self.path = path
+        self._keeps = path.is_file() or not path.exists()
+        self.num_done = self._end = 0
+        self._synced = time.monotonic()
+        if not self._keeps:
+            if resume:
+                raise ConfigError(f"{path} is a pipe or a device, which --resume cannot go on with")
+            self._file = os.open(path, os.O_WRONLY)
+            return
+        job = json.loads(json.dumps(job, default=str))
         _check_job(path, job, resume=resume)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -68,7 +79,6 @@ class ResultFile:
         except BaseException:
             os.close(self._file)
             raise
-        self._synced = time.monotonic()
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Writes one line per record.  Raises GptError where the disk is full; the file ends with a whole line then."""
@@ -77,8 +87,10 @@ class ResultFile:
         try:
             while data:
                 data = data[os.write(self._file, data) :]
-            if time.monotonic() - self._synced > _SYNC_INTERVAL_S:
+            if self._keeps and time.monotonic() - self._synced > _SYNC_INTERVAL_S:
                 self._sync()
+        except BrokenPipeError:
+            raise
         except OSError as error:
             with suppress(OSError):
                 os.ftruncate(self._file, self._end)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from gpt.comm import Communicator
 from gpt.console import log, print_notice, progress
@@ -23,7 +23,7 @@ from gpt.text.pipeline import (
 from gpt.text.prompt_fit import first_lines, last_tokens, listed, prompt_limit
 from gpt.text.prompt_rows import PromptRow, holds_tokens, read_rows
 from gpt.text.prompt_tuning import PromptTuning, load_prompt_tuning
-from gpt.text.prompts import check_output_file
+from gpt.text.prompts import check_output_file, unicode_problem
 from gpt.text.result_file import ResultFile, read_job
 from gpt.text.run_results import final_text
 from gpt.text.stop_words import StopWords
@@ -31,7 +31,6 @@ from gpt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gpt.runtime.generate import Generation
-    from gpt.runtime.sampling_config import SamplingConfig
     from gpt.runtime.session import Session
     from gpt.text.run_prompts import RunConfig
 
@@ -93,7 +92,8 @@ def prepare_job(
 ) -> Job:
     """Reads all rows and makes them prompts; what cannot be run is noted.  Raises ConfigError as `read_rows` does."""
     if config.input_file is None:
-        rows = [PromptRow(number, text=text) for number, text in enumerate(config.texts, start=1)]
+        texts = enumerate(config.texts, start=1)
+        rows = [PromptRow(number, text=text, problem=unicode_problem(text)) for number, text in texts]
     else:
         rows = read_rows(config.input_file, config.column, end_id)
     tuning = load_prompt_tuning(config.prompt_table, config.tasks, info, len(rows))
@@ -125,7 +125,7 @@ def prepare_job(
 
 
 def _encode(row: PromptRow, tokenizer: Tokenizer | None) -> list[int]:
-    if row.text is None or tokenizer is None:
+    if row.text is None or row.problem is not None or tokenizer is None:
         return list(row.tokens or ())
     return tokenizer.encode(row.text)
 
@@ -138,7 +138,7 @@ def _problem_of(tokens: Sequence[int], num_ids: int, in_front: int) -> str | Non
 
 
 def with_earlier_seed(config: RunConfig) -> RunConfig:
-    """A continuation draws as the run before it did; Raises ConfigError as `read_job` does."""
+    """A continuation draws as the run before it did.  Raises ConfigError as `read_job` does."""
     sampling = config.decoding.sampling
     earlier = read_job(config.output_file) if config.resume and config.output_file is not None else None
     if earlier is not None and sampling.seed is None and not sampling.is_greedy:
@@ -148,8 +148,8 @@ def with_earlier_seed(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, decoding=config.decoding.with_seed())
 
 
-def run_job(job: Job, ranks: Communicator, sampling: SamplingConfig, out: TextIO) -> None:
-    """Loads the engine, computes what is missing of the results and appends it.  sampling: the choice of tokens.
+def run_job(job: Job, ranks: Communicator) -> None:
+    """Loads the engine, computes what is missing of the results and appends it.
 
     Raises ConfigError where the output file holds something else, EngineError for a bad engine, InterruptError after
     Ctrl-C, and GptError where the disk is full or, at the very end, where rows could not be run.
@@ -162,7 +162,7 @@ def run_job(job: Job, ranks: Communicator, sampling: SamplingConfig, out: TextIO
     num_done = ranks.broadcast_object(0 if file is None else file.num_done)
     writer = _Writer(job, file, num_done)
     try:
-        results, session = _compute(job, sampling, writer, num_done)
+        results, session = _compute(job, writer, num_done)
     except KeyboardInterrupt:
         raise InterruptError(
             "interrupted",
@@ -176,12 +176,10 @@ def run_job(job: Job, ranks: Communicator, sampling: SamplingConfig, out: TextIO
     if file is not None:
         if results:
             log.info(describe_speed(results))
-        _tell(job, path, num_done, out)
+        _tell(job, path, num_done)
 
 
-def _compute(
-    job: Job, sampling: SamplingConfig, writer: _Writer, num_done: int
-) -> tuple[list[Generation], Session | None]:
+def _compute(job: Job, writer: _Writer, num_done: int) -> tuple[list[Generation], Session | None]:
     """What is missing of the results, and the session that made it, if any was needed."""
     pending = [index for index in range(num_done, len(job.rows)) if job.prompts[index] is not None]
     decoding = job.config.decoding
@@ -192,7 +190,7 @@ def _compute(
     settings: dict[str, Any] = {
         "max_new_tokens": job.config.max_output_len,
         "end_id": job.end_id,
-        "sampling": sampling,
+        "sampling": decoding.choice(job.tokenizer),
         "stops": job.stops,
         "results": results,
     }
@@ -267,10 +265,9 @@ class _Writer:
             self._file.append(records)
 
 
-def _tell(job: Job, path: Path, num_before: int, out: TextIO) -> None:
+def _tell(job: Job, path: Path, num_before: int) -> None:
     before = f", {num_before} of them by an earlier run" if num_before else ""
-    out.write(f"{len(job.rows)} results in {path}{before}\n")
-    out.flush()
+    print_notice(f"{len(job.rows)} results in {path}{before}")
     cut = [f"line {job.rows[index].line}: {length} tokens" for index, length in job.truncated.items()]
     if cut:
         print_notice(f"Prompts cut to what fits: {listed(cut)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -25,10 +25,9 @@ from gpt.text.pipeline import (
 from gpt.text.prompt_fit import fit_prompts, prompt_limit
 from gpt.text.prompt_rows import ROW_SUFFIXES, holds_tokens, read_row_texts
 from gpt.text.prompt_tuning import PromptTuning, load_prompt_tuning
-from gpt.text.prompts import check_input_file, check_output_file, read_tokens
+from gpt.text.prompts import TOKEN_SUFFIXES, check_input_file, check_output_file, read_tokens
 from gpt.text.run_job import prepare_job, run_job, with_earlier_seed
 from gpt.text.run_results import Results, Wanted
-from gpt.text.stop_words import StopWords
 from gpt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -98,8 +97,18 @@ class RunConfig:
         if self.output_file is not None and (self.writes_files or self.streaming):
             problems.append("--output_file with --output_csv, --output_npy or --streaming: results go to one place")
         if self.output_file is not None and self.decoding.logprobs is not None:
-            problems.append("--output_file with --logprobs: that file is written at the end, and cannot be resumed")
-        problems += self.batching.contradictions(self.decoding.beams.num_beams)
+            problems.append(
+                "--output_file with --logprobs: that file is written at the end, and cannot be resumed; without "
+                "--output_file texts go to stdout"
+            )
+        if self.output_file is not None and self.output_file.suffix.lower() in (".parquet", *TOKEN_SUFFIXES):
+            problems.append(
+                f"--output_file {self.output_file.name}: it gets lines of JSON (.jsonl); --output_csv and --output_npy "
+                "take token ids"
+            )
+        problems += self.batching.contradictions(
+            self.decoding.beams.num_beams, batch_invariant=self.execution.batch_invariant
+        )
         if self.streaming and self.writes_files:
             problems.append("--streaming prints text, --output_csv and --output_npy write token ids instead of it")
         if self.streaming and self.decoding.uses_beams:
@@ -119,8 +128,6 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     """
     if config.input_file is not None:
         check_input_file(config.input_file, ROW_SUFFIXES)
-    if config.output_file is not None:
-        config = with_earlier_seed(config)
     start()  # first, so that what fails on one rank alone ends them all
     info = open_engine(config.engine_dir)
     ranks = join_ranks(info)
@@ -129,12 +136,11 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     config.batching.check_fits(info.build)
     decoding = config.decoding
     decoding.check_fits(info.build, info.model.vocab_size, config.max_output_len)
-    choice = decoding.choice(tokenizer)
-    choice.check_fits(info.model.vocab_size, config.max_output_len)
-    stops = make_stops(decoding, tokenizer)
+    decoding.choice(tokenizer).check_fits(info.model.vocab_size, config.max_output_len)
+    stops = decoding.stops(tokenizer)
     if config.output_file is not None:
         job = prepare_job(config, info, tokenizer, end_id, stops)
-        run_job(job, ranks, choice, out)
+        run_job(replace(job, config=with_earlier_seed(config)), ranks)
         return []
     prompts, tuning = read_prompts(config, info, tokenizer, end_id)
     if not config.writes_files:
@@ -147,6 +153,7 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
 
     from gpt.runtime.load import load_session
 
+    choice = decoding.with_seed().choice(tokenizer)
     session = load_session(info, config.device, config.execution)
     wanted = config.wanted(end_id, info.model.pad_token_id, ranks.rank)
     results = Results(wanted, prompts, tokenizer, end_id, stops, info.model.vocab_size, out)
@@ -179,13 +186,6 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     texts = results.finish(batches)
     tell_recording(session)
     return texts
-
-
-def make_stops(decoding: DecodingOptions, tokenizer: Tokenizer | None) -> StopWords | None:
-    """None where nothing but its end token and its length ends a text."""
-    if not decoding.stop_words and not decoding.stop_ids:
-        return None
-    return StopWords(decoding.stop_words, decoding.stop_ids, tokenizer)
 
 
 def read_prompts(

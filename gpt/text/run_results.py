@@ -89,19 +89,22 @@ class Results:
         """Prints or writes what is complete; returns the texts, none without a tokenizer."""
         self._rows = [tokens for batch in batches for tokens in batch.tokens]
         log.info(describe_speed(batches))
+        texts = [] if self._tokenizer is None else [self.text(tokens) for tokens in self._rows]
+        try:
+            self._write_files(batches)
+        finally:  # a full disk does not take the texts along
+            if self._printer is not None:
+                print(describe_speed(batches), file=sys.stderr, flush=True)
+            elif self._wanted.prints_text:
+                self._print(texts)
+        return texts
+
+    def _write_files(self, batches: Sequence[Generation]) -> None:
         if self._wanted.logprobs is not None:
             lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self._logprob_lines(batches)]
             write_text(self._wanted.logprobs, "".join(lines))
         if not self._wanted.prints_text:
             self._write_tokens(self._wanted.output_csv, self._wanted.output_npy, len(self._rows))
-        if self._tokenizer is None:
-            return []
-        texts = [self.text(tokens) for tokens in self._rows]
-        if self._printer is not None:
-            print(describe_speed(batches), file=sys.stderr, flush=True)
-        elif self._wanted.prints_text:
-            self._print(texts)
-        return texts
 
     def interrupted(self, batches: Sequence[Generation]) -> InterruptError:
         """Prints or writes what there is, token files under a name that says so; the error to end with."""
@@ -119,7 +122,8 @@ class Results:
             named = [_interrupted_name(path) for path in (self._wanted.output_csv, self._wanted.output_npy)]
             self._write_tokens(named[0], named[1], num_begun)
             found += [f"what there is went to {path}" for path in named if path is not None]
-        return InterruptError("interrupted", found=found)
+        many = "--output_file keeps results as they come, and --resume goes on with them"
+        return InterruptError("interrupted", found=found, hint=many if len(self._prompts) > 1 else None)
 
     def break_off(self) -> None:
         """Closes the line that is being written."""
@@ -168,12 +172,19 @@ class Results:
         return lines
 
 
-def final_text(tokens: Sequence[int], tokenizer: Tokenizer | None, end_id: int | None, stops: StopWords | None) -> str:
+def final_text(
+    tokens: Sequence[int],
+    tokenizer: Tokenizer | None,
+    end_id: int | None,
+    stops: StopWords | None,
+    *,
+    skip_special: bool = False,
+) -> str:
     """A row's text, without the end token or stop word that ended it; none without a tokenizer."""
     if tokenizer is None:
         return ""
     tokens = without_end(tokens, end_id)
-    decoded = tokenizer.decode(tokens if stops is None else stops.trim(tokens), skip_special=False)
+    decoded = tokenizer.decode(tokens if stops is None else stops.trim(tokens), skip_special)
     return decoded if stops is None else stops.cut(decoded)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from gpt.comm import start
 from gpt.engine.folder import open_engine
+from gpt.errors import InterruptError
 from gpt.files import write_text
 from gpt.runtime.limits import check_prompts
 from gpt.runtime.ranks import join_ranks
@@ -36,14 +37,19 @@ def contradictions(config: RunConfig) -> list[str]:
         "bad_words": decoding.bad_words or decoding.bad_ids,
         "stop_words": decoding.stop_words or decoding.stop_ids,
         "num_return_sequences": decoding.num_return_sequences,
+        "max_draft_len": config.batching.max_draft_len,
     }
-    problems += [f"--{name} with --score_prompts: no text is made" for name, value in given.items() if value]
+    problems += [
+        f"--{name} with --score_prompts: no text is made; scores go to stdout, and to --logprobs FILE"
+        for name, value in given.items()
+        if value
+    ]
     return problems
 
 
 def score_prompts(config: RunConfig, out: TextIO) -> list[float]:
-    """Prints how likely each prompt is, and returns the perplexities; log-probabilities go to the file of the decoding
-    options where one is named.
+    """Prints how likely each prompt is as soon as that is known, and returns the perplexities; log-probabilities go to
+    the file of the decoding options where one is named.
 
     Among several ranks the first one prints, writes and returns; the others return nothing.
     Raises ConfigError for input that cannot be used, EngineError for a bad engine.
@@ -63,14 +69,24 @@ def score_prompts(config: RunConfig, out: TextIO) -> list[float]:
     from gpt.runtime.scoring import score
 
     session = load_session(info, config.device, config.execution)
-    scores = score(session, prompts, virtual=virtual, num_top_logprobs=config.decoding.top_logprobs)
+    words = [[token for token in prompt if token < info.model.vocab_size] for prompt in prompts]
+    num_done = 0
+
+    def show(row: int, one: Score) -> None:
+        nonlocal num_done
+        num_done = row + 1
+        if ranks.rank == 0:
+            text = "" if tokenizer is None else f'Input: "{tokenizer.decode(words[row], skip_special=False)}"\n'
+            out.write(f"{text}Score: {_describe(one)}\n")
+            out.flush()
+
+    settings: dict[str, Any] = {"virtual": virtual, "num_top_logprobs": config.decoding.top_logprobs}
+    try:
+        scores = score(session, prompts, on_score=show, **settings)
+    except KeyboardInterrupt:
+        raise InterruptError("interrupted", found=f"{num_done} of {len(prompts)} prompts are scored") from None
     if ranks.rank > 0:
         return []
-    words = [[token for token in prompt if token < info.model.vocab_size] for prompt in prompts]
-    for tokens, one in zip(words, scores, strict=True):
-        if tokenizer is not None:
-            out.write(f'Input: "{tokenizer.decode(tokens, skip_special=False)}"\n')
-        out.write(f"Score: {len(one.logprobs)} tokens, log-probability {one.total:.4f}, {_describe(one)}\n")
     if path is not None:
         lines = [_line(row, words[row], one, tokenizer) for row, one in enumerate(scores)]
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -78,7 +94,10 @@ def score_prompts(config: RunConfig, out: TextIO) -> list[float]:
 
 
 def _describe(one: Score) -> str:
-    return f"perplexity {one.perplexity:.4f}" if one.logprobs else "no perplexity (one token stands behind nothing)"
+    count = len(one.logprobs)
+    if count == 0:
+        return "0 tokens, no perplexity (the only one stands behind nothing)"
+    return f"{count} token{'s' * (count != 1)}, log-probability {one.total:.4f}, perplexity {one.perplexity:.4f}"
 
 
 def _line(row: int, tokens: Sequence[int], one: Score, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -37,6 +37,12 @@ class StopWords:
     def start(self) -> StopWordState:
         return StopWordState(self)
 
+    def ended(self, tokens: Sequence[int]) -> Sequence[int]:
+        """`tokens` up to the one that completes the first stop word."""
+        state = self.start()
+        count = next((number for number, token in enumerate(tokens, start=1) if state.add(token)), len(tokens))
+        return tokens[:count]
+
     def trim(self, tokens: Sequence[int]) -> Sequence[int]:
         """`tokens` without the stop sequence that they end with."""
         ending = [len(ids) for ids in self.ids if tuple(tokens[len(tokens) - len(ids) :]) == ids]
