@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tiny_models import tiny_gpt2
 
 import build
 from gpt.engine.folder import EngineInfo, open_engine
@@ -28,6 +30,21 @@ def build_engine(checkpoint: Path | None, out: Path, *flags: str) -> EngineInfo:
     source = ["--model_dir", str(checkpoint)] if checkpoint else []
     build.run_build([*source, "--output_dir", str(out), "--log_level", "error", *flags])
     return open_engine(out)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """hf: the Hugging Face folder it was made from."""
+
+    hf: Path
+    folder: Path
+
+
+def tiny_engine(base: Path, *limits: str) -> Engine:
+    """A tiny GPT-2 with random weights, converted and built in float32 below `base`."""
+    hf = tiny_gpt2(base / "hf", vocab_size=264)
+    build_engine(convert(hf, base / "ft"), base / "engine", *limits)
+    return Engine(hf, base / "engine")
 
 
 def open_session(info: EngineInfo) -> TorchSession:

@@ -6,15 +6,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engines import build_engine, convert
-from tiny_models import tiny_gpt2
+from engines import Engine, tiny_engine
 
 import run
 from gpt.runtime import load
@@ -28,20 +26,11 @@ PROMPTS = ["the end", "a", "in the north, naïve", "on"]
 Main = Callable[..., tuple[int, str, str]]
 
 
-@dataclass(frozen=True)
-class Engine:
-    hf: Path
-    folder: Path
-
-
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """A tiny GPT-2 with random weights, converted and built in float32, at most three prompts at a time."""
-    base = tmp_path_factory.mktemp("run")
-    hf = tiny_gpt2(base / "hf", vocab_size=264)
     limits = ["--max_batch_size", "3", "--max_input_len", str(MAX_INPUT), "--max_output_len", str(MAX_OUTPUT)]
-    build_engine(convert(hf, base / "ft"), base / "engine", *limits)
-    return Engine(hf, base / "engine")
+    return tiny_engine(tmp_path_factory.mktemp("run"), *limits)
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from engines import build_engine, convert
-from tiny_models import tiny_gpt2
+from engines import Engine, build_engine, convert, tiny_engine
 
 import summarize
 from gpt.runtime.prompt_lookup import PromptLookup
@@ -24,19 +23,10 @@ ARTICLES = ROOT / "assets" / "articles.jsonl"
 Main = Callable[..., tuple[int, str, str]]
 
 
-@dataclass(frozen=True)
-class Engine:
-    hf: Path
-    folder: Path
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    base = tmp_path_factory.mktemp("summarize")
-    hf = tiny_gpt2(base / "hf", vocab_size=264)
     limits = ["--max_batch_size", "4", "--max_beam_width", "3", "--max_input_len", "40", "--max_output_len", "20"]
-    build_engine(convert(hf, base / "ft"), base / "engine", *limits)
-    return Engine(hf, base / "engine")
+    return tiny_engine(tmp_path_factory.mktemp("summarize"), *limits)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def widen(session: TorchSession) -> TorchSession:
 
 
 def alone(session: TorchSession, prompts: list[list[int]], **settings: Any) -> list[list[int]]:
-    rows = [generate(session, [prompt], first_row=row, **settings).tokens[0] for row, prompt in enumerate(prompts)]
+    rows = [generate(session, [prompt], keys=[(row,)], **settings).tokens[0] for row, prompt in enumerate(prompts)]
     assert len({tuple(row) for row in rows}) > len(rows) // 2  # the prompts matter
     return rows
 

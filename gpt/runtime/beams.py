@@ -36,13 +36,12 @@ def generate_beams(
     sampling: SamplingConfig | None = None,
     stops: Stops | None = None,
     num_top_logprobs: int | None = None,
-    first_row: int = 0,
 ) -> Generation:
     """The best hypotheses of each prompt: rows p * n to p * n + n - 1 of the result are those of prompt p, best first,
     with n = `beams.num_returned`.
 
-    sampling: penalties and blocks; it must be greedy.  The other arguments are those of `generate`; a search draws
-    nothing, so that `first_row` has no effect.  Among several ranks, what rank 0 was given counts.
+    sampling: penalties and blocks; it must be greedy.  The other arguments are those of `generate`.  Among several
+    ranks, what rank 0 was given counts.
 
     Raises ConfigError for what the engine cannot take, GptError where the logits are no numbers or nothing can come.
     """

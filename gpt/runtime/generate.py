@@ -66,7 +66,6 @@ def generate(
     on_end: Callable[[int], None] | None = None,
     virtual: VirtualTokens | None = None,
     sampling: SamplingConfig | None = None,
-    first_row: int = 0,
     keys: Sequence[tuple[int, ...]] | None = None,
     stops: Stops | None = None,
     num_top_logprobs: int | None = None,
@@ -80,9 +79,9 @@ def generate(
     on_tokens: called after each step with one new token per prompt, None for prompts that have ended.
     on_end: called with the number of each row once it has its last token.
 
-    sampling: how tokens are chosen, greedily for None.  first_row: index of the first prompt in the whole input, which
-    together with the seed decides what is drawn.  keys: (index of the prompt, number of the sample) of each row, where
-    neighbouring rows may be samples of one prompt, which is then computed once.
+    sampling: how tokens are chosen, greedily for None.  keys: (index of the prompt, number of the sample) of each row,
+    which together with the seed decide what is drawn; neighbouring rows may be samples of one prompt, which is then
+    computed once.
 
     stops: what ends a row besides `end_id`.  num_top_logprobs: asks for the tokens' log-probabilities, with those of so
     many of the likeliest tokens.
@@ -92,7 +91,7 @@ def generate(
     session.comm.stage = WAITING
     if sampling is not None:
         sampling = sampling.with_seed()
-    keys = [(first_row + row,) for row in range(len(prompts))] if keys is None else list(keys)
+    keys = [(row,) for row in range(len(prompts))] if keys is None else list(keys)
     request = (prompts, max_new_tokens, end_id, virtual, sampling, keys, stops is not None, num_top_logprobs)
     request = session.comm.broadcast_object(request)
     prompts, max_new_tokens, end_id, virtual, sampling, keys, has_stops, num_top_logprobs = request

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy
 
 TOKEN_SUFFIXES = (".csv", ".npy")
+_MAX_SHOWN = 40  # characters
 TEXT_HINT = "texts: --input_file with --column NAME for a table, a .txt file with one per line; or --input_text"
 
 
@@ -75,8 +76,8 @@ def unicode_problem(text: str) -> str | None:
     return None
 
 
-def shorten(text: str, limit: int = 40) -> str:
-    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
+def shorten(text: str) -> str:
+    return repr(text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "...")
 
 
 def _read_npy(path: Path, end_id: int | None) -> list[list[int]]:

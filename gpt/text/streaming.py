@@ -16,10 +16,8 @@ class RowText:
     The end token has no text.  What may still become another character, or a stop word, is held back.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, end_id: int | None, stops: StopWords | None = None, *, skip_special: bool = False
-    ):
-        self._decoder = StreamDecoder(tokenizer, skip_special)
+    def __init__(self, tokenizer: Tokenizer, end_id: int | None, stops: StopWords | None = None):
+        self._decoder = StreamDecoder(tokenizer, skip_special=False)
         self._end_id = end_id
         self._tokens = TokenHoldback(() if stops is None else stops.ids)
         self._text = TextHoldback(() if stops is None else stops.words)
