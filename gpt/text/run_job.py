@@ -267,7 +267,7 @@ class _Writer:
 
 def _tell(job: Job, path: Path, num_before: int) -> None:
     before = f", {num_before} of them by an earlier run" if num_before else ""
-    print_notice(f"{len(job.rows)} results in {path}{before}")
+    print_notice(f"{len(job.rows)} result{'s' * (len(job.rows) != 1)} in {path}{before}")
     cut = [f"line {job.rows[index].line}: {length} tokens" for index, length in job.truncated.items()]
     if cut:
         print_notice(f"Prompts cut to what fits: {listed(cut)}")

@@ -97,6 +97,8 @@ class RunConfig:
 
     def _contradictions(self) -> list[str]:
         problems = []
+        if self.column is not None and self.input_file is None:
+            problems.append(f"--column {self.column} without --input_file: it names a column of that table")
         if self.resume and self.output_file is None:
             problems.append("--resume without --output_file: only that file says what is done already")
         if self.output_file is not None and (self.writes_files or self.streaming):
