@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt import console
 from gpt.cli import ArgumentParser, positive_int, reject_unsupported, run_main
 from gpt.console import setup_logging
 from gpt.errors import CheckpointError, ConfigError, EngineError, GptError
@@ -258,3 +260,20 @@ def test_a_full_disk_behind_a_redirection_is_told(num_lines: int) -> None:
     assert process.returncode == 1
     assert message.startswith("error: no space left on the device\n")
     assert "Exception ignored" not in message
+
+
+def test_progress_is_told_line_by_line_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_LOG_INTERVAL_S", 0)
+    for level in ("info", "error"):
+        console.setup_logging(level)
+        with console.progress(total=4, what="Prompts", unit="prompt", always=True) as bar:
+            bar.update(1)
+            bar.update(3)
+        told = capsys.readouterr().err
+        if level == "info":
+            assert re.search(r"\[I\] Prompts: 1 of 4, .*prompt/s, \d\d:\d\d left\n", told)
+            assert told.count("\n") == told.count("[I] Prompts: ") > 1
+        else:
+            assert told == ""
