@@ -204,8 +204,8 @@ def _fit(prompts: list[list[int]], config: RunConfig, info: EngineInfo, num_virt
     """As --max_input_length and --on_long_prompt say; what else is too long is refused later, with everything else."""
     if config.max_input_length is None and config.on_long_prompt == "refuse":
         return prompts
-    limit, reason = prompt_limit(info.model, info.build, config.max_output_len, config.max_input_length)
-    return fit_prompts(prompts, limit - num_virtual, reason, truncate=config.on_long_prompt == "truncate")
+    limit, reason = prompt_limit(info.model, info.build, config.max_output_len, config.max_input_length, num_virtual)
+    return fit_prompts(prompts, limit, reason, truncate=config.on_long_prompt == "truncate")
 
 
 def _generate(
