@@ -231,14 +231,14 @@ import sys
 from gpt.cli import run_main
 def body():
     for _ in range(int(sys.argv[1])):
-        print("a line of output")
+        print(sys.argv[2])
 sys.exit(run_main(body))
 """
 
 
-def start_printing(num_lines: int, stdout: int) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-c", PRINTING, str(num_lines)]
+def start_printing(num_lines: int, stdout: int, text: str = "a line", **more: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | more
+    command = [sys.executable, "-c", PRINTING, str(num_lines), text]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
@@ -250,6 +250,13 @@ def test_a_reader_that_stops_reading_is_no_error(num_lines: int) -> None:
     os.close(reader)
     _, message = process.communicate()
     assert (process.returncode, message) == (0, "")
+
+
+def test_an_output_without_unicode_gets_escapes() -> None:
+    process = start_printing(1, subprocess.PIPE, "Wörter 日", PYTHONIOENCODING="latin-1", PYTHONUTF8="1")
+    out = process.stdout.buffer.read() if process.stdout else b""  # type: ignore[attr-defined]
+    assert process.communicate()[1] == ""
+    assert (process.returncode, out) == (0, "Wörter \\u65e5\n".encode("latin-1"))
 
 
 @pytest.mark.parametrize("num_lines", [2, 100_000])
