@@ -174,6 +174,8 @@ def _run(args: Namespace) -> None:
         raise ConfigError("the prompts come from one place", found=", ".join(f"--{flag}" for flag in given))
     if args.input_tokens is not None:
         check_input_file(args.input_tokens, TOKEN_SUFFIXES)
+        if args.column is not None:
+            raise ConfigError("--column names a column of texts, and --input_tokens holds ids", hint="--input_file")
     config = RunConfig(
         max_output_len=args.max_output_len or 0,
         engine_dir=args.engine_dir,

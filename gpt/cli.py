@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -80,6 +81,8 @@ def run_main(body: Callable[[], int | None]) -> int:
 
     Among several ranks, the one that fails ends all of them with its message and its code.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 shows what it lacks as an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = _run(body)
     try:
         sys.stdout.flush()

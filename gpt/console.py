@@ -15,6 +15,7 @@ _LETTERS = {50: "F", 40: "E", 30: "W", 20: "I", 15: "V", 10: "D"}
 
 log = logging.getLogger("gpt")
 _state = {"level": "info"}
+_LOG_INTERVAL_S = 30.0
 
 
 class _Formatter(logging.Formatter):
@@ -77,13 +78,21 @@ def progress(
     initial: int = 0,
     always: bool = False,
 ) -> Any:
-    """A tqdm bar on stderr; silent when stderr is no terminal or, unless `always`, the log level is above info.
+    """A tqdm bar on stderr; where that is no terminal, a line of the log now and then.  Silent when the log level is
+    above info, unless `always` and on a terminal.
 
     initial: what was done before, which the estimate leaves out.
     """
     from tqdm import tqdm  # the field's progress bar
 
-    quiet = not sys.stderr.isatty() or not (always or log.isEnabledFor(logging.INFO))
+    shows, told = sys.stderr.isatty(), log.isEnabledFor(logging.INFO)
+    lines: dict[str, Any] = {
+        "file": _LogLines(),
+        "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left",
+        "delay": _LOG_INTERVAL_S,
+        "mininterval": _LOG_INTERVAL_S,
+        "maxinterval": _LOG_INTERVAL_S,
+    }
     scaled = unit == "B"
     return tqdm(
         iterable,
@@ -94,8 +103,8 @@ def progress(
         unit_scale=scaled,
         unit_divisor=1024,
         leave=False,
-        disable=quiet,
-        file=sys.stderr,
+        disable=not (told or (shows and always)),
+        **({"file": sys.stderr} if shows else lines),
     )
 
 
@@ -103,6 +112,18 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+class _LogLines:
+    """A file that takes a bar and makes lines of the log of it."""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line:
+            log.info(line)
+
+    def flush(self) -> None:
+        pass
 
 
 def human_bytes(num_bytes: float) -> str:

@@ -59,7 +59,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         if not in_place:
             partial.replace(path)
     except OSError as error:  # of a failed write Python does not say which file it was
-        error.filename = error.filename or str(path)
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
         raise
     finally:
         if not in_place:

@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt import console
 from gpt.cli import ArgumentParser, positive_int, reject_unsupported, run_main
 from gpt.console import setup_logging
 from gpt.errors import CheckpointError, ConfigError, EngineError, GptError
@@ -229,14 +231,14 @@ import sys
 from gpt.cli import run_main
 def body():
     for _ in range(int(sys.argv[1])):
-        print("a line of output")
+        print(sys.argv[2])
 sys.exit(run_main(body))
 """
 
 
-def start_printing(num_lines: int, stdout: int) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-c", PRINTING, str(num_lines)]
+def start_printing(num_lines: int, stdout: int, text: str = "a line", **more: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | more
+    command = [sys.executable, "-c", PRINTING, str(num_lines), text]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
@@ -250,6 +252,13 @@ def test_a_reader_that_stops_reading_is_no_error(num_lines: int) -> None:
     assert (process.returncode, message) == (0, "")
 
 
+def test_an_output_without_unicode_gets_escapes() -> None:
+    process = start_printing(1, subprocess.PIPE, "Wörter 日", PYTHONIOENCODING="latin-1", PYTHONUTF8="1")
+    out = process.stdout.buffer.read() if process.stdout else b""  # type: ignore[attr-defined]
+    assert process.communicate()[1] == ""
+    assert (process.returncode, out) == (0, "Wörter \\u65e5\n".encode("latin-1"))
+
+
 @pytest.mark.parametrize("num_lines", [2, 100_000])
 def test_a_full_disk_behind_a_redirection_is_told(num_lines: int) -> None:
     with open("/dev/full", "wb") as full:
@@ -258,3 +267,20 @@ def test_a_full_disk_behind_a_redirection_is_told(num_lines: int) -> None:
     assert process.returncode == 1
     assert message.startswith("error: no space left on the device\n")
     assert "Exception ignored" not in message
+
+
+def test_progress_is_told_line_by_line_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_LOG_INTERVAL_S", 0)
+    for level in ("info", "error"):
+        console.setup_logging(level)
+        with console.progress(total=4, what="Prompts", unit="prompt", always=True) as bar:
+            bar.update(1)
+            bar.update(3)
+        told = capsys.readouterr().err
+        if level == "info":
+            assert re.search(r"\[I\] Prompts: 1 of 4, .*prompt/s, \d\d:\d\d left\n", told)
+            assert told.count("\n") == told.count("[I] Prompts: ") > 1
+        else:
+            assert told == ""

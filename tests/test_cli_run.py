@@ -238,6 +238,8 @@ def _npy(folder: Path, array: np.ndarray) -> list[object]:
             ["format not supported", ".docx", ".txt, .jsonl, .parquet, .csv, .npy"],
         ),
         (lambda d: [*_csv(d, "1\n"), "--input_text", "a"], ["one place", "--input_text, --input_tokens"]),
+        (lambda d: [*_csv(d, "1\n"), "--column", "x"], ["--input_tokens holds ids", "--input_file"]),
+        (lambda _: ["--column", "x"], ["--column x without --input_file"]),
         (lambda d: ["--tokenizer", d / "absent"], ["no such tokenizer folder"]),
         (lambda d: ["--vocab_file", d / "absent.model"], ["no such sentencepiece model"]),
         (lambda _: ["--end_id", 264], ["--end_id", "0 to 263"]),

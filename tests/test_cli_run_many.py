@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,16 @@ def test_token_files_need_no_tokenizer(engines: dict[str, Path], tmp_path: Path)
     assert errors[3] == "an empty prompt"
     assert errors[4].startswith("token id 9999")
     assert errors[0] == errors[2] == ""
+
+
+def test_texts_without_a_tokenizer_are_refused_once(
+    engines: dict[str, Path], source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bare, out = tmp_path / "bare", tmp_path / "out.jsonl"
+    shutil.copytree(engines["in-flight"], bare, ignore=shutil.ignore_patterns("tokenizer"))
+    assert run.main(flags(bare, source, out)) == 2
+    assert "no tokenizer to read the prompts" in capfd.readouterr().err
+    assert not out.exists()
 
 
 def test_rows_that_cannot_be_run_are_listed_and_the_others_run(

@@ -203,6 +203,16 @@ def test_what_does_not_fit_is_refused_before_the_engine_is_loaded(
     assert "Traceback" not in err
 
 
+def test_what_is_cut_of_a_prompt_leaves_its_virtual_tokens(engine: Engine, main: Main, tmp_path: Path) -> None:
+    count = np.load(engine.table).shape[1]
+    flags = ("--prompt_table", engine.table, "--on_long_prompt", "truncate", "--max_input_length")
+    code, out, err = main("--input_text", "abcdef", *flags, count + 2)
+    assert (code, out.splitlines()[0]) == (0, 'Input: "ef"')
+    assert f"(--max_input_length {count + 2} less {count} virtual tokens): 1\n  prompt 0: 6 tokens\n" in err
+    code, _, err = main("--input_text", "abcdef", *flags, count)
+    assert (code, "no room for a prompt" in err, "a larger --max_input_length" in err) == (2, True, True)
+
+
 def test_a_description_of_another_table_is_refused(engine: Engine, main: Main, tmp_path: Path) -> None:
     flags = _table(tmp_path, np.zeros((1, 2, WIDTH), "f4"))
     description_path(tmp_path / "t.npy").write_text(description_path(engine.table).read_text())

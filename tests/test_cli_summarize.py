@@ -218,6 +218,8 @@ def test_hugging_face_alone_needs_no_engine(tiny: Engine, articles: Path, main: 
     code, out, _ = main(*flags, "--output_len", 5, "--data_type", "bf16")
     assert code == 0
     assert "HF beam 0 result" in out
+    code, _, err = main(*flags, "--output_len", 5, "--stop_ids", "3,264")
+    assert (code, "token ids 264, the model has 0 to 263" in err) == (2, True)
 
 
 def test_batch_size_changes_nothing_but_the_time(tiny: Engine, articles: Path, main: Main) -> None:

@@ -200,8 +200,7 @@ def _run_sides(
     positions = None if baseline is None else baseline.n_positions
     limit = max_prompt_tokens(config.output_len, model, build, positions)
     vocab_sizes = [side.vocab_size for side in (model, baseline) if side is not None]
-    if build is not None and session is not None:
-        config.decoding.check_fits(build, min(vocab_sizes), config.output_len)
+    config.decoding.check_fits(None if session is None else build, min(vocab_sizes), config.output_len)
     sampling = config.decoding.choice(tokenizer)
     sampling.check_fits(min(vocab_sizes), config.output_len)
     stops = config.decoding.stops(tokenizer, skip_special=True)

@@ -134,12 +134,12 @@ class DecodingOptions:
             return None
         return StopWords(self.stop_words, self.stop_ids, tokenizer, skip_special=skip_special)
 
-    def check_fits(self, build: BuildConfig, vocab_size: int, max_new_tokens: int) -> None:
-        """Raises ConfigError listing what engine and length make impossible."""
+    def check_fits(self, build: BuildConfig | None, vocab_size: int, max_new_tokens: int) -> None:
+        """Raises ConfigError listing what engine, if there is one, vocabulary and length make impossible."""
         problems = Problems()
         for check in (
             lambda: self.sampling.check_fits(vocab_size, max_new_tokens),
-            lambda: self.search.check_fits(build, vocab_size) if self.uses_beams else None,
+            lambda: self.search.check_fits(build, vocab_size) if self.uses_beams and build is not None else None,
         ):
             problems.items += _try(check)[1]
         unknown = sorted({token for ids in (*self.bad_ids, *self.stop_ids) for token in ids if token >= vocab_size})

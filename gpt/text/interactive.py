@@ -148,11 +148,12 @@ class Conversation:
     def _fit(self, prompt: Sequence[int]) -> Sequence[int]:
         """With --on_long_prompt truncate, a text that has become too long goes on from its end."""
         config, model = self._config, self._info.model
-        limit, reason = prompt_limit(model, self._info.build, config.max_output_len, config.max_input_length)
-        if config.on_long_prompt != "truncate" or len(prompt) <= limit:
+        in_front = sum(token >= model.vocab_size for token in prompt)
+        limit, reason = prompt_limit(model, self._info.build, config.max_output_len, config.max_input_length, in_front)
+        if config.on_long_prompt != "truncate" or len(prompt) - in_front <= limit:
             return prompt
         print_notice(f"Cut to its last {limit} tokens ({reason})")
-        return last_tokens(prompt, limit, sum(token >= model.vocab_size for token in prompt))
+        return last_tokens(prompt, in_front + limit, in_front)
 
     def _answer_one(self, batches: list[Generation]) -> None:
         """Text appears as it is made."""

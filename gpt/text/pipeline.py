@@ -272,7 +272,8 @@ def describe_speed(results: Sequence[Generation]) -> str:
     num_tokens = sum(result.num_tokens for result in results)
     total_ms = sum(result.total_ms for result in results)
     steps = [ms for result in results for ms in result.step_ms]
-    line = f"{num_tokens} new tokens in {total_ms / 1e3:.3f} s, {num_tokens / total_ms * 1e3:.1f} tokens/s"
+    what = f"{num_tokens} new token{'s' * (num_tokens != 1)}"
+    line = f"{what} in {total_ms / 1e3:.3f} s, {num_tokens / total_ms * 1e3:.1f} tokens/s"
     return f"{line}, {sum(steps) / len(steps):.2f} ms per token" if steps else line
 
 

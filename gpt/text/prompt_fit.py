@@ -11,8 +11,10 @@ from gpt.errors import ConfigError, Problems, first_lines
 ON_LONG_PROMPT = ("refuse", "truncate")
 
 
-def prompt_limit(model: ModelConfig, build: BuildConfig, max_new_tokens: int, asked: int | None) -> tuple[int, str]:
-    """The tokens a prompt may have, and the reason.  asked: --max_input_length.
+def prompt_limit(
+    model: ModelConfig, build: BuildConfig, max_new_tokens: int, asked: int | None, num_virtual: int = 0
+) -> tuple[int, str]:
+    """The tokens a prompt may have, and the reason.  asked: --max_input_length.  num_virtual: put in front of it.
 
     Raises ConfigError where no prompt fits.
     """
@@ -26,17 +28,21 @@ def prompt_limit(model: ModelConfig, build: BuildConfig, max_new_tokens: int, as
     if asked is not None:
         limits[f"--max_input_length {asked}"] = asked
     reason, limit = min(limits.items(), key=lambda item: item[1])
+    hint = "a larger --max_input_length" if limit == asked else "a smaller --max_output_len"
+    if num_virtual > 0:
+        reason, limit = f"{reason} less {num_virtual} virtual tokens", limit - num_virtual
     if limit < 1:
-        raise ConfigError("no room for a prompt", found=f"{reason}: {limit} tokens", hint="a smaller --max_output_len")
+        raise ConfigError("no room for a prompt", found=f"{reason}: {limit} tokens", hint=hint)
     return limit, reason
 
 
 def last_tokens(tokens: Sequence[int], limit: int, num_virtual: int = 0) -> list[int]:
-    """A prompt cut to `limit` tokens: its end is what a continuation follows.  num_virtual: in front, kept."""
+    """A prompt cut to `limit` tokens: its end is what a continuation follows.  num_virtual: in front, kept; fewer than
+    `limit`.
+    """
     if len(tokens) <= limit:
         return list(tokens)
-    kept = max(limit - num_virtual, 1)
-    return [*tokens[:num_virtual], *tokens[-kept:]]
+    return [*tokens[:num_virtual], *tokens[num_virtual - limit :]]
 
 
 def listed(lines: Sequence[str]) -> str:

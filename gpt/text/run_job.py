@@ -17,6 +17,7 @@ from gpt.text.pipeline import (
     check_vocabulary,
     describe_speed,
     generate_batches,
+    require_tokenizer,
     search_batches,
     tell_recording,
 )
@@ -90,7 +91,9 @@ class Job:
 def prepare_job(
     config: RunConfig, info: EngineInfo, tokenizer: Tokenizer | None, end_id: int | None, stops: StopWords | None
 ) -> Job:
-    """Reads all rows and makes them prompts; what cannot be run is noted.  Raises ConfigError as `read_rows` does."""
+    """Reads all rows and makes them prompts; what cannot be run is noted.  Raises ConfigError as `read_rows` does, and
+    for texts without a tokenizer.
+    """
     if config.input_file is None:
         texts = enumerate(config.texts, start=1)
         rows = [PromptRow(number, text=text, problem=unicode_problem(text)) for number, text in texts]
@@ -101,6 +104,8 @@ def prepare_job(
     num_virtual = 0 if tuning is None else tuning.virtual.num_tokens
     limit, reason = prompt_limit(info.model, info.build, config.max_output_len, config.max_input_length)
     has_tokens = config.input_file is not None and holds_tokens(config.input_file, config.column)
+    if not has_tokens:
+        require_tokenizer(tokenizer, info, "read the prompts")
     prompts: list[list[int] | None] = []
     problems: dict[int, str] = {}
     truncated: dict[int, int] = {}
@@ -267,7 +272,7 @@ class _Writer:
 
 def _tell(job: Job, path: Path, num_before: int) -> None:
     before = f", {num_before} of them by an earlier run" if num_before else ""
-    print_notice(f"{len(job.rows)} results in {path}{before}")
+    print_notice(f"{len(job.rows)} result{'s' * (len(job.rows) != 1)} in {path}{before}")
     cut = [f"line {job.rows[index].line}: {length} tokens" for index, length in job.truncated.items()]
     if cut:
         print_notice(f"Prompts cut to what fits: {listed(cut)}")

@@ -92,6 +92,8 @@ class RunConfig:
 
     def _contradictions(self) -> list[str]:
         problems = []
+        if self.column is not None and self.input_file is None:
+            problems.append(f"--column {self.column} without --input_file: it names a column of that table")
         if self.resume and self.output_file is None:
             problems.append("--resume without --output_file: only that file says what is done already")
         if self.output_file is not None and (self.writes_files or self.streaming):
@@ -211,5 +213,5 @@ def _fit(prompts: list[list[int]], config: RunConfig, info: EngineInfo, num_virt
     """As --max_input_length and --on_long_prompt say; what else is too long is refused later, with everything else."""
     if config.max_input_length is None and config.on_long_prompt == "refuse":
         return prompts
-    limit, reason = prompt_limit(info.model, info.build, config.max_output_len, config.max_input_length)
-    return fit_prompts(prompts, limit - num_virtual, reason, truncate=config.on_long_prompt == "truncate")
+    limit, reason = prompt_limit(info.model, info.build, config.max_output_len, config.max_input_length, num_virtual)
+    return fit_prompts(prompts, limit, reason, truncate=config.on_long_prompt == "truncate")

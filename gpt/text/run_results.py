@@ -88,7 +88,8 @@ class Results:
     def finish(self, batches: Sequence[Generation]) -> list[str]:
         """Prints or writes what is complete; returns the texts, none without a tokenizer."""
         self._rows = [tokens for batch in batches for tokens in batch.tokens]
-        log.info(describe_speed(batches))
+        if self._printer is None:  # else it is told at every level
+            log.info(describe_speed(batches))
         texts = [] if self._tokenizer is None else [self.text(tokens) for tokens in self._rows]
         try:
             self._write_files(batches)
