@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from gpt.checkpoint.nemo_weights import match_tensors
 from gpt.checkpoint.source import SourceTensor
 from gpt.checkpoint.writer import Pair
 from gpt.config import ModelConfig
+from gpt.engine import calibration
 from gpt.engine.calibration import Calibration, calibrate
 from gpt.engine.quant_errors import ErrorRow
 from gpt.errors import CheckpointError
@@ -282,3 +285,15 @@ def test_ranges_of_a_gated_rotary_model_are_those_of_nemos_arithmetic(
             factors = scales.linears[name].factors
             assert factors is not None
             torch.testing.assert_close(factors, expected.clamp(min=1e-5), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("layer_s", "told"), [(45.0, "A layer takes 45.0 s, all 2 about 00:01:30"), (20.0, "")])
+def test_what_takes_long_is_told_after_the_first_layer(
+    layer_s: float, told: str, gpt2: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = itertools.count(0.0, layer_s)
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(calibration, "progress", lambda layers, **_: layers)
+    with caplog.at_level(logging.INFO, "gpt"):
+        smoothed_half(gpt2)
+    assert [line for line in caplog.messages if line.startswith("A layer")] == ([told] if told else [])

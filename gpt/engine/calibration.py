@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from gpt.checkpoint.smoothquant import LayerScales, LinearScales, Ranges, layer_
 from gpt.checkpoint.source import SourceTensor
 from gpt.checkpoint.writer import Pair
 from gpt.config import ModelConfig
-from gpt.console import human_bytes, log, progress
+from gpt.console import human_bytes, human_time, log, progress
 from gpt.engine.kv_cache import KvCache
 from gpt.engine.quant_errors import ErrorRow, cache_errors, linear_errors
 from gpt.engine.step import ContextStep
@@ -33,6 +34,7 @@ from gpt.network.gpt import block, embed
 # Rows of a linear layer's input that are kept to measure the error of its output.
 SAMPLE_ROWS = 256
 _TABLE_ROWS = 4096
+_LONG_S = 60.0
 _M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 4 << 20  # mallopt's number for it; bytes
 
 
@@ -142,6 +144,7 @@ def calibrate(
     batches = list(_embedded(model, sources, samples, batch_size, device))
     cache = _cache(model, samples, batch_size, device)
     result = Calibration([], [])
+    begin = time.perf_counter()
     for layer in progress(range(model.n_layer), what="calibrating", unit="layer"):
         record = LayerRecord(len(batches))
         weights = _layer_weights(sources, layer, device)
@@ -158,7 +161,15 @@ def calibrate(
             result.errors.extend(linear_errors(model, layer, linears, inputs, scales))
         result.layers.append(_on_cpu(scales))
         del weights, ops, linears
+        if layer == 0:
+            _tell_duration(time.perf_counter() - begin, model.n_layer)
     return result
+
+
+def _tell_duration(layer_s: float, num_layers: int) -> None:
+    """What is long is told in advance, which a bar tells on a terminal alone."""
+    if layer_s * num_layers >= _LONG_S:
+        log.info("A layer takes %.1f s, all %d about %s", layer_s, num_layers, human_time(layer_s * num_layers))
 
 
 def _embedded(
