@@ -35,6 +35,7 @@ def build_parser() -> ArgumentParser:
     source.add_argument(
         "--input_text",
         nargs="+",
+        action="extend",
         metavar="TEXT",
         help=f"one or more prompts (default: {DEFAULT_PROMPT!r}, or a session where you type them on a terminal)",
     )

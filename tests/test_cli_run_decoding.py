@@ -56,7 +56,7 @@ def outputs(out: str) -> list[str]:
 def test_stop_words_cut_the_text(main: Main, streaming: list[str]) -> None:
     free = outputs(main()[1])
     stops = [free[0][4:7], free[2][:2]]
-    code, out, _ = main("--stop_words", *stops, *streaming)
+    code, out, _ = main("--stop_words", stops[0], "--stop_words", stops[1], *streaming)
     assert code == 0
     expected = [min((text.partition(stop)[0] for stop in stops), key=len) for text in free]
     assert outputs(out) == expected

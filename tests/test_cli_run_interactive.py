@@ -107,6 +107,7 @@ def test_a_session(engine: Path, terminal: Terminal, capsys: pytest.CaptureFixtu
         "at most 3 new tokens, greedy: repetition_penalty 1.5\n"
     )
     assert terminal.answer("/set --stop_words 'a b' --min_length 2").endswith("min_length 2, stop_words 'a b'\n")
+    assert terminal.answer("/set --stop_words c --stop_words d").endswith("min_length 2, stop_words 'c' 'd'\n")
     assert terminal.answer("/reset") == f"at most {COUNT} new tokens, greedy\n"
     assert terminal.answer("/set --max_output_len 3 --repetition_penalty 1.5")
     assert terminal.answer("/set --repetition_penalty 1").endswith("greedy\n")

@@ -17,6 +17,7 @@ from gpt.text.prompts import unicode_problem
 from gpt.text.stop_words import StopWords
 from gpt.text.tokenizer import Tokenizer
 
+_SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend"}  # given twice, both count
 _EARLY = {"false": False, "true": True, "never": "never"}
 _SAMPLING = tuple(field.name for field in fields(SamplingConfig) if field.name != "bad_words")
 _BEAM_NAMES = {
@@ -192,16 +193,18 @@ def _add_sampling_flags(parser: ArgumentParser) -> None:
     group.add_argument("--presence_penalty", type=float, default=0.0, help="once per generated token that came before")
     group.add_argument("--frequency_penalty", type=float, default=0.0, help="each time that a generated token came")
     group.add_argument("--no_repeat_ngram_size", type=int, default=0, help="no so many tokens in a row come twice")
-    group.add_argument("--bad_words", nargs="+", metavar="WORD", help="words that must not come")
-    group.add_argument("--bad_ids", nargs="+", metavar="IDS", help="the same as comma-separated token ids")
+    group.add_argument("--bad_words", **_SEVERAL, metavar="WORD", help="words that must not come")
+    group.add_argument("--bad_ids", **_SEVERAL, metavar="IDS", help="the same as comma-separated token ids")
     group.add_argument("--seed", type=int, help="repeats what was drawn (default: another one each time)")
 
 
 def _add_end_flags(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("end of a text (besides its length and the end token)")
     group.add_argument("--min_length", type=int, default=0, help="new tokens before the end token may come")
-    group.add_argument("--stop_words", nargs="+", metavar="TEXT", help=r"end a text, and are cut off; \n is a new line")
-    group.add_argument("--stop_ids", nargs="+", metavar="IDS", help="the same as comma-separated token ids")
+    group.add_argument(
+        "--stop_words", **_SEVERAL, metavar="TEXT", help=r"end a text, and are cut off; \n is a new line"
+    )
+    group.add_argument("--stop_ids", **_SEVERAL, metavar="IDS", help="the same as comma-separated token ids")
 
 
 def _add_beam_flags(parser: ArgumentParser) -> None:

@@ -64,6 +64,14 @@ class _SetParser(ArgumentParser):
         raise ConfigError(f"/set: {message}", hint="/help shows an example; run.py --help lists the flags")
 
 
+def _changed(args: Namespace, words: Sequence[str]) -> Namespace:
+    """What is set, with what `words` set anew; words and ids replace those from before."""
+    parser, args = _SetParser(), copy(args)
+    given = vars(parser.parse_args(words))
+    vars(args).update({name: None for name, value in given.items() if isinstance(value, list)})
+    return parser.parse_args(words, args)
+
+
 class Conversation:
     """An engine that answers line by line."""
 
@@ -91,7 +99,7 @@ class Conversation:
         self._commands: dict[str, Callable[[Sequence[str]], None]] = {
             "/more": lambda words: self._continue([*self._prompt, *self._answer]),
             "/again": lambda words: self._continue(self._prompt),
-            "/set": lambda words: self._set(_SetParser().parse_args(words, copy(self._args))),
+            "/set": lambda words: self._set(_changed(self._args, words)),
             "/reset": lambda words: self._set(self._first_args),
             "/show": lambda words: self._show(),
             "/help": lambda words: self._print(_HELP),
