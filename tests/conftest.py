@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,12 @@ def kernel_device(request: pytest.FixtureRequest) -> torch.device:
     """Where kernels are tested: compiled on a GPU (`-m gpu`), or where there is none, interpreted on the CPU."""
     torch.manual_seed(0)
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> None:
+    """Every test begins with all messages, whatever scripts in this process were told."""
+    logging.getLogger("gpt").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ def test_a_session(engine: Path, terminal: Terminal, capsys: pytest.CaptureFixtu
 def test_ctrl_c_stops_the_answer_alone(engine: Path) -> None:
     terminal = Terminal("--engine_dir", engine, "--max_output_len", 1900, "--end_id", 0)
     terminal.expect("> ")
-    for _ in range(5):  # an answer takes about a second, which a busy machine may let pass before the signal
+    for _ in range(20):  # an answer takes about a second, which a busy machine may let pass before the signal
         terminal.type("the\n")
         terminal.expect("the\n")
         while len(terminal._seen) < 20:
