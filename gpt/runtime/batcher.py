@@ -36,7 +36,6 @@ def generate_paged(
     on_end: Callable[[int], None] | None = None,
     virtual: VirtualTokens | None = None,
     sampling: SamplingConfig | None = None,
-    first_row: int = 0,
     keys: Sequence[tuple[int, ...]] | None = None,
     stops: Stops | None = None,
     num_top_logprobs: int | None = None,
@@ -73,7 +72,7 @@ def generate_paged(
         steps.follow()
         return Generation()
     if keys is None:
-        keys = [(first_row + row,) for row in range(len(prompts))]
+        keys = [(row,) for row in range(len(prompts))]
     rows = Rows(
         session,
         prompts,

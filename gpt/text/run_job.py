@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gpt.comm import Communicator
 from gpt.console import log, print_notice, progress
 from gpt.engine.folder import EngineInfo
-from gpt.errors import GptError, InterruptError
+from gpt.errors import GptError, InterruptError, first_lines
 from gpt.files import file_checksum
 from gpt.text.pipeline import (
     batches,
@@ -21,7 +21,7 @@ from gpt.text.pipeline import (
     search_batches,
     tell_recording,
 )
-from gpt.text.prompt_fit import first_lines, last_tokens, listed, prompt_limit
+from gpt.text.prompt_fit import last_tokens, listed, prompt_limit
 from gpt.text.prompt_rows import PromptRow, holds_tokens, read_rows
 from gpt.text.prompt_tuning import PromptTuning, load_prompt_tuning
 from gpt.text.prompts import check_output_file, unicode_problem
