@@ -38,6 +38,7 @@ from gpt.runtime.batcher import generate_paged
 from gpt.runtime.batching_config import BatchingConfig
 from gpt.runtime.generate import Generation, generate
 from gpt.runtime.load import load_session, pick_device
+from gpt.runtime.request import Request
 from gpt.runtime.session import PagedSession, Session
 from gpt.text.pipeline import choose_tokenizer, require_tokenizer
 
@@ -55,9 +56,9 @@ class Work:
         limits = None if self.limits is None else self.limits[first : first + count]
         return Work(self.prompts[first : first + count], limits, self.max_new_tokens, self.end_id)
 
-    def settings(self) -> dict[str, Any]:
+    def request(self) -> Request:
         stops = None if self.limits is None else EndsAfter(iter(self.limits))
-        return {"max_new_tokens": self.max_new_tokens, "end_id": self.end_id, "stops": stops}
+        return Request(self.prompts, self.max_new_tokens, self.end_id, stops=stops)
 
 
 @dataclass
@@ -108,14 +109,14 @@ class Way:
 def static(size: int) -> Way:
     def run(session: Session, work: Work) -> list[Generation]:
         parts = [work.part(first, size) for first in range(0, len(work.prompts), size)]
-        return [generate(session, part.prompts, **part.settings()) for part in parts]
+        return [generate(session, part.request()) for part in parts]
 
     return Way(run, size)
 
 
 def continuous(batching: BatchingConfig) -> Way:
     def run(session: Session, work: Work) -> list[Generation]:
-        return [generate_paged(cast(PagedSession, session), work.prompts, batching=batching, **work.settings())]
+        return [generate_paged(cast(PagedSession, session), work.request(), batching=batching)]
 
     return Way(run, paged=True)
 

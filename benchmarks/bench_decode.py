@@ -27,6 +27,7 @@ from gpt.dtypes import torch_dtype
 from gpt.engine.weights import engine_tensors
 from gpt.mapping import Mapping
 from gpt.runtime.generate import generate
+from gpt.runtime.request import Request
 from gpt.runtime.torch_session import TorchSession
 
 _FT_TO_HF = {
@@ -82,7 +83,7 @@ def compare(args: argparse.Namespace, dtype: str, batch_size: int) -> list[dict[
     ids = ids.to(args.device)
 
     def ours(num_tokens: int) -> list[list[int]]:
-        return generate(session, prompts, max_new_tokens=num_tokens, end_id=None).tokens
+        return generate(session, Request(prompts, max_new_tokens=num_tokens)).tokens
 
     def hf(num_tokens: int) -> list[list[int]]:
         with torch.inference_mode():

@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpt.cli import ArgumentParser, positive_int
 
-# Names of ways: what the session is told, what `generate` is told.
-WAYS: dict[str, tuple[dict[str, bool], dict[str, Any] | None]] = {
-    "greedy": ({}, None),
-    "greedy, no graphs": ({"cuda_graphs": False}, None),
-    "greedy, batch-invariant": ({"batch_invariant": True}, None),
+# Names of ways: what the session is told, how tokens are chosen.
+WAYS: dict[str, tuple[dict[str, bool], dict[str, Any]]] = {
+    "greedy": ({}, {}),
+    "greedy, no graphs": ({"cuda_graphs": False}, {}),
+    "greedy, batch-invariant": ({"batch_invariant": True}, {}),
     "temperature 0.8": ({}, {"top_k": 0, "temperature": 0.8}),
     "top-k 50": ({}, {"top_k": 50}),
     "top-k 50, top-p 0.9": ({}, {"top_k": 50, "top_p": 0.9}),
@@ -65,6 +65,7 @@ def measure(args: argparse.Namespace, batch_size: int) -> list[dict[str, object]
     from gpt.runtime.execution import Execution
     from gpt.runtime.generate import generate
     from gpt.runtime.load import load_session
+    from gpt.runtime.request import Request
     from gpt.runtime.sampling_config import SamplingConfig
 
     case, shape = CASES[args.case], Shape(batch_size, args.input_len, args.output_len)
@@ -80,10 +81,7 @@ def measure(args: argparse.Namespace, batch_size: int) -> list[dict[str, object]
         for name, (_, settings) in WAYS.items():
             result = generate(
                 sessions[executions[name]],
-                prompts,
-                max_new_tokens=args.output_len,
-                end_id=None,
-                sampling=None if settings is None else SamplingConfig(seed=1, **settings),
+                Request(prompts, max_new_tokens=args.output_len, sampling=SamplingConfig(seed=1, **settings)),
             )
             if turn > 0:
                 times[name].append(sum(result.step_ms) / len(result.step_ms))

@@ -103,6 +103,7 @@ def our_runs(args: argparse.Namespace) -> dict[str, Run]:
     from gpt.mapping import Mapping
     from gpt.quant import QuantConfig
     from gpt.runtime.generate import generate
+    from gpt.runtime.request import Request
     from gpt.runtime.torch_session import TorchSession
 
     torch.set_num_threads(args.threads)
@@ -137,7 +138,7 @@ def our_runs(args: argparse.Namespace) -> dict[str, Run]:
         )
         weights = dict(engine_tensors(model, build, Mapping(), RandomWeights(model, 1)))
         session = TorchSession(model, build, Mapping(), weights)
-        return lambda: timed(lambda n: generate(session, prompt, max_new_tokens=n, end_id=None), args.output_len)
+        return lambda: timed(lambda n: generate(session, Request(prompt, max_new_tokens=n)), args.output_len)
 
     wanted = ["bfloat16", *(args.modes or [name for name in modes if name != "bfloat16"])]
     return {name: runner(modes[name]) for name in wanted}

@@ -24,6 +24,7 @@ from gpt.engine.weights import engine_tensors
 from gpt.mapping import Mapping
 from gpt.runtime.generate import generate
 from gpt.runtime.load import load_session
+from gpt.runtime.request import Request
 
 Prompts = Sequence[Sequence[int]]
 
@@ -60,7 +61,7 @@ class Ours:
     def prepare(self, shape: Shape) -> None: ...
 
     def generate(self, prompts: Prompts, num_tokens: int) -> list[list[int]]:
-        return generate(self.session, prompts, max_new_tokens=num_tokens, end_id=None).tokens
+        return generate(self.session, Request(prompts, max_new_tokens=num_tokens)).tokens
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor | None:
         self.session.start(1, len(ids))

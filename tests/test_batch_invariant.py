@@ -24,6 +24,7 @@ from gpt.runtime.cuda_session import CudaSession
 from gpt.runtime.execution import Execution
 from gpt.runtime.load import load_session
 from gpt.runtime.logprobs import TokenLogprob
+from gpt.runtime.request import Request
 from gpt.runtime.torch_session import TorchSession
 
 MODEL = ModelConfig(vocab_size=83, n_positions=64, n_embd=32, n_head=2, n_layer=1, n_kv_head=2, inter_size=64)
@@ -101,10 +102,7 @@ def test_a_paged_cache(make_session: MakeSession) -> None:
         prompts.insert(position, prompt)
         result = generate_paged(
             session,
-            prompts,
-            max_new_tokens=num_tokens,
-            end_id=None,
-            num_top_logprobs=1,
+            Request(prompts, max_new_tokens=num_tokens, num_top_logprobs=1),
             batching=BatchingConfig(max_cache_tokens=96),
         )
         assert all(len(tokens) == num_tokens for tokens in result.tokens)
@@ -132,7 +130,7 @@ def test_steps_that_run_ahead(kernel_device: torch.device, monkeypatch: pytest.M
     for others in OTHERS[:2]:
         first.clear()
         prompts = [*random_prompts([7], 80), *random_prompts(others, 80)]
-        generate_paged(session, prompts, max_new_tokens=3 if INTERPRETED else 16, end_id=None)
+        generate_paged(session, Request(prompts, max_new_tokens=3 if INTERPRETED else 16))
         found.append(list(first))
     assert len(found[0]) > 1
     assert found[1] == found[0]
@@ -141,7 +139,7 @@ def test_steps_that_run_ahead(kernel_device: torch.device, monkeypatch: pytest.M
 def test_drafts_are_refused(make_session: MakeSession) -> None:
     session = make_session(MODEL, replace(BUILD, paged_kv_cache=True))
     with pytest.raises(ConfigError, match="--batch_invariant with --max_draft_len 2"):
-        generate_paged(session, [[1]], max_new_tokens=1, end_id=None, batching=BatchingConfig(max_draft_len=2))
+        generate_paged(session, Request([[1]], max_new_tokens=1), batching=BatchingConfig(max_draft_len=2))
 
 
 def test_tensorrt_engines_are_refused(tmp_path: Path) -> None:

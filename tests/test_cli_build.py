@@ -25,6 +25,7 @@ from gpt.errors import EngineError
 from gpt.mapping import Mapping
 from gpt.runtime.generate import generate
 from gpt.runtime.load import load_session, load_torch_weights
+from gpt.runtime.request import Request
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ["--n_layer", "2", "--n_embd", "32", "--n_head", "2", "--vocab_size", "50", "--n_positions", "40"]
@@ -69,7 +70,7 @@ def test_a_folder_of_fastertransformer_builds_and_runs(checkpoint: Path, tmp_pat
     for source in (checkpoint, theirs):
         session = open_session(build_engine(source, tmp_path / source.parent.name / "engine"))
         assert session.model.eos_token_id == 263
-        tokens.append(generate(session, [[1, 2, 3], [4]], max_new_tokens=30, end_id=None).tokens)
+        tokens.append(generate(session, Request([[1, 2, 3], [4]], max_new_tokens=30)).tokens)
     assert tokens[0] == tokens[1]
 
 

@@ -27,6 +27,7 @@ from gpt.mapping import Mapping
 from gpt.quant import QuantConfig
 from gpt.runtime.generate import generate
 from gpt.runtime.load import load_session, load_torch_weights
+from gpt.runtime.request import Request
 
 SIZES = ["--n_layer", "2", "--n_embd", "64", "--n_head", "4", "--vocab_size", "91", "--n_positions", "64"]
 RANDOM = [*SIZES, "--dtype", "float32", "--random_seed", "5", "--max_input_len", "40", "--max_output_len", "20"]
@@ -215,7 +216,7 @@ def test_texts_of_a_trained_model_stay(tmp_path: Path) -> None:
     tokens = []
     for name, flags in (("float", []), ("int8", MODES["int8"])):
         session = open_session(build_engine(checkpoint, tmp_path / name, *flags))
-        tokens.append(generate(session, prompts, max_new_tokens=20, end_id=None).tokens)
+        tokens.append(generate(session, Request(prompts, max_new_tokens=20)).tokens)
     same = sum(a == b for rows in zip(*tokens, strict=True) for a, b in zip(*rows, strict=True))
     assert same > 60
 

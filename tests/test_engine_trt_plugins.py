@@ -35,6 +35,7 @@ from gpt.engine.trt_stand_in import stand_in_engine
 from gpt.errors import ConfigError, EngineError
 from gpt.quant import QuantConfig
 from gpt.runtime.generate import generate
+from gpt.runtime.request import Request
 from gpt.runtime.torch_session import TorchSession
 from gpt.runtime.trace import compare_engines
 from gpt.runtime.trt_session import TrtSession
@@ -153,7 +154,7 @@ def test_sessions_with_plugins_generate_what_torch_does(name: str, packed: bool)
     reference = TorchSession(model, build, RANK, weights)
     for seed, lengths in enumerate([(5, 1, 11, 3), (12,), (7, 2)]):
         prompts = random_prompts(lengths, model.vocab_size, seed)
-        both = [generate(each, prompts, max_new_tokens=12, end_id=None).tokens for each in (session, reference)]
+        both = [generate(each, Request(prompts, max_new_tokens=12)).tokens for each in (session, reference)]
         assert both[0] == both[1]
 
 

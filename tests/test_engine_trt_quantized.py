@@ -27,6 +27,7 @@ from gpt.errors import EngineError
 from gpt.mapping import Mapping
 from gpt.quant import QuantConfig
 from gpt.runtime.generate import generate
+from gpt.runtime.request import Request
 from gpt.runtime.torch_session import TorchSession
 from gpt.runtime.trt_session import TrtSession
 
@@ -328,7 +329,7 @@ def test_session_with_an_int8_cache(captured: bool, buckets: tuple[int, ...]) ->
     reference = PlainSession(model, build, held, quant)
     for seed, lengths in enumerate([(3,), (5, 2, 7), (4, 9), (1, 1, 6)]):
         prompts = random_prompts(lengths, model.vocab_size, seed)
-        both = [generate(each, prompts, max_new_tokens=7, end_id=None).tokens for each in (session, reference)]
+        both = [generate(each, Request(prompts, max_new_tokens=7)).tokens for each in (session, reference)]
         assert both[0] == both[1]
 
 

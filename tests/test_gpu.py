@@ -13,6 +13,7 @@ from gpt.engine.folder import EngineInfo
 from gpt.mapping import Mapping
 from gpt.runtime.generate import generate
 from gpt.runtime.load import load_session
+from gpt.runtime.request import Request
 from gpt.runtime.session import Session
 from gpt.runtime.torch_session import TorchSession
 
@@ -48,7 +49,7 @@ def test_bundled_model(dtype: str, bound: float, layout: list[str], tmp_path: Pa
     prompts = random_prompts(LENGTHS, 4096)
     assert relative_error(steps(session, prompts), steps(oracle, prompts)) < bound
     if dtype == "float32":
-        both = [generate(s, prompts, max_new_tokens=100, end_id=None).tokens for s in (session, oracle)]
+        both = [generate(s, Request(prompts, max_new_tokens=100)).tokens for s in (session, oracle)]
         assert both[0] == both[1]
 
 

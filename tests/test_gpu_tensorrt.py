@@ -39,6 +39,7 @@ from gpt.engine.trt_runtime import create_context, load_engine
 from gpt.mapping import Mapping
 from gpt.runtime.generate import generate
 from gpt.runtime.load import load_session
+from gpt.runtime.request import Request
 from gpt.runtime.trt_session import TrtSession
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
@@ -99,7 +100,7 @@ def test_bundled_model(report: Report, tmp_path: Path) -> None:
     flags = ["--backend", "tensorrt", "--use_gpt_attention_plugin", "--remove_input_padding"]
     session = load_session(build_engine(checkpoint, tmp_path / "gpu", *flags), "cuda")
     prompts = random_prompts((5, 17, 1, 9), 4096)
-    both = [generate(each, prompts, max_new_tokens=100, end_id=None).tokens for each in (session, oracle)]
+    both = [generate(each, Request(prompts, max_new_tokens=100)).tokens for each in (session, oracle)]
     same = sum(a == b for a, b in zip(*both, strict=True))
     report.add("greedy texts", "bundled model, 4 prompts of 100 new tokens", passed=same == 4, equal=same)
     assert same == 4, both

@@ -17,6 +17,7 @@ from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 import hf_gpt_convert
 from gpt.runtime.generate import generate
+from gpt.runtime.request import Request
 
 LENGTHS = (5, 17, 1, 9)
 SHAPES: dict[str, dict[str, Any]] = {
@@ -102,7 +103,7 @@ def test_greedy_ids_are_hf_ones(tmp_path: Path) -> None:
     reference = tiny_bigcode(tmp_path / "hf", n_head=4, n_embd=48)
     session = open_session(build_engine(convert(tmp_path / "hf", tmp_path / "ft"), tmp_path / "e"))
     prompts = random_prompts(LENGTHS, 101)
-    tokens = generate(session, prompts, max_new_tokens=60, end_id=None).tokens
+    tokens = generate(session, Request(prompts, max_new_tokens=60)).tokens
     for prompt, row in zip(prompts, tokens, strict=True):
         ids = torch.tensor([prompt])
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 60, "do_sample": False}

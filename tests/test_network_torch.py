@@ -17,6 +17,7 @@ from gpt.engine.folder import EngineInfo
 from gpt.mapping import Mapping
 from gpt.runtime.generate import generate
 from gpt.runtime.load import load_torch_weights
+from gpt.runtime.request import Request
 from gpt.runtime.torch_session import TorchSession
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "gpt2-tiny"
@@ -65,7 +66,7 @@ def same_as_hf(session: TorchSession, reference: GPT2LMHeadModel, num_tokens: in
     logits = session.context(prompts)
     for prompt, row in zip(prompts, logits, strict=True):
         assert relative_error(row, hf_logits(reference, prompt)) < FP32_BOUND
-    tokens = generate(session, prompts, max_new_tokens=num_tokens, end_id=None).tokens
+    tokens = generate(session, Request(prompts, max_new_tokens=num_tokens)).tokens
     assert tokens == [hf_greedy(reference, prompt, num_tokens) for prompt in prompts]
 
 
@@ -142,7 +143,7 @@ def test_result_does_not_depend_on_the_batch(tmp_path: Path) -> None:
     for layout in ([], ["--remove_input_padding"]):
         info = build_engine(checkpoint, tmp_path / f"engine{len(layout)}", "--use_gpt_attention_plugin", *layout)
         session = open_session(info)
-        alone.append([generate(session, [p], max_new_tokens=40, end_id=None).tokens[0] for p in prompts])
-        assert generate(session, prompts, max_new_tokens=40, end_id=None).tokens == alone[-1]
-        assert generate(session, prompts[::-1], max_new_tokens=40, end_id=None).tokens == alone[-1][::-1]
+        alone.append([generate(session, Request([p], max_new_tokens=40)).tokens[0] for p in prompts])
+        assert generate(session, Request(prompts, max_new_tokens=40)).tokens == alone[-1]
+        assert generate(session, Request(prompts[::-1], max_new_tokens=40)).tokens == alone[-1][::-1]
     assert alone[0] == alone[1]

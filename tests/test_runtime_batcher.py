@@ -14,7 +14,8 @@ from gpt.errors import ConfigError, GptError
 from gpt.runtime.batcher import generate_paged
 from gpt.runtime.batching_config import BatchingConfig
 from gpt.runtime.generate import generate
-from gpt.runtime.sampling_config import SamplingConfig
+from gpt.runtime.request import Request
+from gpt.runtime.sampling_config import GREEDY, SamplingConfig
 from gpt.runtime.torch_session import TorchSession
 from gpt.runtime.virtual_tokens import VirtualTokens
 
@@ -40,23 +41,23 @@ def widen(session: TorchSession) -> TorchSession:
     return session
 
 
-def alone(session: TorchSession, prompts: list[list[int]], **settings: Any) -> list[list[int]]:
-    rows = [generate(session, [prompt], keys=[(row,)], **settings).tokens[0] for row, prompt in enumerate(prompts)]
+def alone(session: TorchSession, request: Request) -> list[list[int]]:
+    rows = [generate(session, request.of_rows([row])).tokens[0] for row in range(len(request.prompts))]
     assert len({tuple(row) for row in rows}) > len(rows) // 2  # the prompts matter
     return rows
 
 
-@pytest.mark.parametrize("sampling", [None, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("batching", [BatchingConfig(), TIGHT, BatchingConfig(max_draft_len=5)])
 def test_every_prompt_gives_what_it_gives_alone(
-    session: TorchSession, sampling: SamplingConfig | None, batching: BatchingConfig
+    session: TorchSession, sampling: SamplingConfig, batching: BatchingConfig
 ) -> None:
     prompts = random_prompts(LENGTHS, 50)
     prompts.append(prompts[4])  # one twice
-    settings: dict[str, Any] = {"max_new_tokens": 30, "end_id": 3, "sampling": sampling}
-    expected = alone(session, prompts, **settings)
+    request = Request(prompts, max_new_tokens=30, end_id=3, sampling=sampling)
+    expected = alone(session, request)
     assert 3 in {row[-1] for row in expected}
-    assert generate_paged(session, prompts, batching=batching, **settings).tokens == expected
+    assert generate_paged(session, request, batching=batching).tokens == expected
 
 
 def test_callers_hear_of_each_token_and_of_ends(session: TorchSession) -> None:
@@ -65,9 +66,7 @@ def test_callers_hear_of_each_token_and_of_ends(session: TorchSession) -> None:
     ended: list[int] = []
     result = generate_paged(
         session,
-        prompts,
-        max_new_tokens=20,
-        end_id=3,
+        Request(prompts, max_new_tokens=20, end_id=3),
         on_token=lambda row, token: heard[row].append(token),
         on_end=ended.append,
     )
@@ -78,12 +77,12 @@ def test_callers_hear_of_each_token_and_of_ends(session: TorchSession) -> None:
 
 def test_streams_belong_to_prompts_and_samples(session: TorchSession) -> None:
     prompts = random_prompts((6, 6, 9), 50)
-    settings: dict[str, Any] = {"max_new_tokens": 12, "end_id": None, "sampling": SAMPLED}
+    settings: dict[str, Any] = {"max_new_tokens": 12, "sampling": SAMPLED}
     keys = [(5, 0), (5, 1), (2, 0)]
-    together = generate_paged(session, prompts, keys=keys, **settings).tokens
-    assert generate_paged(session, prompts[2:], keys=[(2,)], **settings).tokens == together[2:]
-    assert generate(session, prompts[:1], keys=[(5,)], **settings).tokens == together[:1]
-    assert generate(session, prompts[1:2], keys=[(5, 1)], **settings).tokens == together[1:2]
+    together = generate_paged(session, Request(prompts, keys=keys, **settings)).tokens
+    assert generate_paged(session, Request(prompts[2:], keys=[(2,)], **settings)).tokens == together[2:]
+    assert generate(session, Request(prompts[:1], keys=[(5,)], **settings)).tokens == together[:1]
+    assert generate(session, Request(prompts[1:2], keys=[(5, 1)], **settings)).tokens == together[1:2]
 
 
 class StopBehind:
@@ -104,13 +103,12 @@ class StopBehind:
 
 def test_stop_words_and_logprobs_are_those_of_the_plain_loop(session: TorchSession) -> None:
     prompts = random_prompts(LENGTHS[:3], 50)
-    free = generate(session, prompts, max_new_tokens=10, end_id=None).tokens
-    settings: dict[str, Any] = {"max_new_tokens": 10, "end_id": None, "num_top_logprobs": 2}
-    settings["stops"] = StopBehind(free[1][4])
-    expected = generate(session, prompts, **settings)
+    free = generate(session, Request(prompts, max_new_tokens=10)).tokens
+    request = Request(prompts, max_new_tokens=10, stops=StopBehind(free[1][4]), num_top_logprobs=2)
+    expected = generate(session, request)
     assert len(expected.tokens[1]) <= 5
     for batching in (BatchingConfig(), BatchingConfig(max_draft_len=4)):
-        found = generate_paged(session, prompts, batching=batching, **settings)
+        found = generate_paged(session, request, batching=batching)
         assert found.tokens == expected.tokens
         for ours, theirs in zip(found.logprobs, expected.logprobs, strict=True):
             assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in theirs], abs=1e-5)
@@ -124,19 +122,17 @@ def test_virtual_tokens_belong_to_their_task(tmp_path: Path) -> None:
     prompt = [50, 51, 52, 53, 54, 7, 8, 9]
     prompts = [prompt, prompt, prompt, prompt, prompt]
     virtual = VirtualTokens(table, (0, 1, 1, 0, 1))
-    settings: dict[str, Any] = {"max_new_tokens": 10, "end_id": None}
-    found = generate_paged(session, prompts, virtual=virtual, **settings).tokens
+    found = generate_paged(session, Request(prompts, max_new_tokens=10, virtual=virtual)).tokens
     for row, task in enumerate(virtual.tasks):
-        expected = generate(session, [prompt], virtual=VirtualTokens(table, (task,)), **settings).tokens[0]
-        assert found[row] == expected
+        request = Request([prompt], max_new_tokens=10, virtual=VirtualTokens(table, (task,)))
+        assert [found[row]] == generate(session, request).tokens
     assert found[0] != found[1]
 
 
 def test_drafts_save_steps_where_text_repeats(session: TorchSession, monkeypatch: pytest.MonkeyPatch) -> None:
     # A greedy model this small soon goes in circles, which is what the lookup finds.
-    prompts = random_prompts((8,), 50)
-    settings: dict[str, Any] = {"max_new_tokens": 30, "end_id": None}
-    plain = generate_paged(session, prompts, **settings)
+    request = Request(random_prompts((8,), 50), max_new_tokens=30)
+    plain = generate_paged(session, request)
     fed: list[tuple[int, int]] = []
     run_paged = session.run_paged
 
@@ -145,7 +141,7 @@ def test_drafts_save_steps_where_text_repeats(session: TorchSession, monkeypatch
         return run_paged(step)
 
     monkeypatch.setattr(session, "run_paged", listen)
-    drafted = generate_paged(session, prompts, batching=BatchingConfig(max_draft_len=8), **settings)
+    drafted = generate_paged(session, request, batching=BatchingConfig(max_draft_len=8))
     assert drafted.tokens == plain.tokens
     assert len(drafted.step_ms) < len(plain.step_ms)
     # What a right draft left in the cache is not computed again.
@@ -154,28 +150,25 @@ def test_drafts_save_steps_where_text_repeats(session: TorchSession, monkeypatch
 
 def test_a_pool_that_is_there_is_kept(session: TorchSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it has taken the memory that another one would need, and for shorter requests."""
-    settings: dict[str, Any] = {"max_new_tokens": 10, "end_id": None}
-    generate_paged(session, random_prompts((50,), 50), **settings)
+    generate_paged(session, Request(random_prompts((50,), 50), max_new_tokens=10))
     pool = session.pool
     monkeypatch.setattr("gpt.runtime.pool_size.available_memory_bytes", lambda: 0)
-    generate_paged(session, random_prompts((50, 9), 50), **settings)
-    generate_paged(session, random_prompts((3,), 50), **settings)
+    generate_paged(session, Request(random_prompts((50, 9), 50), max_new_tokens=10))
+    generate_paged(session, Request(random_prompts((3,), 50), max_new_tokens=10))
     assert session.pool is pool
 
 
 def test_requests_that_cannot_be_held(session: TorchSession) -> None:
     with pytest.raises(ConfigError, match="does not hold one sequence"):
-        generate_paged(
-            session, [[1] * 40], max_new_tokens=30, end_id=None, batching=BatchingConfig(max_cache_tokens=64)
-        )
+        generate_paged(session, Request([[1] * 40], max_new_tokens=30), batching=BatchingConfig(max_cache_tokens=64))
     with pytest.raises(ConfigError, match="prompt 1: no tokens"):
-        generate_paged(session, [[1], []], max_new_tokens=3, end_id=None)
+        generate_paged(session, Request([[1], []], max_new_tokens=3))
 
 
 def test_overflow_is_named(session: TorchSession, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "run_paged", lambda step: torch.full((len(step.wanted), 50), torch.nan))
     with pytest.raises(GptError, match="no numbers"):
-        generate_paged(session, [[1, 2]], max_new_tokens=3, end_id=None)
+        generate_paged(session, Request([[1, 2]], max_new_tokens=3))
 
 
 def test_settings_out_of_range() -> None:
@@ -201,8 +194,8 @@ def test_drafts_leave_the_distribution_as_it_is(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(session, "run_paged", logits_of)
     monkeypatch.setattr(PromptLookup, "propose", lambda self, tokens, room: (drafted,)[:room])
     sampling = SamplingConfig(top_k=0, seed=11)
-    settings: dict[str, Any] = {"max_new_tokens": 2, "end_id": None, "sampling": sampling}
-    result = generate_paged(session, [[1]] * num_rows, batching=BatchingConfig(max_draft_len=1), **settings)
+    request = Request([[1]] * num_rows, max_new_tokens=2, sampling=sampling)
+    result = generate_paged(session, request, batching=BatchingConfig(max_draft_len=1))
     steps_of_drafts = sum(row[0] == drafted for row in result.tokens)
     assert 0 < steps_of_drafts < num_rows  # right for some, wrong for others
     for place, logits in enumerate((first, second)):

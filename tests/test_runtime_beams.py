@@ -22,6 +22,7 @@ from gpt.runtime.beam_config import BeamConfig
 from gpt.runtime.beams import generate_beams
 from gpt.runtime.generate import Generation, generate
 from gpt.runtime.hypotheses import BeamSearch, Candidate
+from gpt.runtime.request import Request
 from gpt.runtime.sampling_config import SamplingConfig
 from gpt.runtime.session import Session
 from gpt.runtime.torch_session import TorchSession
@@ -77,7 +78,7 @@ def compare(
 ) -> Generation:
     """Asserts that all hypotheses of all prompts are those of Hugging Face, one prompt at a time."""
     prompts = random_prompts(LENGTHS, VOCAB)
-    result = generate_beams(session, prompts, beams=beams, max_new_tokens=count, end_id=end_id, **ours)
+    result = generate_beams(session, Request(prompts, max_new_tokens=count, end_id=end_id, **ours), beams)
     expected = [hf_beams(model, prompt, beams, count, end_id, **(options or {})) for prompt in prompts]
     assert result.tokens == [row for rows, _ in expected for row in rows]
     assert result.scores == pytest.approx([score for _, scores in expected for score in scores], abs=1e-5, rel=1e-5)
@@ -88,7 +89,7 @@ def test_four_beams_of_a_hundred_tokens(gpt2: tuple[TorchSession, Any]) -> None:
     session, model = gpt2
     result = compare(session, model, BeamConfig(4), 100, None)
     assert {len(row) for row in result.tokens} == {100}
-    greedy = generate(session, random_prompts(LENGTHS, VOCAB), max_new_tokens=100, end_id=None).tokens
+    greedy = generate(session, Request(random_prompts(LENGTHS, VOCAB), max_new_tokens=100)).tokens
     assert result.tokens[::4] != greedy
     ended = compare(session, model, BeamConfig(4), 100, END)
     assert len({len(row) for row in ended.tokens}) > 4
@@ -182,10 +183,10 @@ def test_groups_differ_as_the_paper_says(groups: int, gpt2: tuple[TorchSession, 
     session, _ = gpt2
     prompts = random_prompts((5, 3), VOCAB)
     beams = BeamConfig(6, num_groups=groups, diversity_penalty=0.7)
-    result = generate_beams(session, prompts, beams=beams, max_new_tokens=7, end_id=None)
+    result = generate_beams(session, Request(prompts, max_new_tokens=7), beams)
     expected = [plain_search(session, prompt, 6, 7, groups, 0.7) for prompt in prompts]
     assert result.tokens == [row for rows in expected for row in rows]
-    alike = generate_beams(session, prompts, beams=BeamConfig(6), max_new_tokens=7, end_id=None)
+    alike = generate_beams(session, Request(prompts, max_new_tokens=7), BeamConfig(6))
     assert len({tuple(row[:2]) for row in result.tokens}) > len({tuple(row[:2]) for row in alike.tokens})
 
 
@@ -202,7 +203,7 @@ def test_a_reordered_cache_is_that_of_the_whole_text(flags: list[str], tmp_path:
     limits = ["--max_batch_size", "2", "--max_beam_width", "4", "--max_input_len", "30", "--max_output_len", "10"]
     info = build_engine(None, tmp_path, *sizes, *limits, "--dtype", "float32", "--random_seed", "1", *flags)
     session, prompts = open_session(info), random_prompts((5, 3), 50)
-    result = generate_beams(session, prompts, beams=BeamConfig(4), max_new_tokens=10, end_id=None)
+    result = generate_beams(session, Request(prompts, max_new_tokens=10), BeamConfig(4))
     assert result.tokens == [row for prompt in prompts for row in plain_search(session, prompt, 4, 10)]
 
 
@@ -221,7 +222,7 @@ def test_tensorrt_session_reorders_its_cache(options: dict[str, Any]) -> None:
     prompts = random_prompts((5, 1, 11, 3), model.vocab_size)
     for config in (BeamConfig(3), BeamConfig(2, num_return=1)):
         both = [
-            generate_beams(session, prompts, beams=config, max_new_tokens=12, end_id=END)
+            generate_beams(session, Request(prompts, max_new_tokens=12, end_id=END), config)
             for session in (ours, reference)
         ]
         assert both[0].tokens == both[1].tokens
@@ -237,7 +238,7 @@ def test_tensorrt_session_reorders_its_cache(options: dict[str, Any]) -> None:
     sampling = SamplingConfig(top_k=0, seed=3)
     rows = [prompts[0], prompts[0], prompts[1]]
     samples = [
-        generate(session, rows, max_new_tokens=9, end_id=None, sampling=sampling, keys=keys).tokens
+        generate(session, Request(rows, max_new_tokens=9, sampling=sampling, keys=keys)).tokens
         for session in (ours, reference)
     ]
     assert samples[0] == samples[1]
@@ -248,7 +249,7 @@ def test_log_probabilities_add_up_to_the_score(gpt2: tuple[TorchSession, Any]) -
     session, model = gpt2
     prompt = random_prompts((5,), VOCAB)[0]
     beams = BeamConfig(3, length_penalty=0.0)
-    result = generate_beams(session, [prompt], beams=beams, max_new_tokens=15, end_id=END, num_top_logprobs=2)
+    result = generate_beams(session, Request([prompt], max_new_tokens=15, end_id=END, num_top_logprobs=2), beams)
     for tokens, logprobs, score in zip(result.tokens, result.logprobs, result.scores, strict=True):
         assert sum(one.logprob for one in logprobs) == pytest.approx(score, abs=1e-4)
         with torch.inference_mode():
@@ -262,7 +263,7 @@ def test_what_cannot_be_searched(gpt2: tuple[TorchSession, Any]) -> None:
     session, _ = gpt2
 
     def search(beams: BeamConfig, num_prompts: int = 1, **options: Any) -> None:
-        generate_beams(session, [[1, 2]] * num_prompts, beams=beams, max_new_tokens=5, end_id=None, **options)
+        generate_beams(session, Request([[1, 2]] * num_prompts, max_new_tokens=5, **options), beams)
 
     with pytest.raises(ConfigError, match="more beams than the engine") as caught:
         search(BeamConfig(7))

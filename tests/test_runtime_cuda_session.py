@@ -27,6 +27,7 @@ from gpt.runtime.batcher import generate_paged
 from gpt.runtime.batching_config import BatchingConfig
 from gpt.runtime.cuda_session import CudaSession, kernels_know
 from gpt.runtime.generate import generate
+from gpt.runtime.request import Request
 from gpt.runtime.sampling_config import SamplingConfig
 from gpt.runtime.torch_session import TorchSession
 
@@ -243,7 +244,7 @@ def test_running_ahead_draws_what_the_host_would(
 
     def drawn(each: TorchSession, seed: int) -> list[list[int]]:
         sampling = SamplingConfig(seed=seed, **settings)
-        return generate(each, prompts, max_new_tokens=num_tokens, end_id=None, sampling=sampling).tokens
+        return generate(each, Request(prompts, max_new_tokens=num_tokens, sampling=sampling)).tokens
 
     expected = {seed: drawn(oracle, seed) for seed in (3, 4)}
     assert expected[3] != expected[4]
@@ -373,7 +374,7 @@ def test_sequences_that_join_while_others_run_ahead(
     prompts = random_prompts([3, 9, 1, 6], MODEL.vocab_size)
     longest = max(map(len, prompts)) + num_new
     max_cache_tokens = None if enough else longest + 2 * build.tokens_per_block - 1
-    free = [generate(oracle, [prompt], max_new_tokens=num_new, end_id=None).tokens[0] for prompt in prompts]
+    free = [generate(oracle, Request([prompt], max_new_tokens=num_new)).tokens[0] for prompt in prompts]
     end_id = free[0][2]
     assert len({token for row in free for token in row}) > len(prompts)  # they say different things
     ahead: list[tuple[int, int]] = []
@@ -386,9 +387,7 @@ def test_sequences_that_join_while_others_run_ahead(
     monkeypatch.setattr(session, "run_paged_ahead", listen)
     found = generate_paged(
         session,
-        prompts,
-        max_new_tokens=num_new,
-        end_id=end_id,
+        Request(prompts, max_new_tokens=num_new, end_id=end_id),
         batching=BatchingConfig(max_cache_tokens=max_cache_tokens),
     )
     assert found.tokens == [row[: row.index(end_id) + 1] if end_id in row else row for row in free]

@@ -14,6 +14,7 @@ from gpt.errors import ConfigError
 from gpt.mapping import Mapping
 from gpt.runtime.generate import generate
 from gpt.runtime.load import load_torch_weights
+from gpt.runtime.request import Request
 from gpt.runtime.torch_session import TorchSession
 from gpt.runtime.virtual_tokens import VirtualTokens
 
@@ -59,9 +60,7 @@ def test_padding_of_the_vocabulary_is_no_place_for_virtual_tokens(tmp_path: Path
     engine, weights = session(tmp_path)
     assert weights["model.wte"].shape[0] == 96
     first, second = (
-        generate(
-            engine, [[VOCAB, 3]], max_new_tokens=8, end_id=None, virtual=VirtualTokens(table() * scale, (0,))
-        ).tokens
+        generate(engine, Request([[VOCAB, 3]], max_new_tokens=8, virtual=VirtualTokens(table() * scale, (0,)))).tokens
         for scale in (1.0, -1.0)
     )
     assert first != second
@@ -82,7 +81,7 @@ def test_padding_of_the_vocabulary_is_no_place_for_virtual_tokens(tmp_path: Path
 def test_what_does_not_fit(change, prompt: list[int], told: list[str], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     engine, _ = session(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        generate(engine, [prompt], max_new_tokens=2, end_id=None, virtual=change(table()))
+        generate(engine, Request([prompt], max_new_tokens=2, virtual=change(table())))
     for text in told:
         assert text in str(caught.value)
 
@@ -90,5 +89,5 @@ def test_what_does_not_fit(change, prompt: list[int], told: list[str], tmp_path:
 def test_an_engine_without_room_says_how_to_build_one(tmp_path: Path) -> None:
     engine = open_session(build_engine(None, tmp_path / "e", *SIZES))
     with pytest.raises(ConfigError, match="does not fit") as caught:
-        generate(engine, [[1]], max_new_tokens=2, end_id=None, virtual=VirtualTokens(table(), (0,)))
+        generate(engine, Request([[1]], max_new_tokens=2, virtual=VirtualTokens(table(), (0,))))
     assert "--max_prompt_embedding_table_size" in str(caught.value)

@@ -81,13 +81,13 @@ def test_eight_ways_of_choosing_tokens_are_kept_per_batch_size(monkeypatch: pyte
     session.start(1, MAX_SEQ_LEN)
     session.context(random_prompts([6], MODEL.vocab_size))
     monkeypatch.setattr(session, "_recorder", recorder)
-    monkeypatch.setattr(session, "_launch", lambda decoder, filters: torch.zeros(1, MODEL.vocab_size))
     decoder = session._batch_decoder()
+    monkeypatch.setattr(decoder, "_launch", lambda filters: torch.zeros(1, MODEL.vocab_size))
     ways = [Filters(temperature, 0, 1.0, 0.0) for temperature in range(1, 13)]
     for way in ways:
-        session._step(decoder, way)
-    assert list(decoder.recorded) == ways[-8:]
-    session._step(decoder, ways[-1])
+        decoder.step(way)
+    assert list(decoder._recorded) == ways[-8:]
+    decoder.step(ways[-1])
     assert recorder.num_steps == len(ways)
     assert session.recording_seconds == pytest.approx(1.2)
 

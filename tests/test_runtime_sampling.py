@@ -24,6 +24,7 @@ from transformers import (
 
 from gpt.errors import ConfigError, GptError
 from gpt.runtime.generate import generate
+from gpt.runtime.request import Request
 from gpt.runtime.sampling import Sampler, draw
 from gpt.runtime.sampling_config import SamplingConfig
 from gpt.text.pipeline import generate_batches
@@ -277,16 +278,15 @@ def test_generation_in_batches_of_any_size_is_the_same(tmp_path: Path) -> None:
     for size in (1, 2, 5):
         folder = tmp_path / str(size)
         session = open_session(build_engine(None, folder, *sizes, *limits, "--max_batch_size", str(size)))
-        results = generate_batches(session, prompts, max_new_tokens=15, end_id=END, sampling=sampling)
+        results = generate_batches(session, Request(prompts, max_new_tokens=15, end_id=END, sampling=sampling))
         outputs.append([tokens for result in results for tokens in result.tokens])
     assert outputs[0] == outputs[1] == outputs[2]
-    greedy = generate(session, prompts, max_new_tokens=15, end_id=END).tokens
+    greedy = generate(session, Request(prompts, max_new_tokens=15, end_id=END)).tokens
     assert outputs[0] != greedy
-    assert generate(session, prompts, max_new_tokens=15, end_id=END, sampling=SamplingConfig()).tokens == greedy
-    once = generate(session, prompts, max_new_tokens=15, end_id=None, sampling=SamplingConfig(no_repeat_ngram_size=1))
+    once = generate(session, Request(prompts, max_new_tokens=15, sampling=SamplingConfig(no_repeat_ngram_size=1)))
     assert all(len({*prompt, *new}) == len({*prompt}) + 15 for prompt, new in zip(prompts, once.tokens, strict=True))
     with pytest.raises(ConfigError, match="do not fit") as refused:
-        generate(session, prompts, max_new_tokens=15, end_id=END, sampling=SamplingConfig(top_k=51, min_length=16))
+        generate(session, Request(prompts, max_new_tokens=15, sampling=SamplingConfig(top_k=51, min_length=16)))
     assert "--top_k 51: the vocabulary has 50 tokens" in str(refused.value)
     assert "--min_length 16: at most 15 new tokens" in str(refused.value)
 

@@ -22,6 +22,7 @@ from gpt.engine.trt_check import check_build
 from gpt.engine.trt_stand_in import stand_in_engine
 from gpt.errors import ConfigError, EngineError
 from gpt.runtime.generate import generate
+from gpt.runtime.request import Request
 from gpt.runtime.torch_session import TorchSession
 from gpt.runtime.trt_session import TrtSession
 from gpt.runtime.virtual_tokens import VirtualTokens
@@ -88,7 +89,7 @@ def test_greedy_ids(name: str, packed: bool) -> None:
             (prompts[:2], virtual_tokens(model, (1, 1))),
             (prompts[:1], virtual_tokens(model, (2,))),
         )
-        results.append([generate(session, p, max_new_tokens=12, end_id=None, virtual=v).tokens for p, v in calls])
+        results.append([generate(session, Request(p, max_new_tokens=12, virtual=v)).tokens for p, v in calls])
     assert results[0] == results[1]
     # The task is what makes the difference: the first prompt came with task 2, 1, and 2 again.
     (first, *_), _, (other, _), (again,) = results[0]
@@ -174,7 +175,7 @@ class TestRefused:
         session.start(1, 8)
         for call in (
             lambda: session.context([[1, 2]], virtual),
-            lambda: generate(session, [[1, 2]], max_new_tokens=2, end_id=None, virtual=virtual),
+            lambda: generate(session, Request([[1, 2]], max_new_tokens=2, virtual=virtual)),
         ):
             with pytest.raises(ConfigError, match="does not fit") as caught:
                 call()

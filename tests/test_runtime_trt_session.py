@@ -29,6 +29,7 @@ from gpt.engine.trt_stand_in import EvaluatorContext, EvaluatorEngine, stand_in_
 from gpt.errors import ConfigError, EngineError
 from gpt.runtime.generate import generate
 from gpt.runtime.load import load_session, load_torch_weights
+from gpt.runtime.request import Request
 from gpt.runtime.torch_session import TorchSession
 from gpt.runtime.trt_phase import Phase
 from gpt.runtime.trt_session import TrtSession
@@ -50,7 +51,7 @@ def over_engine(engine: EvaluatorEngine, model: ModelConfig, build: BuildConfig)
 
 
 def greedy(session: TrtSession | TorchSession, prompts: list[list[int]], num_tokens: int = 20) -> list[list[int]]:
-    return generate(session, prompts, max_new_tokens=num_tokens, end_id=None).tokens
+    return generate(session, Request(prompts, max_new_tokens=num_tokens)).tokens
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

@@ -14,6 +14,7 @@ from gpt.comm import Communicator, NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.folder import EngineInfo
 from gpt.errors import ConfigError
+from gpt.runtime.request import Request
 from gpt.text.dataset import Article
 from gpt.text.evaluation import encode_articles, max_prompt_tokens, prompt_text
 from gpt.text.pipeline import (
@@ -93,9 +94,7 @@ def test_any_number_of_prompts_in_batches_of_the_engine() -> None:
     ended: list[int] = []
     results = generate_batches(
         session,
-        prompts,
-        max_new_tokens=5,
-        end_id=END,
+        Request(prompts, max_new_tokens=5, end_id=END),
         on_token=lambda row, token: shown.setdefault(row, []).append(token),
         on_end=ended.append,
     )

@@ -13,6 +13,7 @@ from tiny_models import save_tokenizer
 
 from gpt.errors import ConfigError
 from gpt.runtime.generate import generate
+from gpt.runtime.request import Request
 from gpt.text.stop_words import StopWords
 from gpt.text.streaming import RowText
 from gpt.text.tokenizer import Tokenizer, load_tokenizer
@@ -146,11 +147,11 @@ def test_rows_end_on_their_own(tokenizer: Tokenizer, tmp_path: Path) -> None:
     limits = ["--max_batch_size", "4", "--max_input_len", "10", "--max_output_len", "40"]
     session = open_session(build_engine(None, tmp_path, *sizes, *limits, "--dtype", "float32", "--random_seed", "3"))
     prompts = random_prompts((4, 7, 2, 4), 264)
-    free = generate(session, prompts, max_new_tokens=30, end_id=None).tokens
+    free = generate(session, Request(prompts, max_new_tokens=30)).tokens
     word = tokenizer.decode(free[1][10:12])
     stops = StopWords([word], [tuple(free[2][4:7])], tokenizer)
     ended: list[int] = []
-    result = generate(session, prompts, max_new_tokens=30, end_id=None, stops=stops, on_end=ended.append)
+    result = generate(session, Request(prompts, max_new_tokens=30, stops=stops), on_end=ended.append)
     expected = [ends_at(stops, row) for row in free]
     lengths = [30 if place is None else place + 1 for place in expected]
     assert [len(row) for row in result.tokens] == lengths
@@ -164,7 +165,7 @@ def test_log_probabilities_of_each_token(tokenizer: Tokenizer, tmp_path: Path) -
     sizes = ["--n_layer", "2", "--n_embd", "32", "--n_head", "2", "--vocab_size", "264", "--n_positions", "60"]
     session = open_session(build_engine(None, tmp_path, *sizes, "--dtype", "float32", "--random_seed", "3"))
     prompts = random_prompts((4, 7), 264)
-    result = generate(session, prompts, max_new_tokens=9, end_id=None, num_top_logprobs=3)
+    result = generate(session, Request(prompts, max_new_tokens=9, num_top_logprobs=3))
     for prompt, tokens, logprobs in zip(prompts, result.tokens, result.logprobs, strict=True):
         assert len(tokens) == len(logprobs) == 9
         for step, one in enumerate(logprobs):

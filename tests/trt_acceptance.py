@@ -22,6 +22,7 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.errors import EngineError
 from gpt.files import write_text
 from gpt.runtime.generate import generate
+from gpt.runtime.request import Request
 from gpt.runtime.session import Session
 from gpt.runtime.torch_session import TorchSession
 
@@ -87,7 +88,7 @@ def check_buckets(report: Report, open_session: Open) -> None:
     wrong = []
     for seed, lengths in enumerate([(3,), (7, 2), (1, 5, 2), (2, 2, 9, 4), (6, 3), (12,)]):
         prompts = random_prompts(lengths, model.vocab_size, seed)
-        both = [generate(each, prompts, max_new_tokens=8, end_id=None).tokens for each in (bucketed, plain)]
+        both = [generate(each, Request(prompts, max_new_tokens=8)).tokens for each in (bucketed, plain)]
         if both[0] != both[1]:
             wrong.append(lengths)
     report.add("buckets", "greedy tokens of batches 1 to 4", passed=not wrong, different=wrong)
@@ -107,9 +108,9 @@ def check_limits(report: Report, open_session: Open) -> None:
     passed = (
         f"(1, {build.max_input_len + 1})" in message and f"({build.max_batch_size}, {build.max_input_len})" in message
     )
-    tokens = generate(session, [[1, 2, 3]], max_new_tokens=4, end_id=None).tokens
+    tokens = generate(session, Request([[1, 2, 3]], max_new_tokens=4)).tokens
     reference = TorchSession(model, build, RANK, random_weights(model, "float16"))
-    passed = passed and tokens == generate(reference, [[1, 2, 3]], max_new_tokens=4, end_id=None).tokens
+    passed = passed and tokens == generate(reference, Request([[1, 2, 3]], max_new_tokens=4)).tokens
     report.add("limits", "a prompt that is too long", passed=passed, message=message)
     assert passed, message
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping as Dict
 
 import torch
 
-from gpt.engine.quant_linear import QuantizedRows, prepared_rows, quantized_names
+from gpt.engine.quant_linear import LinearWeights, QuantizedRows, prepared_rows, quantized_names
 from gpt.kernels.product import Norm
 from gpt.kernels.quantize_rows import quantize_rows
 from gpt.kernels.w8a8 import NextInput, W8a8Config, default_config, w8a8
@@ -15,21 +15,13 @@ from gpt.kernels.w8a8 import NextInput, W8a8Config, default_config, w8a8
 class W8a8Linear:
     """One weight's way of multiplying, a `gpt.engine.quant_linear.QuantLinear` that takes along what stands around it.
 
-    weight: int8 or float8_e4m3fn [out, in]; scale: float32 [out].  input_scale: value per step of every input, or None
-    where each row finds its own.  smoother: float32 [in], what inputs are divided by first, or None.  dtype: of the
-    results.  The rows' scale is [N] here.
+    The rows' scale is [N] here.
     """
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        input_scale: torch.Tensor | None,
-        smoother: torch.Tensor | None,
-        dtype: torch.dtype,
-    ):
-        self.weight, self.scale, self.dtype = weight, scale, dtype
-        self.input_scale, self.smoother = input_scale, smoother
+    def __init__(self, weights: LinearWeights, dtype: torch.dtype):
+        """dtype: of the results."""
+        self.weight, self.scale, self.dtype = weights.weight, weights.scale, dtype
+        self.input_scale, self.smoother = weights.input_scale, weights.smoother
 
     def prepare(
         self,
@@ -114,13 +106,4 @@ class W8a8Linear:
 
 def w8a8_linears(weights: Dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, W8a8Linear]:
     """The products of a SmoothQuant or FP8 engine's weights, by the name of the linear layer."""
-    return {
-        name: W8a8Linear(
-            weights[name + ".weight"],
-            weights[name + ".weight_scale"],
-            weights.get(name + ".input_scale"),
-            weights.get(name + ".smoother"),
-            dtype,
-        )
-        for name in quantized_names(weights)
-    }
+    return {name: W8a8Linear(LinearWeights.of(weights, name), dtype) for name in quantized_names(weights)}

@@ -32,6 +32,26 @@ class QuantizedRows:
     scale: torch.Tensor
 
 
+@dataclass(frozen=True)
+class LinearWeights:
+    """What an engine holds for a linear layer: see gpt.engine.quant_weights.quantized_parts.  Without an input_scale
+    each row finds its own."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    input_scale: torch.Tensor | None
+    smoother: torch.Tensor | None
+
+    @classmethod
+    def of(cls, weights: Dict[str, torch.Tensor], name: str) -> LinearWeights:
+        return cls(
+            weights[f"{name}.weight"],
+            weights[f"{name}.weight_scale"],
+            weights.get(f"{name}.input_scale"),
+            weights.get(f"{name}.smoother"),
+        )
+
+
 class QuantLinear(Protocol):
     """One weight's way of multiplying.  Results are float32 on a CPU and of the engine's dtype on a GPU."""
 
@@ -121,27 +141,16 @@ class WidenedWeights:
 
 
 class SmoothQuantLinear:
-    """int8 activations times int8 weights: Y = int32 sum * row scale * column scale (+ bias).
+    """int8 activations times int8 weights: Y = int32 sum * row scale * column scale (+ bias)."""
 
-    input_scale: value per step of every input, or None where each row finds its own.  smoother: [in], what inputs are
-    divided by first, or None.
-    """
-
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        input_scale: torch.Tensor | None,
-        smoother: torch.Tensor | None,
-        dtype: torch.dtype,
-    ):
-        self._product = integer_product(weight, scale)
-        self.input_scale, self.smoother = input_scale, smoother
-        self._dtype = dtype if weight.is_cuda else torch.float32
+    def __init__(self, weights: LinearWeights, dtype: torch.dtype):
+        self._product = integer_product(weights.weight, weights.scale)
+        self._input_scale, self._smoother = weights.input_scale, weights.smoother
+        self._dtype = dtype if weights.weight.is_cuda else torch.float32
 
     def prepare(self, x: torch.Tensor) -> QuantizedRows:
-        x = x.float() if self.smoother is None else x / self.smoother
-        scale = row_scales(x, INT8_MAX) if self.input_scale is None else self.input_scale
+        x = x.float() if self._smoother is None else x / self._smoother
+        scale = row_scales(x, INT8_MAX) if self._input_scale is None else self._input_scale
         return QuantizedRows(to_int8(x, scale, self._product.takes), scale)
 
     def multiply(self, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -152,15 +161,16 @@ class SmoothQuantLinear:
 class Fp8Linear:
     """FP8 activations times FP8 weights, written plainly: both are widened to a type that holds every FP8 number."""
 
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, input_scale: torch.Tensor | None, dtype: torch.dtype):
+    def __init__(self, weights: LinearWeights, dtype: torch.dtype):
+        weight = weights.weight
         # Sums of products of up to 448^2 are more than float16 holds.
         self._wide = torch.bfloat16 if weight.is_cuda or dtype == torch.bfloat16 else torch.float32
         # Processors do not multiply FP8: widening once at load trades memory for time.
         self._weight = weight if weight.is_cuda else weight.to(self._wide)
-        self._scale, self.input_scale, self._dtype = scale, input_scale, dtype
+        self._scale, self._input_scale, self._dtype = weights.scale, weights.input_scale, dtype
 
     def prepare(self, x: torch.Tensor) -> QuantizedRows:
-        scale = row_scales(x, FP8_MAX) if self.input_scale is None else self.input_scale
+        scale = row_scales(x, FP8_MAX) if self._input_scale is None else self._input_scale
         return QuantizedRows(to_fp8(x, scale), scale)
 
     def multiply(self, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -217,12 +227,12 @@ def quantized_linears(
 
 
 def _make(weights: Dict[str, torch.Tensor], name: str, quant: QuantConfig, dtype: torch.dtype) -> QuantLinear:
-    weight, scale = weights[name + ".weight"], weights[name + ".weight_scale"]
-    input_scale, smoother = weights.get(name + ".input_scale"), weights.get(name + ".smoother")
+    held = LinearWeights.of(weights, name)
+    weight, scale = held.weight, held.scale
     if quant.weights == "fp8":
-        return Fp8Linear(weight, scale, input_scale, dtype)
+        return Fp8Linear(held, dtype)
     if quant.smooth_quant:
-        return SmoothQuantLinear(weight, scale, input_scale, smoother, dtype)
+        return SmoothQuantLinear(held, dtype)
     if weight.is_cuda:
         return WidenedWeights(weight, scale, dtype)
     return Int4Weights(weight, scale, dtype) if quant.weights == "int4" else Int8Weights(weight, scale)

@@ -9,15 +9,13 @@ from gpt.comm import WAITING
 from gpt.errors import ConfigError
 from gpt.runtime.batching_config import BatchingConfig
 from gpt.runtime.blocks import BlockManager
-from gpt.runtime.generate import Generation, check_request
+from gpt.runtime.generate import Generation
 from gpt.runtime.paged_rows import Rows
 from gpt.runtime.paged_steps import StepRunner
 from gpt.runtime.pool_size import pool_blocks
-from gpt.runtime.sampling_config import SamplingConfig
+from gpt.runtime.request import Request
 from gpt.runtime.scheduler import Part, RunningSequence, Scheduler
 from gpt.runtime.session import PagedSession
-from gpt.runtime.stopping import Stops
-from gpt.runtime.virtual_tokens import VirtualTokens
 
 # Steps between two looks at what ended and what may join.  A sequence that ends runs on for half as many in the middle,
 # a hundredth of a usual text; planning, which the device waits for, costs as much of a step.
@@ -28,37 +26,29 @@ _PATIENCE = 32
 
 def generate_paged(
     session: PagedSession,
-    prompts: Sequence[Sequence[int]],
+    request: Request,
     *,
-    max_new_tokens: int,
-    end_id: int | None,
     on_token: Callable[[int, int], None] | None = None,
     on_end: Callable[[int], None] | None = None,
-    virtual: VirtualTokens | None = None,
-    sampling: SamplingConfig | None = None,
-    first_row: int = 0,
-    keys: Sequence[tuple[int, ...]] | None = None,
-    stops: Stops | None = None,
-    num_top_logprobs: int | None = None,
     batching: BatchingConfig | None = None,
 ) -> Generation:
     """Continues any number of prompts, as `gpt.runtime.generate.generate` would each of them alone.
 
     Among several ranks the first one schedules and chooses; the others compute what it tells them and return nothing.
 
-    on_token: called with (row, new token) as tokens come.  on_end: with each row at its end.  The other arguments are
-    those of `generate`, per row and not per batch.  Steps in which prompts took part count as context_ms.
+    on_token: called with (row, new token) as tokens come.  on_end: with each row at its end.  Steps in which prompts
+    took part count as context_ms.
 
     Raises ConfigError for prompts the engine cannot take, GptError where the logits are no numbers.
     """
     session.comm.stage = WAITING
     batching = batching or BatchingConfig()
+    virtual = request.virtual
     num_blocks, table = 0, None
     if session.comm.rank == 0:
-        check_request(session, prompts, max_new_tokens, virtual)
-        longest = max(map(len, prompts)) + max_new_tokens
+        request.check(session.model, session.build)
         held = session.num_pool_blocks
-        num_blocks = pool_blocks(session.model, session.build, session.device, batching, longest, held)
+        num_blocks = pool_blocks(session.model, session.build, session.device, batching, request.longest, held)
         table = None if virtual is None else virtual.table
         if session.batch_invariant and batching.max_draft_len:
             raise ConfigError(
@@ -72,24 +62,10 @@ def generate_paged(
     if session.comm.rank > 0:
         steps.follow()
         return Generation()
-    if keys is None:
-        keys = [(first_row + row,) for row in range(len(prompts))]
-    rows = Rows(
-        session,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        end_id=end_id,
-        sampling=sampling,
-        keys=keys,
-        stops=stops,
-        num_top_logprobs=num_top_logprobs,
-        max_draft_len=batching.max_draft_len,
-        on_token=on_token,
-        on_end=on_end,
-    )
+    rows = Rows(session, request, max_draft_len=batching.max_draft_len, on_token=on_token, on_end=on_end)
     scheduler = Scheduler(
         BlockManager(num_blocks, session.build.tokens_per_block, sharing=not session.batch_invariant),
-        rows.waiting(None if virtual is None else virtual.tasks),
+        rows.waiting(),
         max_running=session.build.max_batch_size,
         max_num_tokens=session.build.max_num_tokens,
         continuous=session.build.use_inflight_batching,

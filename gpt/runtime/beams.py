@@ -15,54 +15,38 @@ import torch
 from gpt.comm import WAITING
 from gpt.errors import ConfigError, GptError
 from gpt.runtime.beam_config import BeamConfig
-from gpt.runtime.generate import Generation, check_finite, check_request
+from gpt.runtime.generate import Generation, check_finite, make_sampler
 from gpt.runtime.hypotheses import BeamSearch, Candidate, Hypothesis
 from gpt.runtime.logprobs import TokenLogprob, record
-from gpt.runtime.sampling import Sampler
-from gpt.runtime.sampling_config import GREEDY, SamplingConfig
+from gpt.runtime.request import Request
 from gpt.runtime.session import Session
-from gpt.runtime.stopping import Stops, StopState
-from gpt.runtime.virtual_tokens import VirtualTokens
+from gpt.runtime.stopping import StopState
 
 
-def generate_beams(
-    session: Session,
-    prompts: Sequence[Sequence[int]],
-    *,
-    beams: BeamConfig,
-    max_new_tokens: int,
-    end_id: int | None,
-    virtual: VirtualTokens | None = None,
-    sampling: SamplingConfig | None = None,
-    stops: Stops | None = None,
-    num_top_logprobs: int | None = None,
-) -> Generation:
+def generate_beams(session: Session, request: Request, beams: BeamConfig) -> Generation:
     """The best hypotheses of each prompt: rows p * n to p * n + n - 1 of the result are those of prompt p, best first,
     with n = `beams.num_returned`.
 
-    sampling: penalties and blocks; it must be greedy.  The other arguments are those of `generate`.  Among several
-    ranks, what rank 0 was given counts.
+    The request's sampling gives penalties and blocks; it must be greedy.  Among several ranks, what rank 0 was given
+    counts.
 
     Raises ConfigError for what the engine cannot take, GptError where the logits are no numbers or nothing can come.
     """
     session.comm.stage = WAITING
-    request = (prompts, beams, max_new_tokens, end_id, virtual, sampling or GREEDY, stops is not None, num_top_logprobs)
-    request = session.comm.broadcast_object(request)
-    prompts, beams, max_new_tokens, end_id, virtual, sampling, has_stops, num_top_logprobs = request
-    check_request(session, prompts, max_new_tokens, virtual)
-    _check_fits(session, len(prompts), beams, sampling, max_new_tokens)
-    session.start(len(prompts) * beams.num_beams, max(map(len, prompts)) + max_new_tokens)
-    search = _Searches(session, len(prompts), beams, max_new_tokens, end_id, stops, has_stops, num_top_logprobs)
-    sampler = None
-    if not sampling.is_argmax:
-        size = session.model.vocab_size
-        sampler = Sampler(sampling, prompts, vocab_size=size, end_id=end_id, device=session.device)
+    request, has_stops = request.of_first_rank(session.comm)
+    beams = session.comm.broadcast_object(beams)
+    request.check(session.model, session.build)
+    _check_fits(session, request, beams)
+    prompts = request.prompts
+    sampler = make_sampler(session, request, prompts)
+    session.start(len(prompts) * beams.num_beams, request.longest)
+    search = _Searches(session, request, beams, has_stops)
     result = Generation()
     chosen = _Step(torch.empty(0), [])
     begin = time.perf_counter()
-    for step in range(max_new_tokens):
+    for step in range(request.max_new_tokens):
         session.comm.stage = f"new token {step}"
-        logits = session.context(prompts, virtual) if step == 0 else session.generation(chosen.tokens)
+        logits = session.context(prompts, request.virtual) if step == 0 else session.generation(chosen.tokens)
         check_finite(logits.amax(dim=-1).tolist(), step)
         logprobs = logits.log_softmax(dim=-1)
         scores = logprobs if sampler is None else sampler.process(logprobs, may_block_all=True)
@@ -91,23 +75,20 @@ def generate_beams(
     for hypothesis in search.best():
         result.tokens.append(list(hypothesis.tokens))
         result.scores.append(hypothesis.score)
-        if num_top_logprobs is not None:
+        if request.num_top_logprobs is not None:
             result.logprobs.append(list(hypothesis.logprobs))
     return result
 
 
-def _check_fits(
-    session: Session, num_prompts: int, beams: BeamConfig, sampling: SamplingConfig, max_new_tokens: int
-) -> None:
-    vocab_size, limit = session.model.vocab_size, session.build.max_batch_size
+def _check_fits(session: Session, request: Request, beams: BeamConfig) -> None:
+    sampling, limit = request.sampling, session.build.max_batch_size
     if not sampling.is_greedy:
         raise ConfigError("beams are searched, not drawn", found=sampling.describe(), hint="--top_k 1 or --num_beams 1")
-    sampling.check_fits(vocab_size, max_new_tokens)
-    beams.check_fits(session.build, vocab_size)
-    if num_prompts > limit:
+    beams.check_fits(session.build, session.model.vocab_size)
+    if len(request.prompts) > limit:
         raise ConfigError(
             "the request is larger than the engine",
-            found=f"{num_prompts} prompts in one batch",
+            found=f"{len(request.prompts)} prompts in one batch",
             allowed=f"at most {limit}, the engine's --max_batch_size",
         )
 
@@ -123,29 +104,18 @@ class _Step:
 class _Searches:
     """The searches of all prompts and groups: row p * K + g * size + b is beam b of group g of prompt p."""
 
-    def __init__(
-        self,
-        session: Session,
-        num_prompts: int,
-        beams: BeamConfig,
-        max_new_tokens: int,
-        end_id: int | None,
-        stops: Stops | None,
-        has_stops: bool,
-        num_top_logprobs: int | None,
-    ):
+    def __init__(self, session: Session, request: Request, beams: BeamConfig, has_stops: bool):
+        """has_stops: whether the first rank has stop words, whatever this one has."""
         self._session = session
+        self._request = request
         self._beams = beams
-        self._max_new_tokens = max_new_tokens
-        self._end_id = end_id
         self._has_stops = has_stops
-        self._num_top_logprobs = num_top_logprobs
         self._num_new = 0
-        size = beams.group_size
         self._searches = [
-            [BeamSearch(beams, size, max_new_tokens) for _ in range(beams.num_groups)] for _ in range(num_prompts)
+            [BeamSearch(beams, beams.group_size, request.max_new_tokens) for _ in range(beams.num_groups)]
+            for _ in request.prompts
         ]
-        num_rows = num_prompts * beams.num_beams
+        num_rows, stops = len(request.prompts) * beams.num_beams, request.stops
         self._states: list[StopState] = [] if stops is None else [stops.start() for _ in range(num_rows)]
 
     @property
@@ -213,9 +183,9 @@ class _Searches:
 
     def _ends(self, first: int, pairs: Sequence[tuple[int, int]]) -> list[bool]:
         """Which of the (beam, token) end a text: by the end token, a stop word, or the length."""
-        if self._num_new == self._max_new_tokens:
+        if self._num_new == self._request.max_new_tokens:
             return [True] * len(pairs)
-        ends = [token == self._end_id for _, token in pairs]
+        ends = [token == self._request.end_id for _, token in pairs]
         if not self._has_stops:
             return ends
         stopped = [self._states[first + beam].copy().add(token) for beam, token in pairs] if self._states else []
@@ -225,7 +195,7 @@ class _Searches:
     def _records(
         self, logprobs: torch.Tensor, first: int, pairs: Sequence[tuple[int, int]]
     ) -> Sequence[TokenLogprob | None]:
-        if self._num_top_logprobs is None:
+        if self._request.num_top_logprobs is None:
             return [None] * len(pairs)
         rows, tokens = [first + beam for beam, _ in pairs], [token for _, token in pairs]
-        return record(logprobs[rows], tokens, self._num_top_logprobs)
+        return record(logprobs[rows], tokens, self._request.num_top_logprobs)

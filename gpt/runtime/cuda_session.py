@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as Dict
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -12,18 +12,17 @@ import torch
 from gpt.comm import Communicator
 from gpt.comm_nccl import NcclCommunicator
 from gpt.config import BuildConfig, ModelConfig
-from gpt.engine.cuda_ops import DecodeInputs, DecodeOps
+from gpt.engine.cuda_ops import DecodeOps
 from gpt.engine.cuda_prompt_ops import PromptOps
 from gpt.engine.cuda_w8a8 import W8a8Linear
 from gpt.engine.host_lists import on_device
 from gpt.engine.kv_cache import KvCache, batch_bucket, cache_slots
 from gpt.engine.step import AheadStep, PagedStep, Step
 from gpt.engine.tuning import Tuning
-from gpt.kernels.choose import choose_greedy
-from gpt.kernels.draw import Filters, draw_tokens
+from gpt.kernels.draw import Filters
 from gpt.mapping import Mapping
-from gpt.network.gpt import forward
 from gpt.quant import QuantConfig
+from gpt.runtime.decoder import Decoder, HostTokens
 from gpt.runtime.limits import check_start
 from gpt.runtime.prompt_graphs import PromptGraphs
 from gpt.runtime.recording import Recorder
@@ -33,8 +32,6 @@ from gpt.runtime.virtual_tokens import VirtualTokens
 
 # Steps that may be under way while the host still reads older tokens.
 _LEAD = 3
-# Graphs of a batch size for so many ways of choosing tokens are kept: a long session may be asked for any number.
-_MAX_WAYS = 8
 
 
 def kernels_know(quant: QuantConfig, device: torch.device) -> bool:
@@ -42,33 +39,6 @@ def kernels_know(quant: QuantConfig, device: torch.device) -> bool:
     all."""
     has_fp8 = "fp8" in (quant.weights, quant.kv_cache)
     return not has_fp8 or torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-@dataclass
-class _Recorded:
-    """A step's graph and where it leaves the logits [B, V padded]."""
-
-    graph: torch.cuda.CUDAGraph
-    logits: torch.Tensor
-
-
-@dataclass
-class _Decoder:
-    """A decode step for one batch size: its buffers and, on a GPU, its graphs, one for each way of choosing tokens.
-
-    first: [B] int32, the positions at which generating began.  tokens: [T, 2, B] int32: per step since then the chosen
-    tokens and the bits of the largest logits.  uniforms: [T, B] float64, the random numbers of these steps.
-    """
-
-    inputs: DecodeInputs
-    first: torch.Tensor
-    tokens: torch.Tensor
-    uniforms: torch.Tensor
-    recorded: dict[Filters | None, _Recorded] = field(default_factory=dict)
-
-    @property
-    def num_rows(self) -> int:
-        return self.first.shape[0]
 
 
 class CudaSession(TorchSession):
@@ -104,12 +74,12 @@ class CudaSession(TorchSession):
             comm=self.comm,
             products={name: each for name, each in self.ops.linears.items() if isinstance(each, W8a8Linear)},
         )
-        self._decoders: dict[tuple[str, int], _Decoder] = {}
+        self._decoders: dict[tuple[str, int], Decoder] = {}
         self._recorder = Recorder(self.device) if self.graphs else None
         self._prompts: PromptGraphs | None = None
         if self._recorder is not None and not batch_invariant:  # graphs pad prompts, and not from the first time on
             self._prompts = PromptGraphs(self._forward_whole, self._recorder)
-        self._active: _Decoder | None = None  # the one that holds the positions of the batch
+        self._active: Decoder | None = None  # the one that holds the positions of the batch
         self._num_generated = 0  # since it does
         if isinstance(self.comm, NcclCommunicator):
             self.comm.before_leaving(self.release_graphs)
@@ -162,7 +132,7 @@ class CudaSession(TorchSession):
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
         decoder = self._batch_decoder()
         decoder.inputs.ids[: len(self._lengths)] = ids
-        logits = self._step(decoder)
+        logits = decoder.step()
         self._count_step()
         return logits[: len(self._lengths)]
 
@@ -180,22 +150,15 @@ class CudaSession(TorchSession):
             config = draws.config
             filters = Filters(config.temperature, config.top_k, config.nucleus, config.min_p)
             decoder.uniforms[begin : begin + num_steps, :num_rows] = draws.uniforms.to(self.device)
-        host = torch.empty((num_steps, 2, decoder.num_rows), dtype=torch.int32, pin_memory=self.graphs)
-        done: list[torch.cuda.Event] = []
+        host = HostTokens(num_steps, decoder, waits=self.graphs)
         for step in range(num_steps + _LEAD):
             if step < num_steps:
-                self._step(decoder, filters)
-                host[step].copy_(decoder.tokens[begin + step], non_blocking=True)
-                if self.graphs:
-                    done.append(torch.cuda.Event())
-                    done[-1].record()
+                decoder.step(filters)
+                host.send(step, decoder.tokens[begin + step])
             if step >= _LEAD:
-                oldest = step - _LEAD
-                if self.graphs:
-                    done[oldest].synchronize()
+                oldest = host.read(step - _LEAD, num_rows)
                 self._count_step()
-                tokens, values = host[oldest, :, :num_rows]
-                yield tokens.tolist(), values.view(torch.float32).tolist()
+                yield oldest
 
     def reorder(self, sources: Sequence[int]) -> None:
         if self._active is not None:
@@ -249,20 +212,15 @@ class CudaSession(TorchSession):
         rows += [[0, 0, 0, *[trash] * width]] * (decoder.num_rows - num_rows)
         numbers = on_device(rows, self.device)
         inputs.ids.copy_(numbers[:, 0])
-        inputs.positions.copy_(numbers[:, 1])
-        decoder.first.copy_(inputs.positions)
+        decoder.begin(numbers[:, 1])
         ends = numbers[:, 2].contiguous()
         inputs.table.copy_(numbers[:, 3:])
-        host = torch.empty((step.num_steps, 2, decoder.num_rows), dtype=torch.int32, pin_memory=self.graphs)
-        done: list[torch.cuda.Event] = []
+        host = HostTokens(step.num_steps, decoder, waits=self.graphs)
         for number in range(step.num_steps):
-            self._step(decoder)
+            decoder.step()
             torch.minimum(inputs.positions, ends, out=inputs.positions)
-            host[number].copy_(decoder.tokens[number], non_blocking=True)
-            if self.graphs:
-                done.append(torch.cuda.Event())
-                done[-1].record()
-        return _read(host[:, :, :num_rows], done)
+            host.send(number, decoder.tokens[number])
+        return (host.read(number, num_rows) for number in range(step.num_steps))
 
     def _decode_rows(self, step: PagedStep, rows: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
         """One decode step of these rows of a paged step, whose tokens stand at `tokens`: logits [rows, V]."""
@@ -270,23 +228,21 @@ class CudaSession(TorchSession):
         inputs, num_rows = decoder.inputs, len(rows)
         picked = on_device(tokens, self.device, torch.int64)
         inputs.ids[:num_rows] = step.ids[picked]
-        inputs.positions.zero_()
-        inputs.positions[:num_rows] = step.positions[picked]
-        decoder.first.copy_(inputs.positions)
+        decoder.begin(step.positions[picked])
         inputs.table.fill_(self._pool().num_blocks - 1)
         width = min(step.block_table.shape[1], inputs.table.shape[1])
         inputs.table[:num_rows, :width] = step.block_table[on_device(rows, self.device, torch.int64), :width]
-        return self._step(decoder)[:num_rows]
+        return decoder.step()[:num_rows]
 
-    def _paged_decoder(self, num_rows: int) -> _Decoder:
+    def _paged_decoder(self, num_rows: int) -> Decoder:
         key = ("paged", self._num_rows(num_rows))
         if key not in self._decoders:
             pool = self._pool()
             width = -(-self.build.max_seq_len // pool.tokens_per_block)
-            self._decoders[key] = self._make_decoder(key[1], width, pool)
+            self._decoders[key] = Decoder(self._decode_ops, self._recorder, key[1], width, pool)
         return self._decoders[key]
 
-    def _batch_decoder(self) -> _Decoder:
+    def _batch_decoder(self) -> Decoder:
         """The decoder that goes on with the batch, its positions set."""
         if self._active is not None:
             return self._active
@@ -294,29 +250,18 @@ class CudaSession(TorchSession):
             raise RuntimeError("start comes before context and generation")
         key = ("batch", self._num_rows(len(self._lengths)))
         if key not in self._decoders:
-            self._decoders[key] = self._make_decoder(key[1], 1, self.cache)
+            self._decoders[key] = Decoder(self._decode_ops, self._recorder, key[1], 1, self.cache)
             rows = torch.arange(key[1], dtype=torch.int32, device=self.device)
             # Rows that fill up a batch may share a block, if need be.
             self._decoders[key].inputs.table.copy_(rows.clamp(max=self.cache.num_blocks - 1)[:, None])
         decoder = self._decoders[key]
-        decoder.inputs.positions.zero_()
-        decoder.inputs.positions[: len(self._lengths)] = self._positions
-        decoder.first.copy_(decoder.inputs.positions)
+        decoder.begin(self._positions)
         self._active, self._num_generated = decoder, 0
         return decoder
 
     def _num_rows(self, batch_size: int) -> int:
         """What a batch is padded to.  Triton's code for one row, and for multiples of 16, is code of its own."""
         return -(-batch_size // 16) * 16 if self.batch_invariant else batch_bucket(batch_size)
-
-    def _make_decoder(self, num_rows: int, table_width: int, cache: KvCache) -> _Decoder:
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=self.device)
-
-        inputs = DecodeInputs(zeros(num_rows), zeros(num_rows), zeros(num_rows, table_width), cache)
-        # One row more than positions: the device may be a few steps ahead of the last one.
-        num_steps = table_width * cache.tokens_per_block + 1
-        return _Decoder(inputs, zeros(num_rows), zeros(num_steps, 2, num_rows), zeros(num_steps, num_rows).double())
 
     def _forget(self, kind: str) -> None:
         """Graphs hold the addresses of a cache that is about to go."""
@@ -331,49 +276,3 @@ class CudaSession(TorchSession):
         self._num_generated += 1
         self._lengths = [length + 1 for length in self._lengths]
         self._beginnings.grow()
-
-    def _step(self, decoder: _Decoder, filters: Filters | None = None) -> torch.Tensor:
-        """The logits [B, V] that follow the decoder's inputs, which move on to the likeliest or the drawn tokens."""
-        with torch.inference_mode():
-            if self._recorder is None:
-                return self._launch(decoder, filters)[:, : self.model.vocab_size]
-            if filters not in decoder.recorded:
-                if len(decoder.recorded) == _MAX_WAYS:
-                    del decoder.recorded[next(iter(decoder.recorded))]
-                decoder.recorded[filters] = self._capture(decoder, filters, self._recorder)
-            recorded = decoder.recorded[filters]
-            recorded.graph.replay()
-            return recorded.logits[:, : self.model.vocab_size]
-
-    def _launch(self, decoder: _Decoder, filters: Filters | None) -> torch.Tensor:
-        ops, inputs = self._decode_ops, decoder.inputs
-        ops.begin(inputs)
-        logits = ops.value(forward(ops, self.model, self.mapping))
-        tiles, shown = ops.tiles, logits[:, : self.model.vocab_size]
-        if self.mapping.world_size > 1:
-            tiles = None  # of this rank's logits only
-        if filters is not None:
-            tile_max = None if tiles is None else tiles[0]
-            tiles = draw_tokens(shown, filters, decoder.uniforms, inputs.positions, decoder.first, tile_max)
-        elif tiles is None:
-            best = shown.max(dim=-1, keepdim=True)
-            tiles = best.values, best.indices.to(torch.int32)
-        choose_greedy(tiles, inputs.ids, inputs.positions, decoder.first, decoder.tokens)
-        return logits
-
-    def _capture(self, decoder: _Decoder, filters: Filters | None, recorder: Recorder) -> _Recorded:
-        """Records the step; the inputs, which its first run moves on, are put back."""
-        saved = decoder.inputs.ids.clone(), decoder.inputs.positions.clone()
-        graph, logits = recorder.record(lambda: self._launch(decoder, filters))
-        decoder.inputs.ids.copy_(saved[0])
-        decoder.inputs.positions.copy_(saved[1])
-        return _Recorded(graph, logits)
-
-
-def _read(host: torch.Tensor, done: Sequence[torch.cuda.Event]) -> Iterator[tuple[list[int], list[float]]]:
-    """Tokens and the largest logits of each step in host [T, 2, B] int32, as soon as they are there.  done: events of
-    the steps, none where nothing has to be waited for."""
-    for number, (tokens, values) in enumerate(host):
-        if done:
-            done[number].synchronize()
-        yield tokens.tolist(), values.view(torch.float32).tolist()

@@ -10,14 +10,11 @@ from dataclasses import dataclass, field
 import torch
 
 from gpt.comm import WAITING
-from gpt.errors import ConfigError, GptError
-from gpt.runtime.limits import check_prompts
+from gpt.errors import GptError
 from gpt.runtime.logprobs import TokenLogprob, record
+from gpt.runtime.request import Request
 from gpt.runtime.sampling import Sampler
-from gpt.runtime.sampling_config import SamplingConfig
 from gpt.runtime.session import RunsAhead, Session
-from gpt.runtime.stopping import Stops
-from gpt.runtime.virtual_tokens import VirtualTokens, check_virtual_tokens
 
 
 @dataclass
@@ -58,53 +55,31 @@ def joined(parts: Sequence[Generation]) -> Generation:
 
 def generate(
     session: Session,
-    prompts: Sequence[Sequence[int]],
+    request: Request,
     *,
-    max_new_tokens: int,
-    end_id: int | None,
     on_tokens: Callable[[Sequence[int | None]], None] | None = None,
     on_end: Callable[[int], None] | None = None,
-    virtual: VirtualTokens | None = None,
-    sampling: SamplingConfig | None = None,
-    keys: Sequence[tuple[int, ...]] | None = None,
-    stops: Stops | None = None,
-    num_top_logprobs: int | None = None,
 ) -> Generation:
-    """Continues each prompt until `end_id`, a stop word or `max_new_tokens`.
-
-    Among several ranks, what rank 0 was given counts: all arguments but `on_tokens` and `on_end`.
-
-    virtual: the embeddings behind token ids V and above, for engines built for prompt tuning.
+    """Continues all prompts together.  Among several ranks, what rank 0 is asked for counts.
 
     on_tokens: called after each step with one new token per prompt, None for prompts that have ended.
     on_end: called with the number of each row once it has its last token.
 
-    sampling: how tokens are chosen, greedily for None.  keys: (index of the prompt, number of the sample) of each row,
-    which together with the seed decide what is drawn; neighbouring rows may be samples of one prompt, which is then
-    computed once.
-
-    stops: what ends a row besides `end_id`.  num_top_logprobs: asks for the tokens' log-probabilities, with those of so
-    many of the likeliest tokens.
-
     Raises ConfigError for prompts the engine cannot take, GptError where the logits are no numbers.
     """
     session.comm.stage = WAITING
-    if sampling is not None:
-        sampling = sampling.with_seed()
-    keys = [(row,) for row in range(len(prompts))] if keys is None else list(keys)
-    request = (prompts, max_new_tokens, end_id, virtual, sampling, keys, stops is not None, num_top_logprobs)
-    request = session.comm.broadcast_object(request)
-    prompts, max_new_tokens, end_id, virtual, sampling, keys, has_stops, num_top_logprobs = request
-    check_request(session, prompts, max_new_tokens, virtual)
-    sampler = _make_sampler(session, prompts, max_new_tokens, end_id, sampling, keys)
-    session.start(len(prompts), max(map(len, prompts)) + max_new_tokens)
+    request, has_stops = request.of_first_rank(session.comm)
+    request.check(session.model, session.build)
+    prompts, max_new_tokens, num_top_logprobs = request.prompts, request.max_new_tokens, request.num_top_logprobs
+    sampler = make_sampler(session, request, request.prompts)
+    session.start(len(prompts), request.longest)
     if num_top_logprobs is None:
-        session.limit_logits(1 if sampling is None else sampling.num_candidates)
-    rows = _Rows(session, len(prompts), end_id, stops, has_stops)
+        session.limit_logits(request.sampling.num_candidates)
+    rows = _Rows(session, request, has_stops)
     result = Generation(tokens=rows.tokens)
     if num_top_logprobs is not None:
         result.logprobs = [[] for _ in prompts]
-    runs_ahead = num_top_logprobs is None and (sampling is None or sampling.is_memoryless)
+    runs_ahead = num_top_logprobs is None and request.sampling.is_memoryless
     ahead: Iterator[tuple[list[int], list[float]]] | None = None
     chosen = torch.empty(0)
     begin = time.perf_counter()
@@ -113,7 +88,7 @@ def generate(
         if step > 0 and ahead is not None:
             tokens, largest = next(ahead)
         else:
-            logits = run_context(session, prompts, keys, virtual) if step == 0 else session.generation(chosen)
+            logits = run_context(session, request) if step == 0 else session.generation(chosen)
             values, likeliest = logits.max(dim=-1)
             largest = values.tolist()  # waits for the device
             chosen = likeliest if sampler is None else sampler.choose(logits)
@@ -155,14 +130,15 @@ def generate(
 class _Rows:
     """The sequences of a batch: their tokens, and which of them still run."""
 
-    def __init__(self, session: Session, num_rows: int, end_id: int | None, stops: Stops | None, has_stops: bool):
+    def __init__(self, session: Session, request: Request, has_stops: bool):
         """has_stops: whether the first rank has stop words, whatever this one has."""
-        self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
-        self.running = [True] * num_rows
+        self.tokens: list[list[int]] = [[] for _ in request.prompts]
+        self.running = [True] * len(request.prompts)
         self._comm = session.comm
-        self._end_id = end_id
+        self._end_id = request.end_id
         self._has_stops = has_stops
-        self._states = [] if stops is None else [stops.start() for _ in range(num_rows)]
+        stops = request.stops
+        self._states = [] if stops is None else [stops.start() for _ in request.prompts]
 
     def add(self, tokens: Sequence[int]) -> list[int | None]:
         """Takes one token per row; those of the rows that were running, None for the others."""
@@ -182,50 +158,32 @@ class _Rows:
         return [row for row, (state, token) in enumerate(pairs) if token is not None and state.add(token)]
 
 
-def check_request(
-    session: Session, prompts: Sequence[Sequence[int]], max_new_tokens: int, virtual: VirtualTokens | None
-) -> None:
-    """Raises ConfigError for what the engine cannot take."""
-    if max_new_tokens < 1:
-        raise ConfigError("nothing to generate", found=f"{max_new_tokens} new tokens", allowed="at least 1")
-    if virtual is not None:
-        check_virtual_tokens(session.model, session.build, virtual, len(prompts))
-    num_virtual = virtual.num_tokens if virtual is not None else 0
-    check_prompts(session.model, session.build, prompts, max_new_tokens, num_virtual=num_virtual)
-
-
-def run_context(
-    session: Session,
-    prompts: Sequence[Sequence[int]],
-    keys: Sequence[tuple[int, ...]],
-    virtual: VirtualTokens | None,
-) -> torch.Tensor:
+def run_context(session: Session, request: Request) -> torch.Tensor:
     """The prompts' step, with neighbouring rows of one prompt computed once: logits [B, V] of all rows."""
+    keys = request.keys
     firsts = [row for row, key in enumerate(keys) if row == 0 or key[0] != keys[row - 1][0]]
     if len(firsts) == len(keys):
-        return session.context(prompts, virtual)
-    part = None if virtual is None else virtual.of_prompts(firsts)
-    logits = session.context([prompts[row] for row in firsts], part)
+        return session.context(request.prompts, request.virtual)
+    part = request.of_rows(firsts)
+    logits = session.context(part.prompts, part.virtual)
     counts = [after - row for row, after in zip(firsts, [*firsts[1:], len(keys)], strict=True)]
     sources = [source for source, count in enumerate(counts) for _ in range(count)]
     session.reorder(sources)
     return logits[sources]
 
 
-def _make_sampler(
-    session: Session,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    end_id: int | None,
-    sampling: SamplingConfig | None,
-    keys: Sequence[tuple[int, ...]],
-) -> Sampler | None:
-    """None where the largest logit decides."""
-    if sampling is None or sampling.is_argmax:
+def make_sampler(session: Session, request: Request, prompts: Sequence[Sequence[int]] = ()) -> Sampler | None:
+    """None where the largest logit decides.  prompts: of the rows that it knows from the beginning.
+
+    Raises ConfigError for settings that do not fit the model or the length of the output.
+    """
+    sampling, vocab_size = request.sampling, session.model.vocab_size
+    if sampling.is_argmax:
         return None
-    vocab_size = session.model.vocab_size
-    sampling.check_fits(vocab_size, max_new_tokens)
-    return Sampler(sampling, prompts, vocab_size=vocab_size, end_id=end_id, device=session.device, keys=keys)
+    sampling.check_fits(vocab_size, request.max_new_tokens)
+    return Sampler(
+        sampling, prompts, vocab_size=vocab_size, end_id=request.end_id, device=session.device, keys=request.keys
+    )
 
 
 def check_finite(values: Sequence[float], step: int) -> None:

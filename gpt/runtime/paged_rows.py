@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from gpt.runtime.generate import Generation, check_finite
+from gpt.runtime.generate import Generation, check_finite, make_sampler
 from gpt.runtime.logprobs import record
 from gpt.runtime.prompt_lookup import PromptLookup
-from gpt.runtime.sampling import Sampler
-from gpt.runtime.sampling_config import SamplingConfig
+from gpt.runtime.request import Request
 from gpt.runtime.scheduler import Part, RunningSequence
 from gpt.runtime.session import PagedSession
-from gpt.runtime.stopping import Stops, StopState
+from gpt.runtime.stopping import StopState
 
 
 @dataclass
@@ -33,53 +32,39 @@ class Rows:
     def __init__(
         self,
         session: PagedSession,
-        prompts: Sequence[Sequence[int]],
+        request: Request,
         *,
-        max_new_tokens: int,
-        end_id: int | None,
-        sampling: SamplingConfig | None,
-        keys: Sequence[tuple[int, ...]],
-        stops: Stops | None,
-        num_top_logprobs: int | None,
         max_draft_len: int,
         on_token: Callable[[int, int], None] | None,
         on_end: Callable[[int], None] | None,
     ):
-        self.result = Generation(tokens=[[] for _ in prompts])
-        if num_top_logprobs is not None:
-            self.result.logprobs = [[] for _ in prompts]
-        self._prompts = prompts
-        self._keys = keys
-        self._max_new_tokens = max_new_tokens
-        self._end_id = end_id
-        self._stops = stops
-        self._num_top_logprobs = num_top_logprobs
+        self.result = Generation(tokens=[[] for _ in request.prompts])
+        if request.num_top_logprobs is not None:
+            self.result.logprobs = [[] for _ in request.prompts]
+        self._request = request
         self._max_draft_len = max_draft_len
         self._on_token = on_token
         self._on_end = on_end
         self._states: dict[int, _State] = {}
-        self._sampler: Sampler | None = None
-        if sampling is not None and not sampling.is_argmax:
-            vocab_size = session.model.vocab_size
-            sampling.check_fits(vocab_size, max_new_tokens)
-            self._sampler = Sampler(sampling, vocab_size=vocab_size, end_id=end_id, device=session.device)
+        self._sampler = make_sampler(session, request)
 
-    def waiting(self, tasks: Sequence[int] | None) -> Iterator[RunningSequence]:
-        """The sequences in order, each made when it is asked for.  tasks: of prompt tuning, per row."""
-        for row, prompt in enumerate(self._prompts):
+    def waiting(self) -> Iterator[RunningSequence]:
+        """The sequences in order, each made when it is asked for."""
+        request = self._request
+        tasks = None if request.virtual is None else request.virtual.tasks
+        for row, prompt in enumerate(request.prompts):
             sampler_row = -1
             if self._sampler is not None:
-                sampler_row = self._sampler.open(prompt, self._keys[row])
-            stop = None if self._stops is None else self._stops.start()
+                sampler_row = self._sampler.open(prompt, request.keys[row])
+            stop = None if request.stops is None else request.stops.start()
             self._states[row] = _State(sampler_row, stop, PromptLookup(self._max_draft_len))
-            yield RunningSequence(
-                row, list(prompt), len(prompt) + self._max_new_tokens, None if tasks is None else tasks[row]
-            )
+            max_len = len(prompt) + request.max_new_tokens
+            yield RunningSequence(row, list(prompt), max_len, None if tasks is None else tasks[row])
 
     @property
     def takes_likeliest(self) -> bool:
         """Whether a token is the one with the largest logit, and nothing else about the logits is asked for."""
-        return self._sampler is None and self._num_top_logprobs is None and self._max_draft_len == 0
+        return self._sampler is None and self._request.num_top_logprobs is None and self._max_draft_len == 0
 
     def draft(self, sequence: RunningSequence, room: int) -> tuple[int, ...]:
         return self._states[sequence.index].lookup.propose(sequence.tokens, room)
@@ -142,12 +127,12 @@ class Rows:
     ) -> Sequence[int]:
         if self._sampler is None:
             tokens = [greedy[line] for line in lines]
-        if self._sampler is not None or self._num_top_logprobs is not None:
+        if self._sampler is not None or self._request.num_top_logprobs is not None:
             used = logits if len(lines) == len(logits) else logits[lines]
         if self._sampler is not None:
             tokens = self._sampler.choose(used, [self._states[row].sampler_row for row in rows]).tolist()
-        if self._num_top_logprobs is not None:
-            for row, entry in zip(rows, record(used, tokens, self._num_top_logprobs), strict=True):
+        if self._request.num_top_logprobs is not None:
+            for row, entry in zip(rows, record(used, tokens, self._request.num_top_logprobs), strict=True):
                 self.result.logprobs[row].append(entry)
         return tokens
 
@@ -160,7 +145,7 @@ class Rows:
             self._on_token(row, token)
         stop = self._states[row].stop
         stopped = stop is not None and stop.add(token)
-        return stopped or token == self._end_id or len(sequence.tokens) == sequence.max_len
+        return stopped or token == self._request.end_id or len(sequence.tokens) == sequence.max_len
 
     def _learn(self, part: Part, num_right: int) -> None:
         self._states[part.sequence.index].lookup.learn(len(part.draft), num_right)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from gpt.config import BuildConfig, ModelConfig
 from gpt.errors import ConfigError, Problems
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

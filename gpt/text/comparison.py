@@ -16,6 +16,7 @@ from gpt.errors import ConfigError, GptError
 from gpt.files import write_text
 from gpt.runtime.batching_config import DEFAULT_BATCHING, BatchingConfig
 from gpt.runtime.execution import DEFAULT_EXECUTION, Execution
+from gpt.runtime.request import Request
 from gpt.text.dataset import Article, load_articles
 from gpt.text.decoding_options import GREEDY_DECODING, DecodingOptions
 from gpt.text.evaluation import (
@@ -244,8 +245,8 @@ def _make_sides(
 
     def ours(prompts: Sequence[Sequence[int]], /, *, first_row: int) -> Generation:
         assert session is not None
-        indices = range(first_row, first_row + len(prompts))
-        result = joined(run_batches(session, prompts, decoding, batching=config.batching, indices=indices, **settings))
+        request = Request(prompts, keys=[(first_row + row,) for row in range(len(prompts))], **settings)
+        result = joined(run_batches(session, request, decoding, batching=config.batching))
         if session.comm.rank > 0 and not result.tokens:  # over a paged cache the first rank alone knows them
             result.tokens = [[] for _ in range(len(prompts) * decoding.num_results)]
         return result

@@ -18,7 +18,7 @@ from gpt.cli import ArgumentParser, positive_int
 from gpt.console import print_notice
 from gpt.engine.folder import open_engine
 from gpt.errors import ConfigError, GptError
-from gpt.runtime.limits import check_prompts
+from gpt.runtime.request import Request
 from gpt.text.decoding_options import add_decoding_flags, read_decoding
 from gpt.text.pipeline import (
     choose_end_id,
@@ -95,7 +95,6 @@ class Conversation:
         self._prompt: list[int] = []
         self._virtual: VirtualTokens | None = None
         self._answer: list[int] = []
-        self._choice = config.decoding.sampling
         self._commands: dict[str, Callable[[Sequence[str]], None]] = {
             "/more": lambda words: self._continue([*self._prompt, *self._answer]),
             "/again": lambda words: self._continue(self._prompt),
@@ -135,21 +134,23 @@ class Conversation:
         if not prompt:
             raise ConfigError("there is no prompt to continue yet", hint="type one")
         prompt = self._fit(prompt)
-        count = self._config.max_output_len
-        num_virtual = 0 if self._virtual is None else self._virtual.num_tokens
-        check_prompts(self._info.model, self._info.build, [prompt], count, num_virtual=num_virtual)
+        config = self._config
+        choice = config.decoding.choice(self._tokenizer).with_seed()
+        stops = config.decoding.stops(self._tokenizer)
+        request = Request([prompt], config.max_output_len, self._end_id, self._virtual, choice, stops=stops)
+        request.check(self._info.model, self._info.build)
         self._prompt, self._answer = list(prompt), []
         batches: list[Generation] = []
         before = recording_seconds(self._session)
-        self._choice = self._config.decoding.choice(self._tokenizer).with_seed()
         try:
-            self._answer_all(batches) if self._config.decoding.num_results > 1 else self._answer_one(batches)
+            answer = self._answer_all if config.decoding.num_results > 1 else self._answer_one
+            answer(request, batches)
         except KeyboardInterrupt:
             self._print("\n(stopped)\n")
         finally:
             self._session.comm.stage = ""  # what comes next may take its time
         if batches:
-            seed = "" if self._choice.is_greedy else f", seed {self._choice.seed}"
+            seed = "" if choice.is_greedy else f", seed {choice.seed}"
             print(f"({describe_speed(batches)}{seed})", file=sys.stderr, flush=True)
             tell_recording(self._session, before)
 
@@ -163,9 +164,9 @@ class Conversation:
         print_notice(f"Cut to its last {limit} tokens ({reason})")
         return last_tokens(prompt, in_front + limit, in_front)
 
-    def _answer_one(self, batches: list[Generation]) -> None:
+    def _answer_one(self, request: Request, batches: list[Generation]) -> None:
         """Text appears as it is made."""
-        stops = self._config.decoding.stops(self._tokenizer)
+        config, stops = self._config, self._config.decoding.stops(self._tokenizer)
         text = RowText(self._tokenizer, self._end_id, stops)
 
         def add(row: int, token: int) -> None:
@@ -174,38 +175,23 @@ class Conversation:
             self._print(text.add(token))
 
         try:
-            self._run(batches, add)
+            run_batches(
+                self._session, request, config.decoding, on_token=add, results=batches, batching=config.batching
+            )
         except KeyboardInterrupt:
             self._print(text.finish())
             raise
         self._print(text.finish() + "\n")
 
-    def _answer_all(self, batches: list[Generation]) -> None:
+    def _answer_all(self, request: Request, batches: list[Generation]) -> None:
         """Several answers, one below the other; the first is the one that /more goes on from."""
-        stops = self._config.decoding.stops(self._tokenizer)
-        self._run(batches, lambda row, token: None)
+        config, stops = self._config, self._config.decoding.stops(self._tokenizer)
+        run_batches(self._session, request, config.decoding, results=batches, batching=config.batching)
         for number, tokens in enumerate(tokens for batch in batches for tokens in batch.tokens):
             text = RowText(self._tokenizer, self._end_id, stops)
             pieces = [text.add(token) for token in tokens]
             self._print(f"[{number + 1}]" + "".join(pieces) + text.finish() + "\n")
         self._answer = [token for token in batches[0].tokens[0] if token != self._end_id]
-
-    def _run(self, batches: list[Generation], on_token: Callable[[int, int], None]) -> None:
-        config, decoding = self._config, self._config.decoding
-        stops = decoding.stops(self._tokenizer)
-        run_batches(
-            self._session,
-            [self._prompt],
-            decoding,
-            max_new_tokens=config.max_output_len,
-            end_id=self._end_id,
-            virtual=self._virtual,
-            sampling=self._choice,
-            stops=stops,
-            on_token=on_token,
-            results=batches,
-            batching=config.batching,
-        )
 
     def _set(self, args: Namespace) -> None:
         """Nothing changes where something is wrong with the new flags."""

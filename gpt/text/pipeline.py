@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from gpt.config import ModelConfig
 from gpt.console import log, print_notice
@@ -18,10 +18,8 @@ if TYPE_CHECKING:
     from gpt.runtime.batching_config import BatchingConfig
     from gpt.runtime.beam_config import BeamConfig
     from gpt.runtime.generate import Generation
-    from gpt.runtime.sampling_config import SamplingConfig
+    from gpt.runtime.request import Request
     from gpt.runtime.session import PagedSession, Session
-    from gpt.runtime.stopping import Stops
-    from gpt.runtime.virtual_tokens import VirtualTokens
     from gpt.text.decoding_options import DecodingOptions
 
 T = TypeVar("T")
@@ -118,59 +116,34 @@ def batches(prompts: Sequence[T], batch_size: int) -> Iterator[tuple[int, Sequen
 
 def generate_batches(
     session: Session,
-    prompts: Sequence[Sequence[int]],
+    request: Request,
     *,
-    max_new_tokens: int,
-    end_id: int | None,
+    num_samples: int = 1,
     on_token: Callable[[int, int], None] | None = None,
     on_end: Callable[[int], None] | None = None,
-    virtual: VirtualTokens | None = None,
-    sampling: SamplingConfig | None = None,
-    num_samples: int = 1,
-    stops: Stops | None = None,
-    num_top_logprobs: int | None = None,
     results: list[Generation] | None = None,
     batching: BatchingConfig | None = None,
-    indices: Sequence[int] | None = None,
 ) -> list[Generation]:
     """Runs any number of prompts in batches that the engine holds, all of them as one where its cache is paged.
 
-    virtual: the embeddings behind token ids V and above, with one task per prompt.
-    sampling: how tokens are chosen, greedily for None; a seed that it lacks is made up once for all batches.
+    A seed that the request lacks is made up once for all batches.
     num_samples: rows of the result per prompt; row p * num_samples + k is sample k of prompt p.
-    stops, num_top_logprobs: see `generate`.  batching: of a paged cache.  indices: of the prompts in the whole input.
     on_token: called with (row, new token id) as tokens come; on_end: with each row at its end.
     results: a list that gets each batch's result when it is complete; it is what is returned.
+    batching: of a paged cache.
     Raises ConfigError for prompts that the engine cannot take.
     """
     from gpt.runtime.generate import generate
 
-    if sampling is not None:
-        sampling = sampling.with_seed()
     results = [] if results is None else results
-    names = range(len(prompts)) if indices is None else indices
-    rows = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(num_samples)]
+    request = request.with_samples(num_samples)
     if session.build.paged_kv_cache:
         from gpt.runtime.batcher import generate_paged
 
-        results.append(
-            generate_paged(
-                cast("PagedSession", session),
-                [prompts[prompt] for prompt, _ in rows],
-                max_new_tokens=max_new_tokens,
-                end_id=end_id,
-                on_token=on_token,
-                on_end=on_end,
-                virtual=None if virtual is None else virtual.of_prompts([prompt for prompt, _ in rows]),
-                sampling=sampling,
-                keys=[(names[prompt], sample) for prompt, sample in rows],
-                stops=stops,
-                num_top_logprobs=num_top_logprobs,
-                batching=batching,
-            )
-        )
+        paged = cast("PagedSession", session)
+        results.append(generate_paged(paged, request, on_token=on_token, on_end=on_end, batching=batching))
         return results
-    for first, batch in batches(rows, session.build.max_batch_size):
+    for first, rows in batches(range(len(request.prompts)), session.build.max_batch_size):
 
         def show(tokens: Sequence[int | None], first: int = first) -> None:
             for row, token in enumerate(tokens, start=first):
@@ -181,84 +154,46 @@ def generate_batches(
             if on_end is not None:
                 on_end(first + row)
 
-        results.append(
-            generate(
-                session,
-                [prompts[prompt] for prompt, _ in batch],
-                max_new_tokens=max_new_tokens,
-                end_id=end_id,
-                on_tokens=show,
-                on_end=end,
-                virtual=None if virtual is None else virtual.of_prompts([prompt for prompt, _ in batch]),
-                sampling=sampling,
-                keys=[(names[prompt], sample) for prompt, sample in batch],
-                stops=stops,
-                num_top_logprobs=num_top_logprobs,
-            )
-        )
+        results.append(generate(session, request.of_rows(rows), on_tokens=show, on_end=end))
     return results
 
 
 def search_batches(
-    session: Session,
-    prompts: Sequence[Sequence[int]],
-    *,
-    beams: BeamConfig,
-    max_new_tokens: int,
-    end_id: int | None,
-    virtual: VirtualTokens | None = None,
-    sampling: SamplingConfig | None = None,
-    stops: Stops | None = None,
-    num_top_logprobs: int | None = None,
-    results: list[Generation] | None = None,
+    session: Session, request: Request, beams: BeamConfig, *, results: list[Generation] | None = None
 ) -> list[Generation]:
     """The same by beam search, with `beams.num_returned` rows per prompt, the best first: see `generate_beams`."""
     from gpt.runtime.beams import generate_beams
 
     results = [] if results is None else results
-    for first, batch in batches(prompts, session.build.max_batch_size):
-        results.append(
-            generate_beams(
-                session,
-                batch,
-                beams=beams,
-                max_new_tokens=max_new_tokens,
-                end_id=end_id,
-                virtual=None if virtual is None else virtual.of_prompts(range(first, first + len(batch))),
-                sampling=sampling,
-                stops=stops,
-                num_top_logprobs=num_top_logprobs,
-            )
-        )
+    for _, rows in batches(range(len(request.prompts)), session.build.max_batch_size):
+        results.append(generate_beams(session, request.of_rows(rows), beams))
     return results
 
 
 def run_batches(
     session: Session,
-    prompts: Sequence[Sequence[int]],
+    request: Request,
     decoding: DecodingOptions,
     *,
     on_token: Callable[[int, int], None] | None = None,
     on_end: Callable[[int], None] | None = None,
+    results: list[Generation] | None = None,
     batching: BatchingConfig | None = None,
-    indices: Sequence[int] | None = None,
-    **settings: Any,
 ) -> list[Generation]:
     """`search_batches` or `generate_batches`, as `decoding` says.
 
-    on_token, on_end, batching, indices: not for a search, which draws nothing and knows no text before its end.
+    on_token, on_end, batching: not for a search, which knows no text before its end.
     """
     if decoding.uses_beams:
-        return search_batches(session, prompts, beams=decoding.search, **settings)
+        return search_batches(session, request, decoding.search, results=results)
     return generate_batches(
         session,
-        prompts,
+        request,
         num_samples=decoding.num_results,
         on_token=on_token,
         on_end=on_end,
+        results=results,
         batching=batching,
-        indices=indices,
-        **settings,
     )
 
 

@@ -23,6 +23,7 @@ from gpt.mapping import Mapping
 from gpt.quant import FLOAT
 from gpt.runtime.generate import generate
 from gpt.runtime.load import load_torch_weights
+from gpt.runtime.request import Request
 from gpt.runtime.torch_session import TorchSession
 from gpt.text.dataset import FILE_SUFFIXES, rows_of_file
 from gpt.text.evaluation import prompt_text
@@ -279,7 +280,7 @@ def summary_scores(session: TorchSession, rows: Sequence[Row], tokenizer: Tokeni
     texts = []
     step = min(_BATCH_SIZE, build.max_batch_size)
     for first in progress(range(0, len(prompts), step), what="ROUGE", unit="batch"):
-        result = generate(session, prompts[first : first + step], max_new_tokens=num_new, end_id=end_id)
+        result = generate(session, Request(prompts[first : first + step], max_new_tokens=num_new, end_id=end_id))
         texts += [tokenizer.decode(without_end(tokens, end_id)) for tokens in result.tokens]
     return score_texts([row.reference or "" for row in rows], texts)
 

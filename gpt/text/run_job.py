@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from gpt.comm import Communicator
 from gpt.console import log, print_notice, progress
 from gpt.engine.folder import EngineInfo
-from gpt.errors import GptError, InterruptError
+from gpt.errors import GptError, InterruptError, first_lines
 from gpt.files import file_checksum
+from gpt.runtime.request import Request
 from gpt.text.pipeline import (
     batches,
     check_vocabulary,
@@ -21,7 +22,7 @@ from gpt.text.pipeline import (
     search_batches,
     tell_recording,
 )
-from gpt.text.prompt_fit import first_lines, last_tokens, listed, prompt_limit
+from gpt.text.prompt_fit import last_tokens, listed, prompt_limit
 from gpt.text.prompt_rows import PromptRow, holds_tokens, read_rows
 from gpt.text.prompt_tuning import PromptTuning, load_prompt_tuning
 from gpt.text.prompts import check_output_file, unicode_problem
@@ -190,29 +191,33 @@ def _compute(job: Job, writer: _Writer, num_done: int) -> tuple[list[Generation]
     decoding = job.config.decoding
     results: list[Generation] = []
     writer.begin(pending)
-    prompts = [job.prompts[index] or [] for index in pending]
-    virtual = None if job.tuning is None else job.tuning.virtual.of_prompts(pending)
-    settings: dict[str, Any] = {
-        "max_new_tokens": job.config.max_output_len,
-        "end_id": job.end_id,
-        "sampling": decoding.choice(job.tokenizer),
-        "stops": job.stops,
-        "results": results,
-    }
     if not pending:
         return results, None
     from gpt.runtime.load import load_session
 
     session = load_session(job.info, job.config.device, job.config.execution)
+    request = Request(
+        [job.prompts[index] or [] for index in pending],
+        job.config.max_output_len,
+        job.end_id,
+        virtual=None if job.tuning is None else job.tuning.virtual.of_prompts(pending),
+        sampling=decoding.choice(job.tokenizer),
+        keys=[(index,) for index in pending],
+        stops=job.stops,
+    )
     if not decoding.uses_beams:
-        settings |= {"on_token": writer.add, "on_end": writer.end, "batching": job.config.batching}
         generate_batches(
-            session, prompts, num_samples=decoding.num_results, indices=pending, virtual=virtual, **settings
+            session,
+            request,
+            num_samples=decoding.num_results,
+            on_token=writer.add,
+            on_end=writer.end,
+            results=results,
+            batching=job.config.batching,
         )
         return results, session
-    for first, batch in batches(prompts, session.build.max_batch_size):
-        part = None if virtual is None else virtual.of_prompts(range(first, first + len(batch)))
-        search_batches(session, batch, beams=decoding.search, virtual=part, **settings)
+    for first, rows in batches(range(len(pending)), session.build.max_batch_size):
+        search_batches(session, request.of_rows(rows), decoding.search, results=results)
         for row, tokens in enumerate(results[-1].tokens, start=first * decoding.num_results):
             writer.rows[row] = tokens
             writer.end(row)

@@ -11,8 +11,8 @@ from gpt.comm import start
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.runtime.batching_config import DEFAULT_BATCHING, BatchingConfig
 from gpt.runtime.execution import DEFAULT_EXECUTION, Execution
-from gpt.runtime.limits import check_prompts
 from gpt.runtime.ranks import join_ranks
+from gpt.runtime.request import Request
 from gpt.text.decoding_options import GREEDY_DECODING, DecodingOptions
 from gpt.text.pipeline import (
     choose_end_id,
@@ -147,15 +147,22 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     prompts, tuning = read_prompts(config, info, tokenizer, end_id)
     if not config.writes_files:
         require_tokenizer(tokenizer, info, "print the result")
-    num_virtual = 0 if tuning is None else tuning.virtual.num_tokens
-    check_prompts(info.model, info.build, prompts, config.max_output_len, num_virtual=num_virtual)
+    request = Request(
+        prompts,
+        config.max_output_len,
+        end_id,
+        virtual=None if tuning is None else tuning.virtual,
+        sampling=decoding.with_seed().choice(tokenizer),
+        stops=stops,
+        num_top_logprobs=decoding.num_top_logprobs,
+    )
+    request.check(info.model, info.build)
     for path in config.wanted(end_id, None, ranks.rank).files:
         if ranks.rank == 0:
             check_output_file(path)
 
     from gpt.runtime.load import load_session
 
-    choice = decoding.with_seed().choice(tokenizer)
     session = load_session(info, config.device, config.execution)
     wanted = config.wanted(end_id, info.model.pad_token_id, ranks.rank)
     results = Results(wanted, prompts, tokenizer, end_id, stops, info.model.vocab_size, out)
@@ -163,18 +170,12 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     try:
         run_batches(
             session,
-            prompts,
+            request,
             decoding,
-            max_new_tokens=config.max_output_len,
-            end_id=end_id,
-            virtual=None if tuning is None else tuning.virtual,
-            sampling=choice,
-            stops=stops,
-            num_top_logprobs=decoding.num_top_logprobs,
             on_token=results.add,
             on_end=results.end,
-            batching=config.batching,
             results=batches,
+            batching=config.batching,
         )
     except KeyboardInterrupt:
         if ranks.rank > 0:

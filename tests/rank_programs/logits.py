@@ -16,6 +16,7 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.engine.folder import open_engine
 from gpt.runtime.generate import generate
 from gpt.runtime.load import load_session
+from gpt.runtime.request import Request
 from gpt.runtime.session import Session
 from gpt.runtime.virtual_tokens import VirtualTokens
 
@@ -55,7 +56,7 @@ def main() -> None:
         logits = torch.cat(steps)
         if len(set(session.comm.gather_objects(logits.numpy().tobytes()))) > 1:
             raise SystemExit(f"{folder}: the ranks have different logits")
-        tokens = generate(session, prompts, max_new_tokens=NEW, end_id=None, virtual=virtual).tokens
+        tokens = generate(session, Request(prompts, max_new_tokens=NEW, virtual=virtual)).tokens
         results.append({"logits": logits, "tokens": tokens})
     if active().rank == 0:
         torch.save(results, out)

@@ -20,6 +20,7 @@ from gpt.mapping import Mapping
 from gpt.runtime.batcher import generate_paged
 from gpt.runtime.cuda_session import CudaSession
 from gpt.runtime.generate import generate
+from gpt.runtime.request import Request
 from gpt.runtime.torch_session import TorchSession
 
 comm = start()
@@ -37,9 +38,9 @@ def open_session(kind: type[TorchSession], model: ModelConfig, mapping: Mapping,
 for name in ("learned", "multi-query"):
     prompts = random_prompts((3, 9, 1), MODELS[name].vocab_size)
     session = open_session(CudaSession, MODELS[name], Mapping(comm.size, comm.rank), comm)
-    found = generate_paged(session, prompts, max_new_tokens=4, end_id=None).tokens
+    found = generate_paged(session, Request(prompts, max_new_tokens=4)).tokens
     oracle = open_session(TorchSession, MODELS[name], Mapping(), NullCommunicator())
-    expected = [generate(oracle, [prompt], max_new_tokens=4, end_id=None).tokens[0] for prompt in prompts]
+    expected = [generate(oracle, Request([prompt], max_new_tokens=4)).tokens[0] for prompt in prompts]
     if comm.rank == 0 and found != expected:
         raise SystemExit(f"{name}: {found} is not {expected}")
 sys.stdout.write(f"rank {comm.rank} of {comm.size}: good\n")
