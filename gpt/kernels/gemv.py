@@ -266,7 +266,8 @@ def gemv(
 
 
 def default_config(num_rows: int, num_columns: int, device: torch.device, itemsize: int = 2) -> GemvConfig:
-    """What was fastest on an H100 for the shapes of GPT-2, SantaCoder and StarCoder (docs/performance.md).
+    """What was fastest on an H100 for the shapes of GPT-2, SantaCoder and StarCoder (docs/performance.md).  num_rows,
+    num_columns: N and K.  itemsize: bytes of a weight.
 
     Blocks of several rows, since each program reads the vector and the norm's anew: at most 128 values per thread are
     in flight, and there are programs for every multiprocessor.

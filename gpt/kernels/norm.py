@@ -85,6 +85,45 @@ def add_norm_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, PADDED_E)
+    y = summed_row(
+        x_ptr,
+        parts_ptr,
+        bias_ptr,
+        weight_ptr,
+        norm_bias_ptr,
+        row,
+        columns,
+        M,
+        epsilon,
+        E,
+        PARTS,
+        HAS_BIAS,
+        NORM,
+        DEPENDENT,
+    )
+    if NORM != "none":
+        tl.store(out_ptr + row * E + columns, y.to(out_ptr.dtype.element_ty), mask=columns < E)
+
+
+@triton.jit
+def summed_row(
+    x_ptr,  # [M, E]
+    parts_ptr,  # [PARTS, M, E]
+    bias_ptr,  # [E]
+    weight_ptr,  # [E]
+    norm_bias_ptr,  # [E]
+    row,
+    columns,
+    M,
+    epsilon,
+    E: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """A row of x, float32, with its parts and bias, which it keeps, and then normalised; the norm's weight is asked for
+    before the kernel waits."""
     inside = columns < E
     if NORM != "none":
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
@@ -98,12 +137,11 @@ def add_norm_kernel(
         tl.store(x_ptr + row * E + columns, x, mask=inside)
     if NORM == "layernorm":
         centred = tl.where(inside, x - tl.sum(x, 0) / E, 0.0)
-        y = centred * tl.rsqrt(tl.sum(centred * centred, 0) / E + epsilon) * weight
-        y += tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row * E + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
+        x = centred * tl.rsqrt(tl.sum(centred * centred, 0) / E + epsilon) * weight
+        x += tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     elif NORM == "rmsnorm":
-        y = x * tl.rsqrt(tl.sum(x * x, 0) / E + epsilon) * weight
-        tl.store(out_ptr + row * E + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
+        x = x * tl.rsqrt(tl.sum(x * x, 0) / E + epsilon) * weight
+    return x
 
 
 def check_rows(x: torch.Tensor, norm: Norm | None, parts: torch.Tensor | None, bias: torch.Tensor | None) -> None:

@@ -24,7 +24,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @dataclass(frozen=True)
 class Norm:
     """(x - mean) / sqrt(var + epsilon) * weight + bias, or without `bias` x / sqrt(mean(x^2) + epsilon) * weight;
-    weight and bias [K]."""
+    weight and bias [K], of any float type."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gpt.kernels.launch import launch_options, next_power_of_2, to_steps, wait_for_inputs
-from gpt.kernels.norm import check_rows
+from gpt.kernels.launch import launch_options, next_power_of_2, to_steps
+from gpt.kernels.norm import check_rows, summed_row
 from gpt.kernels.product import Norm, expect
 from gpt.quant import FP8_MAX, INT8_MAX
 
@@ -44,22 +44,22 @@ def quantize_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, PADDED_K)
     inside = columns < K
-    if NORM != "none":
-        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    wait_for_inputs(DEPENDENT)
-    x = tl.load(x_ptr + row * K + columns, mask=inside, other=0.0).to(tl.float32)
-    if PARTS > 0:
-        for part in tl.static_range(PARTS):
-            x += tl.load(parts_ptr + (part * M + row) * K + columns, mask=inside, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        tl.store(x_ptr + row * K + columns, x, mask=inside)
-    if NORM == "layernorm":
-        centred = tl.where(inside, x - tl.sum(x, 0) / K, 0.0)
-        x = centred * tl.rsqrt(tl.sum(centred * centred, 0) / K + epsilon) * weight
-        x += tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    elif NORM == "rmsnorm":
-        x = x * tl.rsqrt(tl.sum(x * x, 0) / K + epsilon) * weight
+    x = summed_row(
+        x_ptr,
+        parts_ptr,
+        bias_ptr,
+        weight_ptr,
+        norm_bias_ptr,
+        row,
+        columns,
+        M,
+        epsilon,
+        K,
+        PARTS,
+        HAS_BIAS,
+        NORM,
+        DEPENDENT,
+    )
     if SMOOTHED:
         x = tl.div_rn(x, tl.load(smoother_ptr + columns, mask=inside, other=1.0))
     infinity: tl.constexpr = float("inf")
