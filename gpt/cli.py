@@ -14,7 +14,7 @@ from typing import NoReturn
 from gpt import comm
 from gpt.console import LOG_LEVELS, get_level, print_error
 from gpt.errors import ConfigError, GptError
-from gpt.launch import let_lower_ranks_speak, let_mpirun_forward, read_launch
+from gpt.launch import let_lower_ranks_speak, let_mpirun_forward, speaking_for_all
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -38,10 +38,12 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(self._normalise(args), namespace)
 
     def error(self, message: str) -> NoReturn:
-        if read_launch().rank > 0:
-            let_lower_ranks_speak()
-            self.exit(2)
-        super().error(message)
+        let_lower_ranks_speak()
+        with speaking_for_all() as speaks:
+            if speaks:
+                self.print_usage(sys.stderr)
+                self._print_message(f"{self.prog}: error: {message}\n", sys.stderr)
+        self.exit(2)
 
     def _normalise(self, args: Sequence[str]) -> list[str]:
         spelled = {name.replace("_", "-"): name for name in self._option_string_actions if name.startswith("--")}
@@ -121,8 +123,10 @@ def _fail(error: GptError, code: int, cause: BaseException | None = None) -> int
     let_lower_ranks_speak()
     where = comm.describe_rank(ranks)
     # Before they have joined, ranks have read nothing but the same command line.
-    if ranks.size > 1 or read_launch().rank == 0 or not isinstance(error, ConfigError):
-        print_error(f"{where}: {error}" if where else str(error))
+    alike = ranks.size == 1 and isinstance(error, ConfigError)
+    with speaking_for_all() if alike else contextlib.nullcontext(True) as speaks:
+        if speaks:
+            print_error(f"{where}: {error}" if where else str(error))
     if get_level() == "debug":
         import traceback
 

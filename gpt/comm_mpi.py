@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from gpt.comm import POLL_S, SmallSum, Watch, summable
-from gpt.console import log
 from gpt.errors import ConfigError
-from gpt.launch import Launch, check_wire, singletons
+from gpt.launch import Launch, check_wire, let_lower_ranks_speak, singletons, speaking_for_all
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +39,11 @@ class MpiCommunicator:
             ) from error
         library = MPI.Get_library_version()
         warning = check_wire(library)
-        if warning and launch.rank == 0:
-            log.warning(warning)
+        if warning:
+            let_lower_ranks_speak()
+            with speaking_for_all() as speaks:
+                if speaks:  # at every level, for it may be the last word
+                    print(f"warning: {warning}", file=sys.stderr, flush=True)
         if not MPI.Is_initialized():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the same

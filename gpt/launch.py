@@ -6,13 +6,15 @@ mpirun of MPICH (and everything else that speaks PMI) sets PMI_*, Open MPI's set
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
+import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,7 @@ _STARTERS = (
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMI_FD", "PMIX_RANK")
 # Ranks that fail alike come within this time of each other; the lowest one speaks for all.
 _SPEAKING_TIME_S = 0.5
+_NUM_WAITING = 8  # higher ranks wait no longer than this one
 # mpirun forwards what its ranks print, and drops what it has not yet read when it ends them.
 _FORWARDING_TIME_S = 0.2
 
@@ -61,7 +64,30 @@ def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
 def let_lower_ranks_speak() -> None:
     """Called by a rank that is about to report a failure: a lower rank with the same one ends the job meanwhile, and
     with it the repetition."""
-    time.sleep(min(read_launch().rank, 8) * _SPEAKING_TIME_S)
+    time.sleep(min(read_launch().rank, _NUM_WAITING) * _SPEAKING_TIME_S)
+
+
+@contextlib.contextmanager
+def speaking_for_all() -> Iterator[bool]:
+    """Around a message that all ranks have alike before they could join: whether this rank says it.
+
+    That is rank 0.  In a step of Slurm's it is whichever rank of the first machine comes first, since srun may end
+    rank 0 when a faster one leaves with an error; that one then stays until the others have come and kept quiet.
+    """
+    own = read_launch()
+    names = [os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "STEP_LAUNCHER_PORT")]
+    if own.size == 1 or os.environ.get("SLURM_NODEID") != "0" or not all(name.isdecimal() for name in names):
+        yield own.rank == 0
+        return
+    # A name of Linux's own, in no folder, which is free again when its owner ends.
+    with socket.socket(socket.AF_UNIX) as name:
+        try:
+            name.bind("\0" + "-".join(["gpt-ranks", *names]))
+        except OSError:
+            yield False
+            return
+        yield True
+        time.sleep(min(own.size, _NUM_WAITING) * _SPEAKING_TIME_S)
 
 
 def let_mpirun_forward() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import threading
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from gpt import comm, comm_nccl
 from gpt.comm import NullCommunicator, Watch, describe_rank, summable, time_limit_s
 from gpt.comm_gloo import first_host
 from gpt.errors import ConfigError
-from gpt.launch import Launch, launch_command, read_launch, singletons
+from gpt.launch import Launch, launch_command, read_launch, singletons, speaking_for_all
 
 SLURM = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5"}
 
@@ -38,6 +39,40 @@ SLURM = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5"}
 )
 def test_the_environment_tells_the_launch(environ: dict[str, str], expected: Launch) -> None:
     assert read_launch(environ) == expected
+
+
+STEP = {
+    "SLURM_JOB_ID": str(os.getpid()),
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_LAUNCHER_PORT": "4711",
+    "SLURM_STEP_NUM_TASKS": "3",
+}
+
+
+def on_rank(monkeypatch: pytest.MonkeyPatch, rank: int, node: int = 0, **more: str) -> None:
+    for name, value in {**STEP, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(node), **more}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_first_rank_to_come_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun ends rank 0 when a faster one leaves: without this nobody has said why."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    on_rank(monkeypatch, 2)
+    with speaking_for_all() as first:
+        for rank, node, expected in ((0, 0, False), (1, 0, False), (0, 1, True), (1, 1, False)):
+            on_rank(monkeypatch, rank, node)
+            with speaking_for_all() as other:
+                assert other is expected, (rank, node)
+        on_rank(monkeypatch, 1, SLURM_STEP_ID="1")  # the ranks of another step have messages of their own
+        with speaking_for_all() as elsewhere:
+            assert elsewhere
+        assert not waits[1:]  # of the other step's
+        on_rank(monkeypatch, 2, SLURM_STEP_ID="0")
+    assert first
+    assert waits == [1.5, 1.5]  # the others come within this time, and keep quiet
+    with speaking_for_all() as again:  # the next command of the same step begins anew
+        assert again
 
 
 @pytest.mark.parametrize(

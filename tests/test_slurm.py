@@ -146,16 +146,21 @@ def test_the_cluster_is_checked_first_when_asked(
     assert "4 ranks on 1 machine" in printed
 
 
+@pytest.mark.parametrize("late", [0, 3], ids=["together", "rank 0 late"])
 @pytest.mark.parametrize(
     ("mpi", "variables", "hint"),
     [("pmix", {}, "--mpi=pmi2 for MPICH"), ("pmi2", OPEN_MPI, "--mpi=pmix for Open MPI")],
 )
 def test_the_wrong_mpi_names_the_right_one(
-    mpi: str, variables: dict[str, str], hint: str, slurm: dict[str, str], engines: dict[int, EngineInfo]
+    mpi: str, variables: dict[str, str], hint: str, late: int, slurm: dict[str, str], engines: dict[int, EngineInfo]
 ) -> None:
-    """MPICH is refused before it ends the process in its own words; of Open MPI 4 there are builds for both."""
+    """MPICH is refused before it ends the process in its own words; of Open MPI 4 there are builds for both.
+
+    Both end the step as soon as one rank has found out, so that rank 0 may never get there.
+    """
     words = [sys.executable, "run.py", *run_words(engines[NUM_RANKS], "--log_level", "warning")]
-    result = srun(slurm, *NODES[1], f"--mpi={mpi}", *words, **variables)
+    start = ["sh", "-c", f'[ "$SLURM_PROCID" = 0 ] && sleep {late}; exec "$@"', "sh"]
+    result = srun(slurm, *NODES[1], f"--mpi={mpi}", *start, *words, **variables)
     assert result.returncode != 0
     assert result.stderr.count(hint) == 1, result.stderr
     assert result.stdout == ""
