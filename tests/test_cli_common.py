@@ -13,6 +13,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -277,6 +278,7 @@ def test_progress_is_told_line_by_line_where_there_is_no_terminal(
         console.setup_logging(level)
         with console.progress(total=4, what="Prompts", unit="prompt", always=True) as bar:
             bar.update(1)
+            bar.refresh()  # it would wait a moment
             bar.update(3)
         told = capsys.readouterr().err
         if level == "info":
@@ -284,3 +286,17 @@ def test_progress_is_told_line_by_line_where_there_is_no_terminal(
             assert told.count("\n") == told.count("[I] Prompts: ") > 1
         else:
             assert told == ""
+
+
+def test_a_bar_that_begins_anew_often_is_told_once_per_interval(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As TensorRT's does for hundreds of phases, each of which draws it."""
+    now = 0
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now))
+    console.setup_logging("info")
+    with console.progress(what="TensorRT", unit="step") as bar:
+        for now in range(100):
+            bar.reset(total=2)
+            bar.set_description_str(f"phase {now}")
+    assert capsys.readouterr().err.count("\n") == 3

@@ -202,7 +202,7 @@ def _progress_monitor(trt: Any, bar: Any, interrupted: threading.Event) -> Any:
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             bar.reset(total=num_steps)
-            bar.set_description(f"TensorRT: {phase_name}")
+            bar.set_description_str(f"TensorRT: {phase_name}")
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             bar.update()
