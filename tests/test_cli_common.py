@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from gpt import console
 from gpt.cli import ArgumentParser, positive_int, reject_unsupported, run_main
@@ -205,6 +206,7 @@ def log_level(request: pytest.FixtureRequest) -> Iterator[str]:
         (GptError("a wrong day"), 1, "error: a wrong day"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
         (MemoryError(), 1, "error: out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nmore"), 1, "error: out of GPU memory"),
         (OSError(errno.ENOSPC, "", "c-model/x.bin"), 1, "error: no space left on the device (c-model/x.bin)"),
         (OSError(errno.EDQUOT, ""), 1, "error: no space left on the device"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "error: Permission denied (/x)"),

@@ -6,6 +6,7 @@ import errno
 import io
 import signal
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,14 @@ class TestLibrary:
             assert part in str(caught.value)
         with pytest.raises(ConfigError, match="not installed"):
             check_build(MODELS["gpt2"], build_config())
+
+    def test_one_that_is_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It would be found out by an attribute that is missing, or build networks of other types."""
+        old = types.SimpleNamespace(__name__="tensorrt", __version__="10.16.1.11")
+        monkeypatch.setitem(sys.modules, "tensorrt", old)
+        with pytest.raises(ConfigError, match="tensorrt is not installed") as caught:
+            trt_library.load([trt_library.TENSORRT])
+        assert "found version 10.16.1.11, allowed: 11.0 or newer" in str(caught.value)
 
     def test_info(self, trt: Any) -> None:
         assert trt_library.library_info() == {"name": "tensorrt_rtx", "version": trt.__version__}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -349,10 +348,17 @@ class TestLibraryErrors:
         assert "outside the cache" in str(first.value)
         assert "outside the cache" not in str(second.value)
 
-    def test_no_context(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(EvaluatorEngine, "create_execution_context", lambda *_: None)
-        with pytest.raises(EngineError, match="cannot execute this engine"):
+    @pytest.mark.parametrize("call", ["create_runtime_config", "create_execution_context"])
+    def test_no_context(self, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The engine's own messages are shown: there is no context that could have any."""
+
+        def nothing(engine: EvaluatorEngine, *_: object) -> None:
+            engine.error_recorder.report_error(engine.trt.ErrorCodeTRT.INTERNAL_ERROR, "out of memory")
+
+        monkeypatch.setattr(EvaluatorEngine, call, nothing)
+        with pytest.raises(EngineError, match="cannot execute this engine") as caught:
             open_trt(self.model, build_config())
+        assert "out of memory" in str(caught.value)
 
 
 RTX = {"name": "tensorrt_rtx", "version": trt_library.load().__version__}
@@ -376,7 +382,9 @@ class TestPlan:
         build_plan(self.model, build_config(), RANK, random_weights(self.model).items(), path)
         return path
 
-    def test_needs_a_gpu(self, plan: Path) -> None:
+    def test_needs_a_gpu(self, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Which is said before a library that is missing: to install it would not help."""
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
         with pytest.raises(EngineError, match="needs an NVIDIA GPU") as caught:
             TrtSession.from_plan(plan, self.model, build_config(), RANK, "cpu", library=RTX)
         assert "--backend torch" in str(caught.value)
@@ -410,14 +418,16 @@ class TestPlan:
             assert part in str(caught.value)
         assert ("SM89" in str(caught.value)) == (targets != ("ampere",))
 
-    def test_another_version(self, plan: Path) -> None:
+    def test_another_version(self, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pretend_gpu(monkeypatch, (8, 9))
         with pytest.raises(EngineError, match="another version of tensorrt_rtx") as caught:
             TrtSession.from_plan(plan, self.model, build_config(), RANK, "cuda", library={**RTX, "version": "1.0.0"})
         assert f"built by 1.0.0, installed is {RTX['version']}" in str(caught.value)
 
     def test_missing_library(self, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pretend_gpu(monkeypatch, (9, 0))
         monkeypatch.setitem(sys.modules, "tensorrt", None)
-        with pytest.raises(ConfigError, match="TensorRT is not installed") as caught:
+        with pytest.raises(ConfigError, match="tensorrt is not installed") as caught:
             TrtSession.from_plan(
                 plan, self.model, build_config(), RANK, "cuda", library={"name": "tensorrt", "version": "11.4.0.106"}
             )
@@ -425,10 +435,7 @@ class TestPlan:
 
     def test_built_on_another_gpu(self, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """TensorRT itself builds for the GPU it builds on."""
-        library = {"name": "tensorrt", "version": RTX["version"], "compute_capability": "8.0"}
-        monkeypatch.setitem(
-            sys.modules, "tensorrt", types.SimpleNamespace(__name__="tensorrt", __version__=RTX["version"])
-        )
+        library = {"name": "tensorrt", "version": "11.4.0.106", "compute_capability": "8.0"}
         pretend_gpu(monkeypatch, (9, 0))
         with pytest.raises(EngineError, match="does not load on this GPU") as caught:
             TrtSession.from_plan(plan, self.model, build_config(), RANK, "cuda", library=library)

@@ -256,9 +256,19 @@ class TrtSession:
 
 
 def _stream_weights(engine: Any) -> None:
-    """Leaves on the host what does not fit beside the rest, as the library judges; before there are contexts."""
+    """Leaves on the host what does not fit beside the rest, as the library judges; before there are contexts.
+
+    Raises EngineError where the library keeps another budget: refusing one it raises nothing.
+    """
     budget = engine.get_weight_streaming_automatic_budget()
     engine.weight_streaming_budget_v2 = budget
+    if engine.weight_streaming_budget_v2 != budget:
+        raise EngineError(
+            "TensorRT refused its own weight streaming budget",
+            found=f"{engine.weight_streaming_budget_v2} bytes",
+            allowed=f"{budget} bytes",
+            hint="build the engine without --weight_streaming",
+        )
     log.info("Weight streaming: %d of %d MiB stay on the GPU", budget >> 20, engine.streamable_weights_size >> 20)
 
 
