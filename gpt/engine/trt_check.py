@@ -50,7 +50,7 @@ def compute_capabilities(targets: tuple[str, ...]) -> list[str]:
 
     Raises ConfigError for unknown names, listing those there are.
     """
-    if targets == (DEFAULT_TARGET,):
+    if [target.lower() for target in targets] == [DEFAULT_TARGET]:
         return []
     spelled = {name.lower(): names for name, names in TARGETS.items()}
     unknown = [target for target in targets if target.lower() not in spelled]

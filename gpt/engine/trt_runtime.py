@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gpt.comm import Communicator
-from gpt.engine.trt_check import compute_capabilities, describe_capability, loadable_cards
+from gpt.engine.trt_check import DEFAULT_TARGET, compute_capabilities, describe_capability, loadable_cards
 from gpt.engine.trt_library import LIBRARIES, TENSORRT_RTX, begin_library, error_recorder, library_name, load
 from gpt.errors import EngineError
 
@@ -114,7 +114,7 @@ def _check_device(name: str, device: torch.device, library: Dict[str, str], targ
     capability = torch.cuda.get_device_capability(device)
     found = f"{torch.cuda.get_device_name(device)}, {describe_capability(capability)}"
     if name == TENSORRT_RTX:
-        allowed = loadable_cards(compute_capabilities(targets or ("default",)))
+        allowed = loadable_cards(compute_capabilities(targets or (DEFAULT_TARGET,)))
         if f"SM{capability[0]}{capability[1]}" not in allowed:
             raise EngineError(
                 "this TensorRT-RTX engine does not load on this GPU",
