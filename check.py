@@ -132,6 +132,8 @@ def _show_network(args: Namespace) -> int:
     rank = args.rank or 0
     if not 0 <= rank < info.build.world_size:
         raise ConfigError(f"no rank {rank}", allowed=f"0 to {info.build.world_size - 1}")
+    if args.graph is not None and args.graph.suffix != ".svg":
+        raise ConfigError("--graph draws SVG", found=str(args.graph), allowed="a name that ends in .svg")
     from gpt.engine import trt_graph
 
     network = trt_graph.config_network(info.model, info.build, rank)

@@ -213,7 +213,14 @@ class TestNetwork:
         )
         boxes = [(rect.get("x"), rect.get("y")) for rect in root.iter(f"{space}rect")]
         assert len(set(boxes)) == len(boxes)
-        assert len(list(root.iter(f"{space}line"))) >= len(titles) - 1
+        lines, curves = list(root.iter(f"{space}line")), list(root.iter(f"{space}path"))
+        assert len(lines) + len(curves) >= len(titles) - 1
+        # Residuals pass boxes by: behind them a straight line would not be seen.
+        assert len(curves) >= 4
+        assert {int(line.get("y2", 0)) - int(line.get("y1", 0)) for line in lines} == {26}
+        code, _, err = main("--graph", tmp_path / "net.png", engines["packed plan"].folder)
+        assert code == 2
+        assert "ends in .svg" in err
 
     def test_needs_one_engine(self, engines: dict[str, EngineInfo], main: Main) -> None:
         assert main("--layers", engines["plan"].folder, engines["torch"].folder)[0] == 2
