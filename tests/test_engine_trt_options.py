@@ -188,6 +188,18 @@ class TestRefusals:
 
 
 class TestNotes:
+    @pytest.mark.parametrize(
+        ("capability", "targets", "loads"),
+        [((9, 0), (), False), ((10, 0), ("default",), False), ((8, 6), ("ada",), False), ((8, 9), ("ada",), True)],
+    )
+    def test_of_a_gpu_that_cannot_load_what_it_builds(
+        self, capability: tuple[int, int], targets: tuple[str, ...], loads: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(trt_check, "_gpu_capability", lambda: capability)
+        notes = "\n".join(check_build(MODEL, build_config("float16", targets=targets)))
+        here = f"This machine's GPU (compute capability {capability[0]}.{capability[1]}) cannot load this engine"
+        assert (here in notes) == (not loads)
+
     def test_of_tensorrt(self) -> None:
         notes = "\n".join(check_build(MODEL, build_config(timing_cache="model.cache", batch_buckets=(1, 2))))
         assert "Timing cache: TensorRT-RTX has none" in notes

@@ -125,7 +125,7 @@ def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
             "without --use_gpt_attention_plugin and --enable_context_fmha any head size works, as does --dtype float32"
         )
     _check_quantization(build, capabilities, problems)
-    if build.refit and library_name(trt) == TENSORRT_RTX and not _has_gpu():
+    if build.refit and library_name(trt) == TENSORRT_RTX and _gpu_capability() is None:
         problems.add("refit: TensorRT-RTX makes plans with replaceable weights on a machine with a GPU only")
     if trt_io.num_profiles(build) > MOST_PROFILES:
         problems.add(
@@ -178,8 +178,12 @@ def _notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]:
     if build.batch_buckets:
         sizes = ", ".join(map(str, build.generation_batches))
         notes.append(f"Generation is compiled for batches of {sizes}; others are filled up to the next of them")
-    if library_name(trt) == TENSORRT_RTX and _has_hopper():
-        notes.append("This machine's GPU (compute capability 9.0) cannot load TensorRT-RTX engines; other cards can")
+    capability = _gpu_capability()
+    if library_name(trt) == TENSORRT_RTX and capability is not None:
+        loadable = loadable_cards(compute_capabilities(build.targets or (DEFAULT_TARGET,)))
+        if "SM{}{}".format(*capability) not in loadable:
+            here = describe_capability(capability)
+            notes.append(f"This machine's GPU ({here}) cannot load this engine; cards of {', '.join(loadable)} can")
     return notes
 
 
@@ -215,13 +219,7 @@ def _attention_note(model: ModelConfig, build: BuildConfig) -> str:
     return f"Attention: fused IAttention, {cache}"
 
 
-def _has_gpu() -> bool:
+def _gpu_capability() -> tuple[int, int] | None:
     import torch
 
-    return torch.cuda.is_available()
-
-
-def _has_hopper() -> bool:
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
