@@ -260,7 +260,10 @@ def compiling(*arguments: str) -> str:
 WORDS = ("float16", "grouped", "256", "product", "norm", "integers", "lookup")
 
 
-@pytest.mark.parametrize(("capability", "target", "words"), [(90, "sm_90a", WORDS), (80, "sm_80", ("multi", "5 rows"))])
+@pytest.mark.parametrize(
+    ("capability", "target", "words"),
+    [(90, "sm_90a", WORDS), (80, "sm_80", ("multi", "5 rows")), (100, "sm_100a", ("5 rows", "lookup"))],
+)
 def test_what_a_build_embeds(capability: int, target: str, words: tuple[str, ...]) -> None:
     """Compiled for a compute capability without a GPU: one entry; inputs, sizes and outputs in their order."""
     program = Path(__file__).parent / "plugin_cases.py"

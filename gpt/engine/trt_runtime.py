@@ -28,7 +28,7 @@ def load_engine(
     name = library.get("name", "")
     if name not in LIBRARIES:
         raise EngineError("unknown library in config.json", found=repr(name), allowed=", ".join(LIBRARIES))
-    _check_device(name, device, library, targets)  # first: without a card nothing is worth installing
+    check_device(name, device, library, targets)  # first: without a card nothing is worth installing
     trt = load([name])
     _check_version(trt, library, path)
     recorder = error_recorder(trt)
@@ -107,7 +107,8 @@ def _check_version(trt: Any, library: Dict[str, str], path: Path) -> None:
         )
 
 
-def _check_device(name: str, device: torch.device, library: Dict[str, str], targets: tuple[str, ...]) -> None:
+def check_device(name: str, device: torch.device, library: Dict[str, str], targets: tuple[str, ...]) -> None:
+    """Raises EngineError where `device` is no GPU that loads what the library `name` builds for `targets`."""
     hint = "run on a machine with one, or build the engine with --backend torch, which needs none"
     if device.type != "cuda" or not torch.cuda.is_available():
         raise EngineError("a TensorRT engine needs an NVIDIA GPU", found=f"device {device}, no usable GPU", hint=hint)
