@@ -209,6 +209,16 @@ def test_notes_of_plugins(library: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert trt_check.check_build(odd, chosen)
 
 
+def test_fp8_on_a_gpu_without_it_is_refused(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tensorrt` builds for the GPU there is."""
+    monkeypatch.setattr(trt_check, "load_for_build", lambda targets: library)
+    build = build_config("float16", quant=QuantConfig("fp8", "per_token"))
+    check_build(MODELS["gpt2"], build)
+    monkeypatch.setattr(library, "compute_capability", 80)
+    with pytest.raises(ConfigError, match="fp8 weights for target SM80: they begin with SM89"):
+        check_build(MODELS["gpt2"], build)
+
+
 def test_a_plan_is_told_that_its_cache_is_written_in_place(library: Any) -> None:
     for plugins, expected in ((("attention",), True), (("lookup",), False)):
         network = define(library, MODELS["gpt2"], build_config(plugins=plugins))

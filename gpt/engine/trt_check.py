@@ -8,7 +8,14 @@ from typing import Any
 
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine import trt_io
-from gpt.engine.trt_library import TENSORRT_RTX, compute_capability, has_plugins, library_name, load_for_build
+from gpt.engine.trt_library import (
+    TENSORRT,
+    TENSORRT_RTX,
+    compute_capability,
+    has_plugins,
+    library_name,
+    load_for_build,
+)
 from gpt.errors import ConfigError, Problems
 
 # GPU generations as people call them, in TensorRT-RTX's compute capabilities.  It has none for Hopper, 9.0.
@@ -124,6 +131,8 @@ def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
             f"head size {model.head_size} with fused attention in {build.dtype}: above 8 it must be a multiple of 8; "
             "without --use_gpt_attention_plugin and --enable_context_fmha any head size works, as does --dtype float32"
         )
+    if library_name(trt) == TENSORRT and build.quant.weights == "fp8":  # of the GPU that builds
+        capabilities = [f"SM{compute_capability(trt)}"]
     _check_quantization(build, capabilities, problems)
     if build.refit and library_name(trt) == TENSORRT_RTX and _gpu_capability() is None:
         problems.add("refit: TensorRT-RTX makes plans with replaceable weights on a machine with a GPU only")
