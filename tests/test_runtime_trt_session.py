@@ -237,6 +237,24 @@ class TestBucketsAndGraphs:
         else:
             assert len(captures) == 6  # sizes 1 2 3 4 2 3
 
+    @pytest.mark.parametrize(("buckets", "num_contexts"), [((), 2), ((1, 2), 4)], ids=["any size", "buckets"])
+    def test_a_context_serves_all_batches_of_its_profile(
+        self, buckets: tuple[int, ...], num_contexts: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """TensorRT-RTX compiles kernels whenever one is made."""
+        made = []
+        make = EvaluatorEngine.create_execution_context
+
+        def counted(engine: EvaluatorEngine, config: Any) -> EvaluatorContext:
+            made.append(engine)
+            return make(engine, config)
+
+        monkeypatch.setattr(EvaluatorEngine, "create_execution_context", counted)
+        session = open_trt(self.model, build_config(batch_buckets=buckets))
+        for lengths in [(3,), (7, 2), (2, 2, 9, 4), (6, 3), (2, 11, 1), (5,)]:
+            greedy(session, random_prompts(lengths, self.model.vocab_size), 3)
+        assert len(made) == num_contexts
+
     def test_a_graph_replaces_launches(self) -> None:
         engine = stand_in_engine(self.model, build_config(), RANK, random_weights(self.model))
         num_replays = 0
