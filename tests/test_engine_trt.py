@@ -219,6 +219,11 @@ class TestCheckBuild:
     def test_notes_say_what_was_selected(self, options: dict[str, Any], expected: str) -> None:
         assert any(expected in note for note in check_build(self.model, build_config(**options)))
 
+    def test_the_library_and_its_cards_are_named(self, trt: Any) -> None:
+        for targets, cards in (((), "its own choice of cards"), (("ada", "SM86"), "SM89, SM86")):
+            note = check_build(self.model, build_config("float16", targets=targets))[0]
+            assert note == f"Library: tensorrt_rtx {trt.__version__}, for {cards}"
+
     def test_plugin_of_another_dtype(self) -> None:
         notes = check_build(self.model, replace(build_config("float16"), gpt_attention_plugin="float32"))
         assert any("float32 asked for, the engine's float16 selected" in note for note in notes)

@@ -174,7 +174,10 @@ def _fused_head_size_builds(head_size: int, dtype: str) -> bool:
 
 
 def _notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]:
-    notes = [_attention_note(model, build)]
+    cards = ", ".join(compute_capabilities(build.targets)) or "its own choice of cards"
+    if library_name(trt) == TENSORRT:
+        cards = "this machine's kind of GPU"
+    notes = [f"Library: {library_name(trt)} {trt.__version__}, for {cards}", _attention_note(model, build)]
     if build.context_fmha:
         notes.append("Context FMHA: the fused attention layer works in both phases and chooses its accumulation itself")
     if build.gpt_attention_plugin not in (None, build.dtype):

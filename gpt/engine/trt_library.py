@@ -37,6 +37,7 @@ def load(names: Sequence[str] = (TENSORRT_RTX, TENSORRT)) -> Any:
         if trt is not None:
             return trt
         reasons.append(f"{name}: {reason}")
+        verbose(f"Not used: {reasons[-1]}")
     raise ConfigError(
         f"{' or '.join(names)} is not installed",
         found=reasons,
