@@ -395,9 +395,10 @@ class TestPlan:
     model = MODELS["gpt2"]
 
     @pytest.fixture(scope="class")
-    def plan(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def plan(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = tmp_path_factory.mktemp("plan") / "a.engine"
-        build_plan(self.model, build_config(), RANK, random_weights(self.model).items(), path)
+        build_plan(cls.model, build_config(), RANK, random_weights(cls.model).items(), path)
         return path
 
     def test_needs_a_gpu(self, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
