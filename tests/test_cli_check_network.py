@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import replace
@@ -251,3 +253,12 @@ class TestNetwork:
         assert "fused attention" in told
         assert "packed prompts" in told
         assert "gpt_attention plugin" not in told
+
+    def test_a_library_that_no_one_knows(self, engines: dict[str, EngineInfo], main: Main, tmp_path: Path) -> None:
+        folder = shutil.copytree(engines["plan"].folder, tmp_path / "plan")
+        config = json.loads((folder / "config.json").read_text())
+        config["engine"]["library"]["name"] = "tensorflow"
+        (folder / "config.json").write_text(json.dumps(config))
+        code, told, _ = main(folder)
+        assert code == 3
+        assert "unknown library in config.json: found 'tensorflow', allowed tensorrt, tensorrt_rtx" in told
