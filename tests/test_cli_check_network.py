@@ -8,6 +8,7 @@ import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from trt_models import MODELS, build_config, define
 import check
 import hf_gpt_convert
 from gpt.checkpoint.store import Checkpoint
-from gpt.engine import trt_graph, trt_library
+from gpt.config import BuildConfig
+from gpt.engine import inspection, trt_graph, trt_library
 from gpt.engine.diff import compare
 from gpt.engine.folder import EngineInfo
 from gpt.quant import QuantConfig
@@ -219,6 +221,8 @@ class TestNetwork:
         assert len(lines) + len(curves) >= len(titles) - 1
         # Residuals pass boxes by: behind them a straight line would not be seen.
         assert len(curves) >= 4
+        columns = [[int(number) for number in re.findall(r"-?\d+", curve.get("d", ""))][::2] for curve in curves]
+        assert min(a + 3 * b + 3 * c + d for a, b, c, d in columns) >= 0  # 8 times where half the curve has been drawn
         assert {int(line.get("y2", 0)) - int(line.get("y1", 0)) for line in lines} == {26}
         code, _, err = main("--graph", tmp_path / "net.png", engines["packed plan"].folder)
         assert code == 2
@@ -230,22 +234,34 @@ class TestNetwork:
         assert code == 2
         assert "allowed: 0 to 0" in err
 
-    def test_flags_that_belong_elsewhere(self, engines: dict[str, EngineInfo], call_script: Main) -> None:
-        folder = engines["plan"].folder
-        idle = ["--bound", "1", "--device", "cpu", "--json", "--no_values"]
-        code, _, err = call_script(check.main, "--layers", *idle, folder)
-        assert code == 0
-        for text in (
-            "--bound without --diff",
-            "--device, --timeout without --ranks",
-            "--json with --layers or --graph",
-        ):
-            assert f"{text}: no effect" in err
-        assert call_script(check.main, "--rank", "3", folder)[2].count("no effect") == 1
-        assert call_script(check.main, folder)[2] == ""
-        code, _, err = call_script(check.main, "--layers", "--diff", folder, folder)
+    @pytest.mark.parametrize(
+        ("flags", "idle"),
+        [
+            ("--layers --bound 1", "--bound without --diff"),
+            ("--layers --device cpu", "--device, --timeout without --ranks"),
+            ("--timeout 1", "--device, --timeout without --ranks"),
+            ("--layers --json", "--json with --layers or --graph"),
+            ("--layers --no_values", "--no_checksums, --no_values with --layers or --graph"),
+            ("--layers --no_checksums", "--no_checksums, --no_values with --layers or --graph"),
+            ("--rank 3", "--rank without --layers and --graph"),
+            ("--layers --rank 0", None),
+            ("--json --no_values --no_checksums", None),
+        ],
+    )
+    def test_flags_that_belong_elsewhere(
+        self, flags: str, idle: str | None, engines: dict[str, EngineInfo], call_script: Main
+    ) -> None:
+        _, out, err = call_script(check.main, *flags.split(), engines["plan"].folder)
+        assert out
+        assert re.findall(r"\[W\] (.*): no effect\n", err) == ([idle] if idle else [])
+
+    @pytest.mark.parametrize("pair", [*combinations(("--ranks", "--diff", "--layers", "--tune 1"), 2)], ids=" ".join)
+    def test_one_thing_at_a_time(self, pair: tuple[str, str], main: Main) -> None:
+        code, _, err = main(*" ".join(pair).split())
         assert code == 2
-        assert "--diff, --layers or --graph" in err
+        assert "each of these does something else" in err
+        for flag in pair:
+            assert flag.removesuffix(" 1") in err
 
     def test_a_plan_is_told_as_it_is(self, engines: dict[str, EngineInfo], main: Main) -> None:
         """Not by the flags that asked for it: TensorRT-RTX takes no plugin."""
@@ -253,12 +269,27 @@ class TestNetwork:
         assert "fused attention" in told
         assert "packed prompts" in told
         assert "gpt_attention plugin" not in told
+        build = BuildConfig(
+            backend="tensorrt",
+            gpt_attention_plugin="float16",
+            plugins=("attention",),
+            max_batch_size=4,
+            batch_buckets=(2,),
+            builder_opt=0,
+            weight_streaming=True,
+            refit=True,
+        )
+        assert inspection._options(build) == [
+            "compiled into the plan: attention",
+            "generation for batches of 2 4",
+            "optimisation level 0",
+            "weight streaming",
+            "weights can be replaced",
+        ]
 
     def test_a_library_that_no_one_knows(self, engines: dict[str, EngineInfo], main: Main, tmp_path: Path) -> None:
         folder = shutil.copytree(engines["plan"].folder, tmp_path / "plan")
         config = json.loads((folder / "config.json").read_text())
         config["engine"]["library"]["name"] = "tensorflow"
         (folder / "config.json").write_text(json.dumps(config))
-        code, told, _ = main(folder)
-        assert code == 3
-        assert "unknown library in config.json: found 'tensorflow', allowed tensorrt, tensorrt_rtx" in told
+        assert "unknown library in config.json: found 'tensorflow', allowed tensorrt, tensorrt_rtx" in main(folder)[1]
