@@ -92,6 +92,10 @@ class Communicator(Protocol):
         """What carries the messages, by name."""
         ...
 
+    def speaks(self) -> bool:
+        """Whether this rank, which is about to end the job, says why: as far as can be told no other has."""
+        ...
+
     def abort(self, code: int) -> None:
         """Ends the job with this exit code, whatever the other ranks are doing."""
         ...
@@ -130,6 +134,9 @@ class NullCommunicator:
     def versions(self) -> dict[str, str]:
         return {}
 
+    def speaks(self) -> bool:
+        return True
+
     def abort(self, code: int) -> None:
         pass
 
@@ -142,7 +149,7 @@ IDLE_STAGES = ("", WAITING)
 class Watch:
     """Ends the job when a wait for the other ranks takes too long.  `with watch("all-reduce"): ...`"""
 
-    interval_s = 0.5
+    interval_s = 0.1  # well below a rank's turn to speak: they all find out at the same time
 
     def __init__(self, comm: Communicator, also: Callable[[], None] | None = None):
         """also: called at each look as well."""
@@ -175,12 +182,9 @@ class Watch:
                 self._also()
             since = self._since
             if since is not None and time.monotonic() - since > self._limit_s:
-                print_error(
-                    f"{describe_rank(self._comm)}: no answer from the other ranks for {self._limit_s:g} s "
-                    f"in {self._what}\n  next:    look at what they are doing, or raise {TIMEOUT_VARIABLE}"
-                )
-                let_mpirun_forward()
-                self._comm.abort(1)
+                message = f"{describe_rank(self._comm)}: no answer from the other ranks for {self._limit_s:g} s "
+                message += f"in {self._what}\n  next:    look at what they are doing, or raise {TIMEOUT_VARIABLE}"
+                end_job(self._comm, message, 1)
 
 
 class Deadline:
@@ -210,14 +214,18 @@ class Deadline:
             time.sleep(min(0.1, self._limit_s / 4))
             since = self._since
             if since is not None and time.monotonic() - since > self._limit_s:
-                let_lower_ranks_speak()
-                rank = read_launch().rank
-                print_error(
-                    f"rank {rank}: {self._what} takes more than {self._limit_s:g} s: a rank is missing or hangs"
-                )
-                let_mpirun_forward()
-                active().abort(1)
+                late = f"{self._what} takes more than {self._limit_s:g} s: a rank is missing or hangs"
+                end_job(active(), f"rank {read_launch().rank}: {late}", 1)
                 os._exit(1)
+
+
+def end_job(ranks: Communicator, message: str, code: int) -> None:
+    """Says why, unless another rank has, and ends all ranks with this exit code."""
+    let_lower_ranks_speak()
+    if ranks.speaks():
+        print_error(message)
+    let_mpirun_forward()
+    ranks.abort(code)
 
 
 def time_limit_s() -> float:
@@ -270,5 +278,6 @@ def start() -> Communicator:
         else:
             from gpt.comm_gloo import GlooCommunicator
 
-            _state["active"] = GlooCommunicator(launch)
+            _state["active"] = gloo = GlooCommunicator(launch)
+            gloo.join()
     return active()

@@ -153,6 +153,9 @@ class NcclCommunicator:
     def versions(self) -> dict[str, str]:
         return self._control.versions()
 
+    def speaks(self) -> bool:
+        return self._control.speaks()
+
     def abort(self, code: int) -> None:
         self._control.abort(code)
 

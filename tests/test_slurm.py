@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engines import build_engine, convert
+from engines import engines_of_ranks
 from ranks import LIMIT_S, PROGRAMS, ROOT, environment
-from tiny_models import tiny_gpt2
 
 from gpt.engine.folder import EngineInfo
 
@@ -57,15 +56,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[int, EngineInfo]:
-    base = tmp_path_factory.mktemp("engines")
-    hf = tiny_gpt2(base / "hf", vocab_size=265)
-    limits = ["--max_batch_size", "4", "--max_input_len", "40", "--max_output_len", "20"]
-    return {
-        size: build_engine(
-            convert(hf, base / "ft", tp=size), base / f"engine{size}", *limits, "--world_size", str(size)
-        )
-        for size in (1, NUM_RANKS)
-    }
+    return engines_of_ranks(tmp_path_factory.mktemp("engines"), 1, NUM_RANKS)
 
 
 def run_words(info: EngineInfo, *flags: str) -> list[str]:

@@ -128,9 +128,9 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     Raises ConfigError for input, options or output that cannot be used, CheckpointError for a damaged prompt table,
     EngineError for a bad engine.
     """
+    start()  # first, so that what fails on one rank alone ends them all
     if config.input_file is not None:
         check_input_file(config.input_file, ROW_SUFFIXES)
-    start()  # first, so that what fails on one rank alone ends them all
     info = open_engine(config.engine_dir)
     ranks = join_ranks(info)
     tokenizer = choose_tokenizer(info, config.tokenizer, config.vocab_file)
