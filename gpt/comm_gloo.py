@@ -35,9 +35,9 @@ class GlooCommunicator:
         cannot be one, GptError where rank 0 cannot be reached."""
         # Of a connection that breaks it would print its stack, on every rank, beside our message.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+        host, port = _meeting_point()
         import torch.distributed as dist
 
-        host, port = _meeting_point()
         self._limit_s = time_limit_s()
         self.rank, self.size = launch.rank, launch.size
         self.stage = ""

@@ -117,4 +117,6 @@ def spawn_ranks(engine_dir: Path, script: str, arguments: Sequence[str]) -> int 
         return None
     command = [find_mpirun(), "-n", str(num_ranks), sys.executable, script, *arguments]
     log.info("Starting %d ranks: %s", num_ranks, " ".join(command[:5]))
-    return subprocess.run(command, check=False).returncode
+    # Inside a job mpirun would let srun start them, which waits for the processors that this process has.
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PMI"))}
+    return subprocess.run(command, check=False, env=own).returncode
