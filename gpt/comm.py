@@ -16,6 +16,7 @@ exchange on a CPU, in one step on a GPU.
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ POLL_S = 0.001
 LEAVING_TIME_S = 10.0
 TIMEOUT_VARIABLE = "GPT_RANK_TIMEOUT"
 _DEFAULT_TIMEOUT_S = 600.0
+GONE_HINT = "look for its message; srun --kill-on-bad-exit ends all ranks with the first"
 
 
 class SmallSum(Protocol):
@@ -254,6 +256,13 @@ def describe_rank(comm: Communicator) -> str:
     if comm.size == 1:
         return ""
     return f"rank {comm.rank}, {comm.stage}" if comm.stage else f"rank {comm.rank}"
+
+
+def own_address(ranks: Communicator) -> str:
+    """Where the other ranks reach this one.  Raises OSError where its machine's name does not resolve."""
+    if ranks.local_size == ranks.size:
+        return "127.0.0.1"
+    return os.environ.get("MASTER_ADDR") or socket.gethostbyname(socket.gethostname())
 
 
 _state: dict[str, Communicator] = {"active": NullCommunicator()}

@@ -13,7 +13,17 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from gpt.comm import LEAVING_TIME_S, POLL_S, TIMEOUT_VARIABLE, SmallSum, Watch, describe_rank, summable, time_limit_s
+from gpt.comm import (
+    GONE_HINT,
+    LEAVING_TIME_S,
+    POLL_S,
+    TIMEOUT_VARIABLE,
+    SmallSum,
+    Watch,
+    describe_rank,
+    summable,
+    time_limit_s,
+)
 from gpt.console import print_error
 from gpt.errors import ConfigError, GptError, brief
 from gpt.launch import Launch
@@ -22,7 +32,6 @@ if TYPE_CHECKING:
     import torch
 
 _MEETING_HINT = "MASTER_ADDR and MASTER_PORT, the same on all ranks, name a machine and a free port"
-_GONE_HINT = "look for its message; srun --kill-on-bad-exit ends all ranks with the first"
 # Within this time ranks that are told to end have read it, unless they are gone themselves.
 _OBEYING_TIME_S = 3.0
 
@@ -152,7 +161,7 @@ class GlooCommunicator:
             raise GptError(
                 "another rank is gone or does not answer",
                 found=str(error).partition("]")[2].strip().partition(". ")[0],
-                hint=_GONE_HINT,
+                hint=GONE_HINT,
             ) from error
 
     def _leave(self) -> None:
@@ -180,7 +189,7 @@ class GlooCommunicator:
             code = int(self._store.get("abort")) if self._store.check(["abort"]) else None
         except RuntimeError:
             if self.rank == 1:
-                print_error(f"{describe_rank(self)}: {GptError('rank 0 is gone', hint=_GONE_HINT)}")
+                print_error(f"{describe_rank(self)}: {GptError('rank 0 is gone', hint=GONE_HINT)}")
             os._exit(1)
         if code is not None:
             self._end(code)

@@ -200,3 +200,43 @@ def test_an_end_that_is_none_of_an_error_without_mpi() -> None:
     """Of `run.py ... | head`: rank 0 has nothing more to do."""
     program = "from gpt.comm import start; comm = start(); comm.rank or comm.abort(0); comm.barrier()"
     assert [(result.returncode, result.stderr) for result in without_mpi(2, "-c", program)] == [(0, "")] * 2
+
+
+WAITING = """
+import os, socket, sys, time
+from gpt import lifeline
+from gpt.cli import run_main
+from gpt.comm import start
+
+def body():
+    comm = start()
+    assert (lifeline.hold(comm), lifeline.hold(comm)) == (True, False)
+    comm.barrier()
+    comm.stage = "loading"
+    if comm.rank == 0:  # somebody who looks for open ports
+        socket.create_connection(("127.0.0.1", lifeline._held[0]._server.getsockname()[1])).close()
+    if sys.argv[1] == "killed":
+        if comm.rank == 1:
+            os.kill(os.getpid(), 9)
+        comm.barrier()
+    elif comm.rank != 1:
+        time.sleep(lifeline._GRACE_S + 2)
+
+if sys.argv[1] == "killed":
+    sys.exit(run_main(body))
+body()  # ranks end one after the other
+"""
+
+
+def test_a_rank_that_is_killed_while_others_wait() -> None:
+    """Without a limit, as for prompts that somebody types."""
+    first, second, third = without_mpi(3, "-c", WAITING, "killed")
+    assert (first.returncode, second.returncode, third.returncode) == (1, -9, 1)
+    assert first.stderr.startswith("error: rank 0, loading: rank 1 is gone\n")
+    assert first.stderr.count("error:") == 1
+    assert third.stderr == ""
+
+
+def test_a_rank_that_ends_before_the_others() -> None:
+    results = without_mpi(3, "-c", WAITING, "ends")
+    assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 3

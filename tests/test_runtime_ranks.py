@@ -172,9 +172,10 @@ def test_every_rank_logs_when_asked(engines: dict[int, EngineInfo]) -> None:
 
 def test_spawn_starts_the_ranks(engines: dict[int, EngineInfo]) -> None:
     results = []
+    job = environment(SLURM_JOB_ID="77", SLURM_NODELIST="no-such-node", SLURM_NNODES="1", SLURM_TASKS_PER_NODE="1")
     for world_size in (1, 2):
         words = [sys.executable, *map(str, run_arguments(engines[world_size], "--spawn"))]
-        results.append(subprocess.run(words, env=environment(), capture_output=True, text=True, check=False))
+        results.append(subprocess.run(words, env=job, capture_output=True, text=True, check=False))
     assert [result.returncode for result in results] == [0, 0], results
     assert results[0].stdout == results[1].stdout != ""
 

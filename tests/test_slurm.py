@@ -183,6 +183,24 @@ def test_a_lost_rank_ends_the_job(
         assert "error: rank 1, new token 3: unexpected RuntimeError: a cosmic ray" in result.stderr
 
 
+def test_a_killed_rank_is_missed_where_srun_would_not_mind(
+    slurm: dict[str, str], engines: dict[int, EngineInfo]
+) -> None:
+    words = [sys.executable, PROGRAMS / "die.py", "killed", *run_words(engines[NUM_RANKS])]
+    begin = time.monotonic()
+    result = srun(slurm, *NODES[2], "--mpi=pmi2", "--kill-on-bad-exit=0", *words)
+    assert result.returncode != 0
+    assert time.monotonic() - begin < 30
+    assert result.stderr.count("error: rank ") == 1, result.stderr
+    assert "error: rank 0, new token 3: rank 1 is gone" in result.stderr
+
+
+def test_ranks_are_spawned_inside_a_job(slurm: dict[str, str], engines: dict[int, EngineInfo], expected: str) -> None:
+    """By mpirun itself: srun would wait for the processors that run.py has."""
+    result = srun(slurm, "--ntasks", "1", sys.executable, "run.py", *run_words(engines[NUM_RANKS]), "--spawn")
+    assert (result.returncode, result.stdout) == (0, expected), result.stderr
+
+
 def test_a_wrong_number_of_ranks(slurm: dict[str, str], engines: dict[int, EngineInfo], tmp_path: Path) -> None:
     code, printed = sbatch(
         slurm, ["--nodes", "1", "--ntasks-per-node", "3"], run_words(engines[NUM_RANKS]), tmp_path / "job.log"

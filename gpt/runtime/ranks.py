@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt import lifeline
 from gpt.comm import Communicator, active, start
 from gpt.console import log
 from gpt.engine.folder import EngineInfo, open_engine
@@ -39,8 +40,9 @@ def join_ranks(info: EngineInfo) -> Communicator:
             hint="give all machines the same folder, or copy it to each again",
         )
     share_processors(ranks)
-    processes = ranks.gather_objects(f"{os.getpid()} on {socket.gethostname()}")
-    log.info("Ranks: %s", ", ".join(f"{rank} is process {process}" for rank, process in enumerate(processes)))
+    if lifeline.hold(ranks):
+        processes = ranks.gather_objects(f"{os.getpid()} on {socket.gethostname()}")
+        log.info("Ranks: %s", ", ".join(f"{rank} is process {process}" for rank, process in enumerate(processes)))
     return ranks
 
 
