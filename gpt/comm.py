@@ -8,9 +8,9 @@
 Sums on the CPU are taken in float32 at least: float16 and bfloat16 tensors are widened, added, and rounded once.  NCCL
 adds in the tensor's own dtype, rounding at each hop.  A gather gives every rank the same bytes.
 
-A rank that fails calls `abort`, which ends the others; a rank that is killed is noticed by mpirun or srun, which ends
-them too; a rank that hangs is noticed by the others, which wait no longer than GPT_RANK_TIMEOUT seconds (600): in one
-exchange on a CPU, in one step on a GPU.
+A rank that fails calls `abort`, which ends the others; a rank that is killed is noticed by mpirun or srun, or through
+its lifeline (gpt/lifeline.py); a rank that hangs is noticed by the others, which wait no longer than GPT_RANK_TIMEOUT
+seconds (600): to find each other, in one exchange on a CPU, in one step on a GPU.
 """
 
 from __future__ import annotations
