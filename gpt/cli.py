@@ -123,21 +123,22 @@ def _run(body: Callable[[], int | None]) -> int:
 
 def _fail(error: GptError, code: int, cause: BaseException | None = None) -> int:
     ranks, own = comm.active(), read_launch()
+    text = str(error)
     if get_level() == "debug":
         import traceback
 
-        traceback.print_exception(cause or error)
+        text = "\n".join([text, *traceback.format_exception(cause or error)]).rstrip("\n")
     if ranks.size > 1:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        comm.end_job(ranks, f"{comm.describe_rank(ranks)}: {error}", code)
+        comm.end_job(ranks, f"{comm.describe_rank(ranks)}: {text}", code)
         return code
     let_lower_ranks_speak()
     # Before they have joined, ranks have read nothing but the same command line, and none of them finds the others.
     alike = own.size == 1 or cause is None
     with speaking_for_all() if alike else contextlib.nullcontext(True) as speaks:
         if speaks:
-            print_error(str(error) if alike else f"rank {own.rank}: {error}")
+            print_error(text if alike else f"rank {own.rank}: {text}")
     return code
 
 
