@@ -144,6 +144,19 @@ def test_a_file_that_one_rank_does_not_see(engines: dict[int, EngineInfo], tmp_p
     assert second.stderr.startswith("error: rank 1: no such input file\n")
 
 
+def test_a_file_that_differs_between_ranks(engines: dict[int, EngineInfo], tmp_path: Path) -> None:
+    """Rank 0 would end after one batch, and rank 1 wait for the second."""
+    for rank, text in enumerate(("a\n", "a\n" * 5)):
+        (tmp_path / f"in{rank}.txt").write_text(text)
+    words = run_arguments(engines[2], "--input_file", tmp_path / "inRANK.txt")[1:]
+    for flags in ([], ["--output_file", tmp_path / "out.jsonl"], ["--score_prompts"]):
+        result = mpirun(2, *on_each_rank(*words, *flags), GPT_RANK_TIMEOUT="20")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith("error: rank 0: the ranks read different input\n"), result.stderr
+        assert "- rank 1: 5 rows, checksum " in result.stderr
+        assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_rank_that_never_joins(engines: dict[int, EngineInfo]) -> None:
     """mpirun takes no notice of a process that ends before MPI_Init."""
     program = "import os, run, sys; os.environ.get('PMI_RANK') == '1' and sys.exit(1); sys.exit(run.main(sys.argv[1:]))"

@@ -3,6 +3,7 @@ processors."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import subprocess
@@ -44,6 +45,21 @@ def join_ranks(info: EngineInfo) -> Communicator:
         processes = ranks.gather_objects(f"{os.getpid()} on {socket.gethostname()}")
         log.info("Ranks: %s", ", ".join(f"{rank} is process {process}" for rank, process in enumerate(processes)))
     return ranks
+
+
+def check_same_input(ranks: Communicator, rows: Sequence[object]) -> None:
+    """Raises ConfigError where files of one name hold different rows on the ranks' machines: all compute what rank 0
+    asks for, but would end after different numbers of batches."""
+    if ranks.size == 1:
+        return
+    digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+    found = ranks.gather_objects(f"{len(rows)} rows, checksum {digest}")
+    if len(set(found)) > 1:
+        raise ConfigError(
+            "the ranks read different input",
+            found=[f"rank {rank}: {own}" for rank, own in enumerate(found)],
+            hint="give all machines the same input file and tokenizer",
+        )
 
 
 def _wrong_number(info: EngineInfo, num_started: int) -> ConfigError:
