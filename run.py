@@ -135,6 +135,7 @@ def generate(
     decoding: see `DecodingOptions`, by the names of the flags (temperature, stop_words, length_penalty, ...); the
     default is greedy.  With several results per prompt, the texts of one prompt follow each other, the best first.
     output_file: results go there as lines of JSON, and the return value is empty; `resume` goes on with such a file.
+    logprobs: a file for log-probabilities, or True, which puts them into the lines of `output_file`.
     The other names are those of the flags, too.
     Raises ConfigError, CheckpointError (the table) or EngineError for what the command line would refuse.
     """
