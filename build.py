@@ -59,7 +59,7 @@ def _run(args: Namespace) -> None:
             hint="start it once; --parallel_build uses several processes",
         )
     reject_unsupported(unsupported(args))
-    from gpt.engine.builder import build_engine
+    from gpt.engine.builder import build_engine, prepare_backend
 
     checkpoint = Checkpoint.open(Path(args.model_dir)) if args.model_dir else None
     if checkpoint is not None:
@@ -72,7 +72,10 @@ def _run(args: Namespace) -> None:
     if args.dry_run:
         from gpt.engine.plan import Plan
 
-        print(Plan.make(model, build).describe(Path(args.output_dir), args.gpus_per_node))
+        build, notes, library = prepare_backend(model, build)
+        for note in notes:
+            log.info(note)
+        print(Plan.make(model, build, library).describe(Path(args.output_dir), args.gpus_per_node))
         return
     if args.check_quality is None or checkpoint is None:
         build_engine(model, build, checkpoint, Path(args.output_dir))

@@ -27,6 +27,7 @@ from gpt.runtime import rank_check
 from gpt.runtime.rank_check import check_ranks
 from gpt.text.inspection import add_tokenizer, as_json, as_text
 
+_TIMEOUT_S = 60.0
 _DIFFERENT = 1  # the exit code of --diff where something does
 
 
@@ -42,7 +43,7 @@ def build_parser() -> ArgumentParser:
     network = parser.add_argument_group("the network of an engine, as TensorRT gets it from its configuration")
     network.add_argument("--layers", action="store_true", help="print its layers: kind, operation, shape, type, bytes")
     network.add_argument("--graph", type=Path, metavar="FILE.svg", help="draw its operations")
-    network.add_argument("--rank", type=int, default=0, help="whose network, of an engine of several ranks")
+    network.add_argument("--rank", type=int, help="whose network, of an engine of several ranks (default: 0)")
     difference = parser.add_argument_group("two engines of one model")
     difference.add_argument(
         "--diff", action="store_true", help="run both on a CPU (of a TensorRT engine its network) and compare tensors"
@@ -56,7 +57,9 @@ def build_parser() -> ArgumentParser:
     group = parser.add_argument_group("ranks of a job (mpirun -np N python3 check.py --ranks)")
     group.add_argument("--ranks", action="store_true", help="check machines, devices, links, sums and their speed")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    group.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="for each part of the check")
+    group.add_argument(
+        "--timeout", type=float, default=_TIMEOUT_S, metavar="SECONDS", help="for each part of the check"
+    )
     tuning = parser.add_argument_group("launch parameters of an engine's kernels, kept beside it for this kind of GPU")
     tuning.add_argument(
         "--tune", type=positive_int, nargs="+", metavar="BATCH", help="measure them for decoding so many sequences"
@@ -72,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: Namespace) -> int:
+    _check_flags(args)
     if args.ranks:
         return _run_ranks(args)
     if not args.paths:
@@ -94,12 +98,29 @@ def _run(args: Namespace) -> int:
     return CheckpointError.exit_code if any(result.problems for result in results) else 0
 
 
+def _check_flags(args: Namespace) -> None:
+    """One thing is done at a time; what belongs to another is said to have no effect."""
+    shows = args.layers or args.graph is not None
+    kinds = {"--ranks": args.ranks, "--tune": bool(args.tune), "--diff": args.diff, "--layers or --graph": shows}
+    chosen = [flag for flag, given in kinds.items() if given]
+    if len(chosen) > 1:
+        raise ConfigError("each of these does something else", found=", ".join(chosen), allowed="one of them")
+    kind = "".join(chosen)
+    for given, text in (
+        (args.json and kind not in ("", "--ranks"), f"--json with {kind}"),
+        ((args.no_checksums or args.no_values) and kind != "", f"--no_checksums, --no_values with {kind}"),
+        (args.rank is not None and not shows, "--rank without --layers and --graph"),
+        (args.bound is not None and not args.diff, "--bound without --diff"),
+        ((args.device, args.timeout) != ("auto", _TIMEOUT_S) and not args.ranks, "--device, --timeout without --ranks"),
+    ):
+        if given:
+            log.warning("%s: no effect", text)
+
+
 def _run_ranks(args: Namespace) -> int:
     problems = []
     if args.paths:
         problems.append("--ranks looks at machines; folders and files are checked by one process, without it")
-    if args.diff or args.layers or args.graph is not None:
-        problems.append("--diff, --layers and --graph look at engines, --ranks at machines: give one of them")
     if not 0.1 <= args.timeout <= 1e6:
         problems.append(f"--timeout {args.timeout:g}: allowed are 0.1 to 1e6 seconds")
     reject_unsupported(problems)
@@ -113,11 +134,14 @@ def _show_network(args: Namespace) -> int:
     if len(args.paths) != 1:
         raise ConfigError("--layers and --graph show one engine", found=f"{len(args.paths)} paths")
     info = open_engine(args.paths[0])
-    if not 0 <= args.rank < info.build.world_size:
-        raise ConfigError(f"no rank {args.rank}", allowed=f"0 to {info.build.world_size - 1}")
+    rank = args.rank or 0
+    if not 0 <= rank < info.build.world_size:
+        raise ConfigError(f"no rank {rank}", allowed=f"0 to {info.build.world_size - 1}")
+    if args.graph is not None and args.graph.suffix != ".svg":
+        raise ConfigError("--graph draws SVG", found=str(args.graph), allowed="a name that ends in .svg")
     from gpt.engine import trt_graph
 
-    network = trt_graph.config_network(info.model, info.build, args.rank)
+    network = trt_graph.config_network(info.model, info.build, rank)
     layers = trt_graph.network_layers(network.network)
     if args.layers:
         for line in trt_graph.table(layers, trt_graph.network_inputs(network.network)):

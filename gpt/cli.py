@@ -113,6 +113,9 @@ def _run(body: Callable[[], int | None]) -> int:
     except OSError as error:
         return _fail(_explain_os_error(error), 1, error)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which scripts load late
+            hint = "free the card, or ask for a smaller batch or fewer tokens"
+            return _fail(GptError("out of GPU memory", found=str(error).partition("\n")[0], hint=hint), 1, error)
         message = GptError(
             f"unexpected {type(error).__name__}: {error}", hint="run again with --log_level debug for the traceback"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -86,13 +87,7 @@ def progress(
     from tqdm import tqdm  # the field's progress bar
 
     shows, told = sys.stderr.isatty(), log.isEnabledFor(logging.INFO)
-    lines: dict[str, Any] = {
-        "file": _LogLines(),
-        "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left",
-        "delay": _LOG_INTERVAL_S,
-        "mininterval": _LOG_INTERVAL_S,
-        "maxinterval": _LOG_INTERVAL_S,
-    }
+    lines = {"file": _LogLines(), "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"}
     scaled = unit == "B"
     return tqdm(
         iterable,
@@ -115,12 +110,16 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 class _LogLines:
-    """A file that takes a bar and makes lines of the log of it."""
+    """A file that takes a bar and makes lines of the log of it, one per interval however often the bar is drawn."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + _LOG_INTERVAL_S
 
     def write(self, text: str) -> None:
-        line = text.strip()
-        if line:
+        line, now = text.strip(), time.monotonic()
+        if line and now >= self._next:
             log.info(line)
+            self._next = now + _LOG_INTERVAL_S
 
     def flush(self) -> None:
         pass

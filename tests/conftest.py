@@ -22,6 +22,33 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+TENSORRT_GROUP = "gpu and tensorrt"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One message, instead of as many failures as there are tests, where nothing of the group can run."""
+    if config.option.markexpr != TENSORRT_GROUP:
+        return
+    from gpt.engine.trt_library import library_info
+    from gpt.engine.trt_runtime import check_device
+    from gpt.errors import GptError
+
+    try:
+        library = library_info()
+        check_device(library["name"], torch.device("cuda"), library, ())
+    except GptError as error:
+        raise pytest.UsageError(f"nothing of this group can run here: {error}") from error
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The group `gpu and tensorrt` needs what few machines with a GPU have: it runs where its name is given."""
+    if "tensorrt" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu") and item.get_closest_marker("tensorrt")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if HAS_GPU else "cpu"])
 def kernel_device(request: pytest.FixtureRequest) -> torch.device:
     """Where kernels are tested: compiled on a GPU (`-m gpu`), or where there is none, interpreted on the CPU."""

@@ -162,6 +162,7 @@ class TestDiff:
         sizes = ["--n_layer", "1", "--n_embd", "32", "--n_head", "4", "--vocab_size", "301", "--n_positions", "64"]
         other = build_engine(None, tmp_path / "other", *sizes, *LIMITS, "--random_seed", "1", "--world_size", "2")
         assert main("--diff", other.folder, other.folder)[0] == 2
+        assert "--max_output_len 40 --spawn\n" in main(other.folder)[1]  # run.py alone would be one rank
         code, _, err = main("--diff", other.folder)
         assert (code, "compares two engines" in err) == (2, True)
 
@@ -212,10 +213,41 @@ class TestNetwork:
         )
         boxes = [(rect.get("x"), rect.get("y")) for rect in root.iter(f"{space}rect")]
         assert len(set(boxes)) == len(boxes)
-        assert len(list(root.iter(f"{space}line"))) >= len(titles) - 1
+        lines, curves = list(root.iter(f"{space}line")), list(root.iter(f"{space}path"))
+        assert len(lines) + len(curves) >= len(titles) - 1
+        # Residuals pass boxes by: behind them a straight line would not be seen.
+        assert len(curves) >= 4
+        assert {int(line.get("y2", 0)) - int(line.get("y1", 0)) for line in lines} == {26}
+        code, _, err = main("--graph", tmp_path / "net.png", engines["packed plan"].folder)
+        assert code == 2
+        assert "ends in .svg" in err
 
     def test_needs_one_engine(self, engines: dict[str, EngineInfo], main: Main) -> None:
         assert main("--layers", engines["plan"].folder, engines["torch"].folder)[0] == 2
         code, _, err = main("--layers", "--rank", "3", engines["plan"].folder)
         assert code == 2
         assert "allowed: 0 to 0" in err
+
+    def test_flags_that_belong_elsewhere(self, engines: dict[str, EngineInfo], call_script: Main) -> None:
+        folder = engines["plan"].folder
+        idle = ["--bound", "1", "--device", "cpu", "--json", "--no_values"]
+        code, _, err = call_script(check.main, "--layers", *idle, folder)
+        assert code == 0
+        for text in (
+            "--bound without --diff",
+            "--device, --timeout without --ranks",
+            "--json with --layers or --graph",
+        ):
+            assert f"{text}: no effect" in err
+        assert call_script(check.main, "--rank", "3", folder)[2].count("no effect") == 1
+        assert call_script(check.main, folder)[2] == ""
+        code, _, err = call_script(check.main, "--layers", "--diff", folder, folder)
+        assert code == 2
+        assert "--diff, --layers or --graph" in err
+
+    def test_a_plan_is_told_as_it_is(self, engines: dict[str, EngineInfo], main: Main) -> None:
+        """Not by the flags that asked for it: TensorRT-RTX takes no plugin."""
+        told = main(engines["packed plan"].folder)[1]
+        assert "fused attention" in told
+        assert "packed prompts" in told
+        assert "gpt_attention plugin" not in told

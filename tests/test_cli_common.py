@@ -13,8 +13,10 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from gpt import console
 from gpt.cli import ArgumentParser, positive_int, reject_unsupported, run_main
@@ -204,6 +206,7 @@ def log_level(request: pytest.FixtureRequest) -> Iterator[str]:
         (GptError("a wrong day"), 1, "error: a wrong day"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
         (MemoryError(), 1, "error: out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nmore"), 1, "error: out of GPU memory"),
         (OSError(errno.ENOSPC, "", "c-model/x.bin"), 1, "error: no space left on the device (c-model/x.bin)"),
         (OSError(errno.EDQUOT, ""), 1, "error: no space left on the device"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "error: Permission denied (/x)"),
@@ -277,6 +280,7 @@ def test_progress_is_told_line_by_line_where_there_is_no_terminal(
         console.setup_logging(level)
         with console.progress(total=4, what="Prompts", unit="prompt", always=True) as bar:
             bar.update(1)
+            bar.refresh()  # it would wait a moment
             bar.update(3)
         told = capsys.readouterr().err
         if level == "info":
@@ -284,3 +288,17 @@ def test_progress_is_told_line_by_line_where_there_is_no_terminal(
             assert told.count("\n") == told.count("[I] Prompts: ") > 1
         else:
             assert told == ""
+
+
+def test_a_bar_that_begins_anew_often_is_told_once_per_interval(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As TensorRT's does for hundreds of phases, each of which draws it."""
+    now = 0
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now))
+    console.setup_logging("info")
+    with console.progress(what="TensorRT", unit="step") as bar:
+        for now in range(100):
+            bar.reset(total=2)
+            bar.set_description_str(f"phase {now}")
+    assert capsys.readouterr().err.count("\n") == 3

@@ -17,6 +17,7 @@ from gpt.mapping import Mapping
 
 SIZES = ["--n_layer", "2", "--n_embd", "48", "--n_head", "4", "--vocab_size", "91", "--n_positions", "64"]
 LIMITS = ["--max_batch_size", "3", "--max_input_len", "10", "--max_output_len", "6", "--dtype", "float32"]
+TINY = ["--dry_run", "--n_layer", "2", "--n_embd", "64", "--n_head", "2", "--random_seed", "1"]
 
 
 def test_numbers_are_those_of_a_real_engine(tmp_path: Path) -> None:
@@ -106,14 +107,31 @@ def test_dry_run(sizes: list[str], told: list[str], tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("target", "cards"),
-    [("ada", {"L4", "RTX 4090", "L40S"}), ("ampere", {"A100 40GB", "A100 80GB"}), (None, set(CARDS))],
+    ("flags", "cards"),
+    [
+        (["--target", "ada"], {"L4", "RTX 4090", "L40S"}),
+        (["--target", "ampere"], {"A100 40GB", "A100 80GB"}),
+        (["--target", "DEFAULT"], set(CARDS) - {"H100 80GB", "H200", "B200"}),
+        (["--backend", "tensorrt"], set(CARDS) - {"H100 80GB", "H200", "B200"}),  # by TensorRT-RTX, where no GPU is
+        ([], set(CARDS)),
+    ],
 )
 def test_only_cards_that_load_the_plan_are_listed(
-    target: str | None, cards: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], cards: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--dry_run", "--n_layer", "2", "--n_embd", "64", "--n_head", "2", "--output_dir", str(tmp_path / "e")]
-    flags += ["--backend", "tensorrt", "--target", target] if target else []
-    assert build.main([*flags, "--random_seed", "1"]) == 0
+    assert build.main([*TINY, *flags, "--output_dir", str(tmp_path / "e")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {card for card in CARDS if any(line.startswith(f"  {card} ") for line in lines)} == cards
+    assert any(line.startswith("  this machine ") for line in lines) == (flags == [])  # no plan runs on a CPU
+
+
+def test_a_plan_of_tensorrt_loads_on_the_kind_of_gpu_that_builds_it() -> None:
+    model = ModelConfig(vocab_size=96, n_positions=64, n_embd=48, n_head=4, n_layer=3, n_kv_head=4, inter_size=96)
+    plan = Plan.make(model, BuildConfig(backend="tensorrt"), {"name": "tensorrt", "compute_capability": "9.0"})
+    lines = plan.describe(Path("e"), 8).splitlines()
+    assert {card for card in CARDS if any(line.startswith(f"  {card} ") for line in lines)} == {"H100 80GB", "H200"}
+
+
+def test_what_cannot_be_built_is_refused_in_advance(capsys: pytest.CaptureFixture[str]) -> None:
+    assert build.main([*TINY, "--target", "turing", "--dtype", "bfloat16"]) == 2
+    assert "it multiplies in float16 only" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import errno
 import io
 import signal
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ class TestBuildFails:
 
             def reset(self, total: int) -> None: ...
 
-            def set_description(self, text: str) -> None: ...
+            def set_description_str(self, text: str) -> None: ...
 
             def refresh(self) -> None: ...
 
@@ -218,6 +219,11 @@ class TestCheckBuild:
     def test_notes_say_what_was_selected(self, options: dict[str, Any], expected: str) -> None:
         assert any(expected in note for note in check_build(self.model, build_config(**options)))
 
+    def test_the_library_and_its_cards_are_named(self, trt: Any) -> None:
+        for targets, cards in (((), "its own choice of cards"), (("ada", "SM86"), "SM89, SM86")):
+            note = check_build(self.model, build_config("float16", targets=targets))[0]
+            assert note == f"Library: tensorrt_rtx {trt.__version__}, for {cards}"
+
     def test_plugin_of_another_dtype(self) -> None:
         notes = check_build(self.model, replace(build_config("float16"), gpt_attention_plugin="float32"))
         assert any("float32 asked for, the engine's float16 selected" in note for note in notes)
@@ -238,6 +244,14 @@ class TestLibrary:
             assert part in str(caught.value)
         with pytest.raises(ConfigError, match="not installed"):
             check_build(MODELS["gpt2"], build_config())
+
+    def test_one_that_is_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It would be found out by an attribute that is missing, or build networks of other types."""
+        old = types.SimpleNamespace(__name__="tensorrt", __version__="10.16.1.11")
+        monkeypatch.setitem(sys.modules, "tensorrt", old)
+        with pytest.raises(ConfigError, match="tensorrt is not installed") as caught:
+            trt_library.load([trt_library.TENSORRT])
+        assert "found version 10.16.1.11, allowed: 11.0 or newer" in str(caught.value)
 
     def test_info(self, trt: Any) -> None:
         assert trt_library.library_info() == {"name": "tensorrt_rtx", "version": trt.__version__}

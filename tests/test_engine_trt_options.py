@@ -50,6 +50,8 @@ def test_flags() -> None:
     plain, other = config_of()
     assert not plain.get_flag(flags.WEIGHT_STREAMING)
     assert not plain.get_flag(flags.REFIT)
+    assert not plain.get_flag(flags.TF32)  # types are as written, float32 too
+    assert network.network.get_flag(network.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     assert plain.num_optimization_profiles == 2
     del other
 
@@ -101,6 +103,19 @@ def test_streaming_keeps_what_the_library_says(
         trt_session._stream_weights(engine)
     assert engine.weight_streaming_budget_v2 == 3 << 20
     assert "3 of 8 MiB stay on the GPU" in caplog.text
+
+
+def test_a_refused_budget_is_told() -> None:
+    """The library's setter raises nothing."""
+
+    class Engine:
+        weight_streaming_budget_v2 = property(lambda self: 0, lambda self, budget: None)
+
+        def get_weight_streaming_automatic_budget(self) -> int:
+            return 3 << 20
+
+    with pytest.raises(EngineError, match="refused its own weight streaming budget"):
+        trt_session._stream_weights(Engine())
 
 
 class TestRefusals:
@@ -173,6 +188,18 @@ class TestRefusals:
 
 
 class TestNotes:
+    @pytest.mark.parametrize(
+        ("capability", "targets", "loads"),
+        [((9, 0), (), False), ((10, 0), ("default",), False), ((8, 6), ("ada",), False), ((8, 9), ("ada",), True)],
+    )
+    def test_of_a_gpu_that_cannot_load_what_it_builds(
+        self, capability: tuple[int, int], targets: tuple[str, ...], loads: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(trt_check, "_gpu_capability", lambda: capability)
+        notes = "\n".join(check_build(MODEL, build_config("float16", targets=targets)))
+        here = f"This machine's GPU (compute capability {capability[0]}.{capability[1]}) cannot load this engine"
+        assert (here in notes) == (not loads)
+
     def test_of_tensorrt(self) -> None:
         notes = "\n".join(check_build(MODEL, build_config(timing_cache="model.cache", batch_buckets=(1, 2))))
         assert "Timing cache: TensorRT-RTX has none" in notes

@@ -209,6 +209,16 @@ def test_notes_of_plugins(library: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert trt_check.check_build(odd, chosen)
 
 
+def test_fp8_on_a_gpu_without_it_is_refused(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tensorrt` builds for the GPU there is."""
+    monkeypatch.setattr(trt_check, "load_for_build", lambda targets: library)
+    build = build_config("float16", quant=QuantConfig("fp8", "per_token"))
+    check_build(MODELS["gpt2"], build)
+    monkeypatch.setattr(library, "compute_capability", 80)
+    with pytest.raises(ConfigError, match="fp8 weights for target SM80: they begin with SM89"):
+        check_build(MODELS["gpt2"], build)
+
+
 def test_a_plan_is_told_that_its_cache_is_written_in_place(library: Any) -> None:
     for plugins, expected in ((("attention",), True), (("lookup",), False)):
         network = define(library, MODELS["gpt2"], build_config(plugins=plugins))
@@ -260,7 +270,10 @@ def compiling(*arguments: str) -> str:
 WORDS = ("float16", "grouped", "256", "product", "norm", "integers", "lookup")
 
 
-@pytest.mark.parametrize(("capability", "target", "words"), [(90, "sm_90a", WORDS), (80, "sm_80", ("multi", "5 rows"))])
+@pytest.mark.parametrize(
+    ("capability", "target", "words"),
+    [(90, "sm_90a", WORDS), (80, "sm_80", ("multi", "5 rows")), (100, "sm_100a", ("5 rows", "lookup"))],
+)
 def test_what_a_build_embeds(capability: int, target: str, words: tuple[str, ...]) -> None:
     """Compiled for a compute capability without a GPU: one entry; inputs, sizes and outputs in their order."""
     program = Path(__file__).parent / "plugin_cases.py"

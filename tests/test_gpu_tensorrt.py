@@ -17,6 +17,7 @@ from ranks import PROGRAMS, without_mpi
 from test_engine_trt_quantized import MODES, Quant, quantized_weights, step_inputs
 from test_runtime_ranks import CASES, build_case
 from trt_acceptance import (
+    BOUNDS,
     PLUGINS,
     Open,
     Report,
@@ -185,8 +186,9 @@ def test_ranks(report: Report, tmp_path: Path) -> None:
         assert [result.returncode for result in done] == [0] * size, done
         results.append(torch.load(tmp_path / "out.pt")[0])
     errors = [relative_error(a, b) for a, b in zip(results[1]["logits"], results[0]["logits"], strict=True)]
-    report.add("ranks", "two GPUs, multi-query, float32", passed=max(errors) < 5e-3, errors=errors, bound=5e-3)
-    assert max(errors) < 5e-3
+    bound = BOUNDS["float32"]
+    report.add("ranks", "two GPUs, multi-query, float32", passed=max(errors) < bound, errors=errors, bound=bound)
+    assert max(errors) < bound
 
 
 def test_inspector(report: Report, tmp_path: Path) -> None:

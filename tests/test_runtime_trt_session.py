@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -238,6 +237,24 @@ class TestBucketsAndGraphs:
         else:
             assert len(captures) == 6  # sizes 1 2 3 4 2 3
 
+    @pytest.mark.parametrize(("buckets", "num_contexts"), [((), 2), ((1, 2), 4)], ids=["any size", "buckets"])
+    def test_a_context_serves_all_batches_of_its_profile(
+        self, buckets: tuple[int, ...], num_contexts: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """TensorRT-RTX compiles kernels whenever one is made."""
+        made = []
+        make = EvaluatorEngine.create_execution_context
+
+        def counted(engine: EvaluatorEngine, config: Any) -> EvaluatorContext:
+            made.append(engine)
+            return make(engine, config)
+
+        monkeypatch.setattr(EvaluatorEngine, "create_execution_context", counted)
+        session = open_trt(self.model, build_config(batch_buckets=buckets))
+        for lengths in [(3,), (7, 2), (2, 2, 9, 4), (6, 3), (2, 11, 1), (5,)]:
+            greedy(session, random_prompts(lengths, self.model.vocab_size), 3)
+        assert len(made) == num_contexts
+
     def test_a_graph_replaces_launches(self) -> None:
         engine = stand_in_engine(self.model, build_config(), RANK, random_weights(self.model))
         num_replays = 0
@@ -349,10 +366,17 @@ class TestLibraryErrors:
         assert "outside the cache" in str(first.value)
         assert "outside the cache" not in str(second.value)
 
-    def test_no_context(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(EvaluatorEngine, "create_execution_context", lambda *_: None)
-        with pytest.raises(EngineError, match="cannot execute this engine"):
+    @pytest.mark.parametrize("call", ["create_runtime_config", "create_execution_context"])
+    def test_no_context(self, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The engine's own messages are shown: there is no context that could have any."""
+
+        def nothing(engine: EvaluatorEngine, *_: object) -> None:
+            engine.error_recorder.report_error(engine.trt.ErrorCodeTRT.INTERNAL_ERROR, "out of memory")
+
+        monkeypatch.setattr(EvaluatorEngine, call, nothing)
+        with pytest.raises(EngineError, match="cannot execute this engine") as caught:
             open_trt(self.model, build_config())
+        assert "out of memory" in str(caught.value)
 
 
 RTX = {"name": "tensorrt_rtx", "version": trt_library.load().__version__}
@@ -371,12 +395,15 @@ class TestPlan:
     model = MODELS["gpt2"]
 
     @pytest.fixture(scope="class")
-    def plan(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def plan(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = tmp_path_factory.mktemp("plan") / "a.engine"
-        build_plan(self.model, build_config(), RANK, random_weights(self.model).items(), path)
+        build_plan(cls.model, build_config(), RANK, random_weights(cls.model).items(), path)
         return path
 
-    def test_needs_a_gpu(self, plan: Path) -> None:
+    def test_needs_a_gpu(self, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Which is said before a library that is missing: to install it would not help."""
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
         with pytest.raises(EngineError, match="needs an NVIDIA GPU") as caught:
             TrtSession.from_plan(plan, self.model, build_config(), RANK, "cpu", library=RTX)
         assert "--backend torch" in str(caught.value)
@@ -410,14 +437,16 @@ class TestPlan:
             assert part in str(caught.value)
         assert ("SM89" in str(caught.value)) == (targets != ("ampere",))
 
-    def test_another_version(self, plan: Path) -> None:
+    def test_another_version(self, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pretend_gpu(monkeypatch, (8, 9))
         with pytest.raises(EngineError, match="another version of tensorrt_rtx") as caught:
             TrtSession.from_plan(plan, self.model, build_config(), RANK, "cuda", library={**RTX, "version": "1.0.0"})
         assert f"built by 1.0.0, installed is {RTX['version']}" in str(caught.value)
 
     def test_missing_library(self, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pretend_gpu(monkeypatch, (9, 0))
         monkeypatch.setitem(sys.modules, "tensorrt", None)
-        with pytest.raises(ConfigError, match="TensorRT is not installed") as caught:
+        with pytest.raises(ConfigError, match="tensorrt is not installed") as caught:
             TrtSession.from_plan(
                 plan, self.model, build_config(), RANK, "cuda", library={"name": "tensorrt", "version": "11.4.0.106"}
             )
@@ -425,10 +454,7 @@ class TestPlan:
 
     def test_built_on_another_gpu(self, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """TensorRT itself builds for the GPU it builds on."""
-        library = {"name": "tensorrt", "version": RTX["version"], "compute_capability": "8.0"}
-        monkeypatch.setitem(
-            sys.modules, "tensorrt", types.SimpleNamespace(__name__="tensorrt", __version__=RTX["version"])
-        )
+        library = {"name": "tensorrt", "version": "11.4.0.106", "compute_capability": "8.0"}
         pretend_gpu(monkeypatch, (9, 0))
         with pytest.raises(EngineError, match="does not load on this GPU") as caught:
             TrtSession.from_plan(plan, self.model, build_config(), RANK, "cuda", library=library)

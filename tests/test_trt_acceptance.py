@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_gpu_tensorrt
 import trt_acceptance
-from test_gpu_tensorrt import pytestmark as group
 from trt_acceptance import PLUGINS, Report, Weights, cases, check_buckets, check_limits, check_logits, check_speed
 from trt_models import MODELS, RANK
 
@@ -57,5 +60,19 @@ def test_a_failed_check_is_reported(report: Report, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_group_is_left_out_here() -> None:
-    assert [mark.name for mark in group] == ["gpu", "tensorrt"]
+    assert [mark.name for mark in test_gpu_tensorrt.pytestmark] == ["gpu", "tensorrt"]
     assert len(list(cases())) == 48
+
+
+@pytest.mark.parametrize(
+    ("marks", "told"), [("gpu", "deselected"), ("gpu and tensorrt", "nothing of this group can run here: a TensorRT")]
+)
+def test_a_machine_that_cannot_run_it(marks: str, told: str) -> None:
+    """Among the tests for GPUs it is left out; asked for, it ends with the first reason."""
+    file = str(Path(test_gpu_tensorrt.__file__))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, file]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode != 0
+    assert told in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

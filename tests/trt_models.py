@@ -1,4 +1,4 @@
-"""Three small architectures, their random weights and their networks, for everything that is tested with TensorRT."""
+"""Four small architectures, their random weights and their networks, for everything that is tested with TensorRT."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def build_engine(model: ModelConfig, build: BuildConfig, checkpoint: Checkpoint 
     """
     begin = time.perf_counter()
     source: WeightSource = checkpoint if checkpoint is not None else RandomWeights(model, build.seed or 0)
-    build, notes, library = _prepare_backend(model, build)
+    build, notes, library = prepare_backend(model, build)
     for note in (*notes, *quantization_notes(build.quant, checkpoint)):
         log.info(note)
     needed = estimate(model, build, Mapping.of_build(build))
@@ -68,8 +68,11 @@ def build_engine(model: ModelConfig, build: BuildConfig, checkpoint: Checkpoint 
     return output_dir / CONFIG_NAME
 
 
-def _prepare_backend(model: ModelConfig, build: BuildConfig) -> tuple[BuildConfig, list[str], dict[str, str]]:
-    """The options with what the backend adds, what it makes of them, and which library it is."""
+def prepare_backend(model: ModelConfig, build: BuildConfig) -> tuple[BuildConfig, list[str], dict[str, str]]:
+    """The options with what the backend adds, what it makes of them, and which library it is.
+
+    Raises ConfigError for options it cannot honour, and where its library is missing.
+    """
     if build.backend == "tensorrt":
         build = with_plugins(model, build)
         return build, check_build(model, build), library_info(build.targets)

@@ -103,17 +103,29 @@ def _inspect_engine(path: Path, *, checksums: bool, values: bool) -> Inspection:
             for rank in range(len(info.files)):
                 with result.collecting():
                     result.problems += _tensor_problems(info, rank, values=values)
-        result.next_step = f"python run.py --engine_dir {shlex.quote(str(path))} --max_output_len 40"
+        ranks = " --spawn" if build.world_size > 1 else ""
+        result.next_step = f"python run.py --engine_dir {shlex.quote(str(path))} --max_output_len 40{ranks}"
     return result
 
 
 def _options(build: BuildConfig) -> list[str]:
-    plugins = ("gpt_attention", "gemm", "layernorm", "lookup")
-    chosen = [f"{name} plugin" for name in plugins if getattr(build, f"{name}_plugin") is not None]
-    chosen += [f"compiled into the plan: {', '.join(build.plugins)}"] * bool(build.plugins)
-    chosen += [build.quant.describe()] * bool(build.quant.describe())
-    chosen += ["context fmha"] * (build.context_fmha > 0) + ["packed prompts"] * build.remove_input_padding
-    return chosen
+    """What the engine has of what was asked for: a plan without plugins has none, whatever the flags said."""
+    if build.backend == "tensorrt":
+        buckets = " ".join(map(str, build.generation_batches))
+        chosen = {
+            f"compiled into the plan: {', '.join(build.plugins)}": bool(build.plugins),
+            "fused attention": build.fused_attention and "attention" not in build.plugins,
+            f"generation for batches of {buckets}": bool(build.batch_buckets),
+            f"optimisation level {build.builder_opt}": build.builder_opt is not None,
+            "weight streaming": build.weight_streaming,
+            "weights can be replaced": build.refit,
+        }
+    else:
+        plugins = ("gpt_attention", "gemm", "layernorm", "lookup")
+        chosen = {f"{name} plugin": getattr(build, f"{name}_plugin") is not None for name in plugins}
+        chosen["context fmha"] = build.context_fmha > 0
+    chosen |= {build.quant.describe(): bool(build.quant.describe()), "packed prompts": build.remove_input_padding}
+    return [text for text, given in chosen.items() if given]
 
 
 def _tensor_problems(info: EngineInfo, rank: int, *, values: bool) -> list[str]:

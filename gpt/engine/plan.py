@@ -6,7 +6,8 @@ import math
 import shlex
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt.checkpoint.layout import tensors
@@ -14,7 +15,7 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.console import human_bytes
 from gpt.engine.estimate import Estimate, available_memory_bytes, estimate
 from gpt.engine.kv_cache import batch_bucket, cache_slots
-from gpt.engine.trt_check import compute_capabilities, loadable_cards
+from gpt.engine.trt_check import DEFAULT_TARGET, compute_capabilities, loadable_cards
 from gpt.mapping import Mapping
 
 # Compute capability, and the MiB that nvidia-smi shows as a card's total.
@@ -34,15 +35,16 @@ _OVERHEAD_BYTES = 1536 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """`needed`: one rank at the limits of the engine."""
+    """needed: one rank at the limits of the engine.  library: what builds it, as `trt_library.library_info` says."""
 
     model: ModelConfig
     build: BuildConfig
     needed: Estimate
+    library: Dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, model: ModelConfig, build: BuildConfig) -> Plan:
-        return cls(model, build, estimate(model, build, Mapping.of_build(build)))
+    def make(cls, model: ModelConfig, build: BuildConfig, library: Dict[str, str] | None = None) -> Plan:
+        return cls(model, build, estimate(model, build, Mapping.of_build(build)), library or {})
 
     @property
     def num_parameters(self) -> int:
@@ -95,23 +97,27 @@ class Plan:
             ("building", needed.build_peak, ""),
         ):
             yield f"  {what:12} {human_bytes(value):>10}{note}"
-        overhead = f" with rounded sizes and about {human_bytes(_OVERHEAD_BYTES)} for CUDA, its libraries and NCCL"
+        rounded = "rounded sizes and " if build.backend == "torch" else ""
+        overhead = f" with {rounded}about {human_bytes(_OVERHEAD_BYTES)} for CUDA, its libraries and NCCL"
         yield f"  {'on a GPU':12} {human_bytes(self.gpu_bytes):>10}{overhead}"
         yield "sequences of full length that fit at once:"
         for card, (capability, mib) in CARDS.items():
             if self._runs_on(capability):
                 yield f"  {card:12} {self._fit(self.largest_batch((mib << 20) - _OVERHEAD_BYTES, on_gpu=True))}"
         available = available_memory_bytes()
-        if available is not None:
+        if available is not None and build.backend == "torch":
             here = self._fit(self.largest_batch(available // build.world_size))
             yield f"  {'this machine':12} {here} (CPU, all ranks)"
         yield "start it with:"
         yield from (f"  {line}" for line in start_commands(build.world_size, engine_dir, gpus_per_node))
 
     def _runs_on(self, capability: str) -> bool:
-        """A plan for named targets loads on their cards alone."""
-        targets = self.build.targets
-        return not targets or capability in loadable_cards(compute_capabilities(targets))
+        """TensorRT's plans load on the cards they are built for alone."""
+        if self.build.backend == "torch":
+            return True
+        if built_on := self.library.get("compute_capability"):
+            return capability == "SM" + built_on.replace(".", "")
+        return capability in loadable_cards(compute_capabilities(self.build.targets or (DEFAULT_TARGET,)))
 
     def _fit(self, batch: int) -> str:
         if batch == self.build.max_batch_size:

@@ -56,8 +56,7 @@ class NetworkBuild:
         self.recorder = error_recorder(trt)
         self.builder = begin_library(trt, "Builder")
         self.builder.error_recorder = self.recorder
-        strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        self.network = self._given("a network", self.builder.create_network(strongly_typed))
+        self.network = self._given("a network", self.builder.create_network())
         self.network.error_recorder = self.recorder
         layers = Layers(trt, self.network, self.recorder)
         define_network(layers, model, build, mapping, weights)
@@ -112,6 +111,7 @@ class NetworkBuild:
         config = self._given("a configuration", self.builder.create_builder_config())
         if self.build.builder_opt is not None:
             config.builder_optimization_level = self.build.builder_opt
+        config.clear_flag(self.trt.BuilderFlag.TF32)  # set by default: float32 products of ten bits
         config.profiling_verbosity = getattr(self.trt.ProfilingVerbosity, self.build.profiling_verbosity.upper())
         for wanted, flag in ((self.build.weight_streaming, "WEIGHT_STREAMING"), (self.build.refit, "REFIT")):
             if wanted:
@@ -202,7 +202,7 @@ def _progress_monitor(trt: Any, bar: Any, interrupted: threading.Event) -> Any:
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             bar.reset(total=num_steps)
-            bar.set_description(f"TensorRT: {phase_name}")
+            bar.set_description_str(f"TensorRT: {phase_name}")
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             bar.update()

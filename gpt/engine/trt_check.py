@@ -8,7 +8,14 @@ from typing import Any
 
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine import trt_io
-from gpt.engine.trt_library import TENSORRT_RTX, compute_capability, has_plugins, library_name, load_for_build
+from gpt.engine.trt_library import (
+    TENSORRT,
+    TENSORRT_RTX,
+    compute_capability,
+    has_plugins,
+    library_name,
+    load_for_build,
+)
 from gpt.errors import ConfigError, Problems
 
 # GPU generations as people call them, in TensorRT-RTX's compute capabilities.  It has none for Hopper, 9.0.
@@ -50,7 +57,7 @@ def compute_capabilities(targets: tuple[str, ...]) -> list[str]:
 
     Raises ConfigError for unknown names, listing those there are.
     """
-    if targets == (DEFAULT_TARGET,):
+    if [target.lower() for target in targets] == [DEFAULT_TARGET]:
         return []
     spelled = {name.lower(): names for name, names in TARGETS.items()}
     unknown = [target for target in targets if target.lower() not in spelled]
@@ -124,8 +131,10 @@ def check_build(model: ModelConfig, build: BuildConfig) -> list[str]:
             f"head size {model.head_size} with fused attention in {build.dtype}: above 8 it must be a multiple of 8; "
             "without --use_gpt_attention_plugin and --enable_context_fmha any head size works, as does --dtype float32"
         )
+    if library_name(trt) == TENSORRT and build.quant.weights == "fp8":  # of the GPU that builds
+        capabilities = [f"SM{compute_capability(trt)}"]
     _check_quantization(build, capabilities, problems)
-    if build.refit and library_name(trt) == TENSORRT_RTX and not _has_gpu():
+    if build.refit and library_name(trt) == TENSORRT_RTX and _gpu_capability() is None:
         problems.add("refit: TensorRT-RTX makes plans with replaceable weights on a machine with a GPU only")
     if trt_io.num_profiles(build) > MOST_PROFILES:
         problems.add(
@@ -165,7 +174,10 @@ def _fused_head_size_builds(head_size: int, dtype: str) -> bool:
 
 
 def _notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]:
-    notes = [_attention_note(model, build)]
+    cards = ", ".join(compute_capabilities(build.targets)) or "its own choice of cards"
+    if library_name(trt) == TENSORRT:
+        cards = "this machine's kind of GPU"
+    notes = [f"Library: {library_name(trt)} {trt.__version__}, for {cards}", _attention_note(model, build)]
     if build.context_fmha:
         notes.append("Context FMHA: the fused attention layer works in both phases and chooses its accumulation itself")
     if build.gpt_attention_plugin not in (None, build.dtype):
@@ -178,8 +190,12 @@ def _notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]:
     if build.batch_buckets:
         sizes = ", ".join(map(str, build.generation_batches))
         notes.append(f"Generation is compiled for batches of {sizes}; others are filled up to the next of them")
-    if library_name(trt) == TENSORRT_RTX and _has_hopper():
-        notes.append("This machine's GPU (compute capability 9.0) cannot load TensorRT-RTX engines; other cards can")
+    capability = _gpu_capability()
+    if library_name(trt) == TENSORRT_RTX and capability is not None:
+        loadable = loadable_cards(compute_capabilities(build.targets or (DEFAULT_TARGET,)))
+        if "SM{}{}".format(*capability) not in loadable:
+            here = describe_capability(capability)
+            notes.append(f"This machine's GPU ({here}) cannot load this engine; cards of {', '.join(loadable)} can")
     return notes
 
 
@@ -215,13 +231,7 @@ def _attention_note(model: ModelConfig, build: BuildConfig) -> str:
     return f"Attention: fused IAttention, {cache}"
 
 
-def _has_gpu() -> bool:
+def _gpu_capability() -> tuple[int, int] | None:
     import torch
 
-    return torch.cuda.is_available()
-
-
-def _has_hopper() -> bool:
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None

@@ -164,6 +164,7 @@ def operations(layers: Sequence[Layer]) -> list[Node]:
 
 
 _BOX_WIDTH, _BOX_HEIGHT, _GAP_X, _GAP_Y = 330, 44, 24, 26
+_MARGIN = 90  # to the left, for what passes boxes by
 
 
 def picture(nodes: Sequence[Node]) -> str:
@@ -173,8 +174,8 @@ def picture(nodes: Sequence[Node]) -> str:
     for index, node in enumerate(nodes):
         column = in_row.get(node.depth, 0)
         in_row[node.depth] = column + 1
-        places[index] = 10 + column * (_BOX_WIDTH + _GAP_X), 10 + node.depth * (_BOX_HEIGHT + _GAP_Y)
-    width = 10 + max(in_row.values(), default=1) * (_BOX_WIDTH + _GAP_X)
+        places[index] = _MARGIN + column * (_BOX_WIDTH + _GAP_X), 10 + node.depth * (_BOX_HEIGHT + _GAP_Y)
+    width = _MARGIN + max(in_row.values(), default=1) * (_BOX_WIDTH + _GAP_X)
     height = 10 + (max(in_row, default=0) + 1) * (_BOX_HEIGHT + _GAP_Y)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="monospace">',
@@ -186,7 +187,13 @@ def picture(nodes: Sequence[Node]) -> str:
 
 
 def _line(start: tuple[int, int], end: tuple[int, int]) -> str:
-    middle = _BOX_WIDTH // 2
+    """From a box to one in the next row; to one further below around those between them, the further the wider."""
+    span, middle = end[1] - start[1], _BOX_WIDTH // 2
+    if span > _BOX_HEIGHT + _GAP_Y:
+        (x1, y1), (x2, y2) = ((x, y + _BOX_HEIGHT // 2) for x, y in (start, end))
+        bend = min(20 + span // 12, 4 * _MARGIN // 3)  # three quarters of which the curve reaches
+        curve = f"M{x1} {y1} C{x1 - bend} {y1} {x2 - bend} {y2} {x2} {y2}"
+        return f'<path d="{curve}" fill="none" stroke="#999"/>'
     ends = f'x1="{start[0] + middle}" y1="{start[1] + _BOX_HEIGHT}" x2="{end[0] + middle}" y2="{end[1]}"'
     return f'<line {ends} stroke="#999"/>'
 

@@ -18,6 +18,8 @@ TENSORRT = "tensorrt"
 TENSORRT_RTX = "tensorrt_rtx"
 _MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx_bindings"}
 LIBRARIES = tuple(_MODULES)
+# tensorrt: since then all types are as written; tensorrt_rtx: what was tried.
+_OLDEST = {TENSORRT: (11, 0), TENSORRT_RTX: (1, 7)}
 _INSTALL = {
     TENSORRT: "pip install -r requirements-tensorrt.txt (needs an NVIDIA GPU)",
     TENSORRT_RTX: "pip install -r requirements.txt",
@@ -25,7 +27,7 @@ _INSTALL = {
 
 
 def load(names: Sequence[str] = (TENSORRT_RTX, TENSORRT)) -> Any:
-    """The first of the libraries `names` that can be imported.
+    """The first of the libraries `names` that can be used.
 
     Raises ConfigError saying why none of them can, and what to install.
     """
@@ -35,20 +37,24 @@ def load(names: Sequence[str] = (TENSORRT_RTX, TENSORRT)) -> Any:
         if trt is not None:
             return trt
         reasons.append(f"{name}: {reason}")
+        verbose(f"Not used: {reasons[-1]}")
     raise ConfigError(
-        "TensorRT is not installed",
+        f"{' or '.join(names)} is not installed",
         found=reasons,
         allowed=[f"{name}: {_INSTALL[name]}" for name in names],
-        hint=f"install {'it' if len(names) == 1 else 'one of them'}, or use --backend torch, which needs no TensorRT",
+        hint=f"install {'it' if len(names) == 1 else 'one of them'}; engines of build.py --backend torch need none",
     )
 
 
 def _import(name: str) -> tuple[Any, str]:
     """The module, or None and why it cannot be had."""
     try:
-        return importlib.import_module(_MODULES[name]), ""
+        trt = importlib.import_module(_MODULES[name])
     except (ImportError, OSError) as error:  # OSError: the bindings are there, the shared libraries are not
         return None, str(error)
+    if tuple(map(int, trt.__version__.split(".")[:2])) < _OLDEST[name]:
+        return None, f"found version {trt.__version__}, allowed: {'.'.join(map(str, _OLDEST[name]))} or newer"
+    return trt, ""
 
 
 def load_for_build(targets: Sequence[str]) -> Any:

@@ -131,8 +131,8 @@ class _Builder:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._builder, name, value)
 
-    def create_network(self, flags: int) -> PluginNetwork:
-        return PluginNetwork(self._builder.create_network(flags), self._layer_type)
+    def create_network(self) -> PluginNetwork:
+        return PluginNetwork(self._builder.create_network(), self._layer_type)
 
 
 class StandIn(ModuleType):

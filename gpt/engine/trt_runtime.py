@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gpt.comm import Communicator
-from gpt.engine.trt_check import compute_capabilities, describe_capability, loadable_cards
+from gpt.engine.trt_check import DEFAULT_TARGET, compute_capabilities, describe_capability, loadable_cards
 from gpt.engine.trt_library import LIBRARIES, TENSORRT_RTX, begin_library, error_recorder, library_name, load
 from gpt.errors import EngineError
 
@@ -28,9 +28,9 @@ def load_engine(
     name = library.get("name", "")
     if name not in LIBRARIES:
         raise EngineError("unknown library in config.json", found=repr(name), allowed=", ".join(LIBRARIES))
+    check_device(name, device, library, targets)  # first: without a card nothing is worth installing
     trt = load([name])
     _check_version(trt, library, path)
-    _check_device(trt, device, library, targets)
     recorder = error_recorder(trt)
     with torch.cuda.device(device):
         runtime = begin_library(trt, "Runtime")
@@ -62,13 +62,16 @@ def deserialize(runtime: Any, path: Path) -> Any:
 def create_context(engine: Any, trt: Any, recorder: Any) -> Any:
     """An IExecutionContext that takes its working memory from its owner (`set_device_memory`), so that contexts that
     never run at once can share it.  Raises EngineError where there is none to be had."""
-    config = engine.create_runtime_config()
-    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-    if hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
-        # TensorRT-RTX would else compile kernels for a shape beside the steps, and a captured graph keep the old ones.
-        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        config.dynamic_shapes_kernel_specialization_strategy = eager
-    context = engine.create_execution_context(config)
+    engine.error_recorder = recorder  # it is the engine that refuses a context
+    config, context = engine.create_runtime_config(), None
+    if config is not None:
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
+            # TensorRT-RTX would else compile kernels for a shape beside the steps, and a captured graph keep the old
+            # ones.
+            eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = eager
+        context = engine.create_execution_context(config)
     if context is None:
         raise EngineError(
             "TensorRT cannot execute this engine",
@@ -104,14 +107,15 @@ def _check_version(trt: Any, library: Dict[str, str], path: Path) -> None:
         )
 
 
-def _check_device(trt: Any, device: torch.device, library: Dict[str, str], targets: tuple[str, ...]) -> None:
+def check_device(name: str, device: torch.device, library: Dict[str, str], targets: tuple[str, ...]) -> None:
+    """Raises EngineError where `device` is no GPU that loads what the library `name` builds for `targets`."""
     hint = "run on a machine with one, or build the engine with --backend torch, which needs none"
     if device.type != "cuda" or not torch.cuda.is_available():
         raise EngineError("a TensorRT engine needs an NVIDIA GPU", found=f"device {device}, no usable GPU", hint=hint)
     capability = torch.cuda.get_device_capability(device)
     found = f"{torch.cuda.get_device_name(device)}, {describe_capability(capability)}"
-    if library_name(trt) == TENSORRT_RTX:
-        allowed = loadable_cards(compute_capabilities(targets or ("default",)))
+    if name == TENSORRT_RTX:
+        allowed = loadable_cards(compute_capabilities(targets or (DEFAULT_TARGET,)))
         if f"SM{capability[0]}{capability[1]}" not in allowed:
             raise EngineError(
                 "this TensorRT-RTX engine does not load on this GPU",

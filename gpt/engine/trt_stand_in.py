@@ -49,6 +49,7 @@ class EvaluatorEngine:
 
     def __init__(self, build: NetworkBuild):
         self.trace: dict[str, torch.Tensor] | None = None
+        self.error_recorder: Any = None
         self.trt = build.trt
         self.profiles = build.profiles
         self.evaluator = NetworkEvaluator(build.trt, build.network, build.side_table)

@@ -19,6 +19,7 @@ Capture = Callable[["Phase"], Callable[[], None]]
 class Phase:
     """An execution context for one profile and, once bound, one set of shapes and addresses.
 
+    num_rows: what whoever bound it says of them; 0 until then.
     capture: turns `launch` into something that does the same again for less, a CUDA graph; None: every run is a launch.
     """
 
@@ -42,8 +43,7 @@ class Phase:
         self._profile = profile
         self._handle = stream.cuda_stream if stream is not None else 0
         self._capture = capture
-        self._num_runs = 0
-        self._replay: Callable[[], None] | None = None
+        self.unbind()
         self._call("refused its profile", self.context.set_optimization_profile_async, profile, self._handle)
         self.context.set_device_memory(memory.data_ptr(), memory.nbytes)
         if comm.size > 1:
@@ -54,7 +54,7 @@ class Phase:
 
         Raises EngineError with limits and request side by side where a shape is outside the profile.
         """
-        self._num_runs, self._replay = 0, None
+        self.unbind()
         for name, tensor in inputs.items():
             self._set_shape(name, tuple(tensor.shape))
         for name, tensor in {**inputs, **outputs}.items():
@@ -62,6 +62,11 @@ class Phase:
         unknown = self._call("cannot work out its shapes", lambda: [None, *self.context.infer_shapes()])[1:]
         if unknown:
             raise self._error(f"knows no shape of {', '.join(unknown)}")
+
+    def unbind(self) -> None:
+        """Forgets what was captured, and for how many rows."""
+        self.num_rows = self._num_runs = 0
+        self._replay: Callable[[], None] | None = None
 
     def run(self) -> None:
         """One step.  Raises EngineError where the library cannot do it."""

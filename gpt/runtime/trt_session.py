@@ -76,7 +76,7 @@ class TrtSession:
         self._capture = capture
         self._scratch = working_memory(engine, self.device)
         self._context = self._phase(trt_io.CONTEXT, None)
-        self._generation: dict[tuple[int, int], Phase] = {}  # by rows of a step, and by the cache it reads
+        self._generation: dict[tuple[int, int], Phase] = {}  # by profile, and by the cache it reads
         self._capacity = 0  # rows of:
         self._logits = torch.empty(0)
         self._memory: list[dict[str, torch.Tensor]] = []  # the caches, two of each where they are not updated in place
@@ -181,8 +181,9 @@ class TrtSession:
         )
 
     def _allocate(self, rows: int) -> None:
-        """The old memory goes first, and with it whatever points to it."""
-        self._generation.clear()
+        """The old memory goes first; contexts are told the new addresses when they are needed."""
+        for phase in self._generation.values():
+            phase.unbind()
         self._memory, self._step_memory, self._logits = [], {}, torch.empty(0)
         self._logits = self._zeros(self._outputs[0], rows)
         for _ in range(1 if self._in_place else 2):
@@ -206,15 +207,16 @@ class TrtSession:
         self._generating = True
 
     def _generation_phase(self) -> Phase:
-        """The one for this number of rows that reads the current cache."""
+        """The one of this number of rows' profile that reads the current cache; without buckets it takes one size after
+        the other, since making a context may take the library long."""
         profile, rows = trt_io.generation_profile(self.build, self._batch_size)
-        key = rows, self._current
+        key = profile, self._current
         if key not in self._generation:
-            if not self.build.batch_buckets:  # one size at a time, however many there will be
-                self._generation = {other: phase for other, phase in self._generation.items() if other[0] == rows}
             self._generation[key] = self._phase(profile, self._capture)
-            self._bind(self._generation[key], first_rows(self._step_memory, rows), rows)
-        return self._generation[key]
+        phase = self._generation[key]
+        if phase.num_rows != rows:
+            self._bind(phase, first_rows(self._step_memory, rows), rows)
+        return phase
 
     def _prompt_inputs(self, virtual: VirtualTokens | None, counts: Sequence[int]) -> dict[str, torch.Tensor]:
         """What an engine for prompt tuning takes besides, from the number of tokens of each sequence in this step."""
@@ -236,6 +238,7 @@ class TrtSession:
         other = self._memory[self._next_cache()]
         present = {trt_io.present_name(name): tensor[:rows] for name, tensor in other.items()}
         phase.bind(inputs | past, {"logits": self._logits[:rows], **present})
+        phase.num_rows = rows
 
     def _next_cache(self) -> int:
         return self._current if self._in_place else 1 - self._current
@@ -256,9 +259,19 @@ class TrtSession:
 
 
 def _stream_weights(engine: Any) -> None:
-    """Leaves on the host what does not fit beside the rest, as the library judges; before there are contexts."""
+    """Leaves on the host what does not fit beside the rest, as the library judges; before there are contexts.
+
+    Raises EngineError where the library keeps another budget: refusing one it raises nothing.
+    """
     budget = engine.get_weight_streaming_automatic_budget()
     engine.weight_streaming_budget_v2 = budget
+    if engine.weight_streaming_budget_v2 != budget:
+        raise EngineError(
+            "TensorRT refused its own weight streaming budget",
+            found=f"{engine.weight_streaming_budget_v2} bytes",
+            allowed=f"{budget} bytes",
+            hint="build the engine without --weight_streaming",
+        )
     log.info("Weight streaming: %d of %d MiB stay on the GPU", budget >> 20, engine.streamable_weights_size >> 20)
 
 
