@@ -61,7 +61,7 @@ def score_prompts(config: RunConfig, out: TextIO) -> list[float]:
     prompts, tuning = read_prompts(config, info, tokenizer, choose_end_id(config.end_id, tokenizer, info.model))
     virtual = None if tuning is None else tuning.virtual
     check_prompts(info.model, info.build, prompts, 0, num_virtual=0 if virtual is None else virtual.num_tokens)
-    path = config.decoding.logprobs
+    path = config.decoding.logprobs_file
     if path is not None and ranks.rank == 0:
         check_output_file(path)
 
