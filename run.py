@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C may come while the rest is loaded
+    from gpt.interrupt import end_at_once
+
+    end_at_once()
+
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -135,6 +140,7 @@ def generate(
     decoding: see `DecodingOptions`, by the names of the flags (temperature, stop_words, length_penalty, ...); the
     default is greedy.  With several results per prompt, the texts of one prompt follow each other, the best first.
     output_file: results go there as lines of JSON, and the return value is empty; `resume` goes on with such a file.
+    logprobs: a file for log-probabilities, or True, which puts them into the lines of `output_file`.
     The other names are those of the flags, too.
     Raises ConfigError, CheckpointError (the table) or EngineError for what the command line would refuse.
     """

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from gpt import comm
+from gpt import comm, interrupt
 from gpt.console import LOG_LEVELS, get_level, print_error
 from gpt.errors import ConfigError, GptError
 from gpt.launch import let_lower_ranks_speak, read_launch, speaking_for_all
@@ -96,9 +96,10 @@ def run_main(body: Callable[[], int | None]) -> int:
 
 def _run(body: Callable[[], int | None]) -> int:
     try:
-        code = body() or 0
-        sys.stdout.flush()  # a full disk behind a redirection shows only here
-        comm.active().barrier()  # a rank that left early would end the others
+        with interrupt.raised():
+            code = body() or 0
+            sys.stdout.flush()  # a full disk behind a redirection shows only here
+            comm.active().barrier()  # a rank that left early would end the others
         return code
     except GptError as error:
         return _fail(error, error.exit_code)

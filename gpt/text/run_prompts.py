@@ -83,7 +83,7 @@ class RunConfig:
         return Wanted(
             self.output_csv,
             self.output_npy,
-            self.decoding.logprobs,
+            self.decoding.logprobs_file,
             self.streaming and rank == 0,
             self.max_output_len,
             known[0] if known else 0,
@@ -98,10 +98,16 @@ class RunConfig:
             problems.append("--resume without --output_file: only that file says what is done already")
         if self.output_file is not None and (self.writes_files or self.streaming):
             problems.append("--output_file with --output_csv, --output_npy or --streaming: results go to one place")
-        if self.output_file is not None and self.decoding.logprobs is not None:
+        logprobs = self.decoding.logprobs_file
+        if self.output_file is not None and logprobs is not None:
             problems.append(
-                "--output_file with --logprobs: that file is written at the end, and cannot be resumed; without "
-                "--output_file texts go to stdout"
+                f"--output_file with --logprobs {logprobs}: results go to one place; --logprobs without a file name"
+                " puts them into the lines of --output_file"
+            )
+        if self.output_file is None and self.decoding.logprobs is True:
+            problems.append(
+                "--logprobs without a file name and without --output_file, into whose lines they would go: name a file "
+                "for them, --logprobs FILE, or --output_file"
             )
         if self.output_file is not None and self.output_file.suffix.lower() in (".parquet", *TOKEN_SUFFIXES):
             problems.append(

@@ -62,7 +62,7 @@ def score_prompts(config: RunConfig, out: TextIO) -> list[float]:
     virtual = None if tuning is None else tuning.virtual
     check_prompts(info.model, info.build, prompts, 0, num_virtual=0 if virtual is None else virtual.num_tokens)
     check_same_input(ranks, prompts)
-    path = config.decoding.logprobs
+    path = config.decoding.logprobs_file
     if path is not None and ranks.rank == 0:
         check_output_file(path)
 
