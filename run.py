@@ -25,7 +25,7 @@ from gpt.text.execution_options import add_execution_flags, read_execution
 from gpt.text.interactive import interact
 from gpt.text.prompt_fit import ON_LONG_PROMPT
 from gpt.text.prompt_tuning import parse_tasks
-from gpt.text.prompts import TOKEN_SUFFIXES, check_input_file
+from gpt.text.prompts import TOKEN_SUFFIXES, check_suffix
 from gpt.text.run_prompts import DEFAULT_PROMPT, RunConfig, run_prompts
 from gpt.text.score_prompts import contradictions, score_prompts
 
@@ -180,7 +180,7 @@ def _run(args: Namespace) -> None:
     if len(given) > 1:
         raise ConfigError("the prompts come from one place", found=", ".join(f"--{flag}" for flag in given))
     if args.input_tokens is not None:
-        check_input_file(args.input_tokens, TOKEN_SUFFIXES)
+        check_suffix(args.input_tokens, TOKEN_SUFFIXES)
         if args.column is not None:
             raise ConfigError("--column names a column of texts, and --input_tokens holds ids", hint="--input_file")
     config = RunConfig(

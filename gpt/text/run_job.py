@@ -12,6 +12,7 @@ from gpt.console import log, print_notice
 from gpt.engine.folder import EngineInfo
 from gpt.errors import GptError, InterruptError, first_lines
 from gpt.files import file_checksum
+from gpt.runtime.ranks import check_same_input
 from gpt.runtime.request import Request
 from gpt.text.ordered_writer import OrderedWriter, Output
 from gpt.text.pipeline import (
@@ -167,6 +168,7 @@ def run_job(job: Job, ranks: Communicator) -> None:
     Raises ConfigError where the output file holds something else, EngineError for a bad engine, InterruptError after
     Ctrl-C, and GptError where the disk is full or, at the very end, where rows could not be run.
     """
+    check_same_input(ranks, job.prompts)
     path = job.config.output_file or Path()
     file = None
     if ranks.rank == 0:

@@ -11,7 +11,7 @@ from gpt.comm import start
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.runtime.batching_config import DEFAULT_BATCHING, BatchingConfig
 from gpt.runtime.execution import DEFAULT_EXECUTION, Execution
-from gpt.runtime.ranks import join_ranks
+from gpt.runtime.ranks import check_same_input, join_ranks
 from gpt.runtime.request import Request
 from gpt.text.decoding_options import GREEDY_DECODING, DecodingOptions
 from gpt.text.pipeline import (
@@ -134,9 +134,9 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     Raises ConfigError for input, options or output that cannot be used, CheckpointError for a damaged prompt table,
     EngineError for a bad engine.
     """
+    start()  # first, so that what fails on one rank alone ends them all
     if config.input_file is not None:
         check_input_file(config.input_file, ROW_SUFFIXES)
-    start()  # first, so that what fails on one rank alone ends them all
     info = open_engine(config.engine_dir)
     ranks = join_ranks(info)
     tokenizer = choose_tokenizer(info, config.tokenizer, config.vocab_file)
@@ -163,6 +163,7 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
         num_top_logprobs=decoding.num_top_logprobs,
     )
     request.check(info.model, info.build)
+    check_same_input(ranks, prompts)
     for path in config.wanted(end_id, None, ranks.rank).files:
         if ranks.rank == 0:
             check_output_file(path)
