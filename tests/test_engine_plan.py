@@ -87,6 +87,7 @@ def test_start_commands() -> None:
     assert "--nodes 1 --ntasks 8 " in slurm
     (slurm,) = start_commands(16, Path("e"), 8)
     assert "--nodes 2 --ntasks 16 --ntasks-per-node 8 " in slurm
+    assert "--mpi=pmi2 " in slurm  # for the MPI of requirements.txt
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ class Plan:
         if available is not None and build.backend == "torch":
             here = self._fit(self.largest_batch(available // build.world_size))
             yield f"  {'this machine':12} {here} (CPU, all ranks)"
-        yield "start it with:"
+        yield "start it with:" if build.world_size == 1 else "start it with (srun for Open MPI: --mpi=pmix):"
         yield from (f"  {line}" for line in start_commands(build.world_size, engine_dir, gpus_per_node))
 
     def _runs_on(self, capability: str) -> bool:
@@ -133,7 +133,7 @@ def start_commands(world_size: int, engine_dir: Path, gpus_per_node: int) -> lis
     num_nodes = -(-world_size // gpus_per_node)
     per_node = -(-world_size // num_nodes)
     slurm = f"srun --nodes {num_nodes} --ntasks {world_size} --ntasks-per-node {per_node} --gpus-per-node {per_node}"
-    commands = [f"{slurm} --mpi=pmix {script}"]
+    commands = [f"{slurm} --mpi=pmi2 --kill-on-bad-exit=1 {script}"]
     if num_nodes == 1:
         commands.insert(0, f"mpirun -np {world_size} {script}")
     return commands
