@@ -221,12 +221,22 @@ class TestNetwork:
         assert len(lines) + len(curves) >= len(titles) - 1
         # Residuals pass boxes by: behind them a straight line would not be seen.
         assert len(curves) >= 4
-        columns = [[int(number) for number in re.findall(r"-?\d+", curve.get("d", ""))][::2] for curve in curves]
-        assert min(a + 3 * b + 3 * c + d for a, b, c, d in columns) >= 0  # 8 times where half the curve has been drawn
         assert {int(line.get("y2", 0)) - int(line.get("y1", 0)) for line in lines} == {26}
         code, _, err = main("--graph", tmp_path / "net.png", engines["packed plan"].folder)
         assert code == 2
         assert "ends in .svg" in err
+
+    def test_curves_are_as_wide_as_the_picture_lets_them(self) -> None:
+        def reach(num_rows: int) -> float:
+            """The column where a curve over so many rows turns back, halfway."""
+            left = trt_graph._MARGIN
+            (curve,) = re.findall(r' d="(.*?)"', trt_graph._line((left, 10), (left, 10 + 70 * num_rows)))
+            a, b, c, d = (int(column) for column in re.findall(r"-?\d+", curve)[::2])
+            return (a + 3 * b + 3 * c + d) / 8
+
+        reaches = [reach(num_rows) for num_rows in (2, 8, 1000)]
+        assert reaches == sorted({*reaches}, reverse=True)
+        assert reaches[-1] >= 0
 
     def test_needs_one_engine(self, engines: dict[str, EngineInfo], main: Main) -> None:
         assert main("--layers", engines["plan"].folder, engines["torch"].folder)[0] == 2
