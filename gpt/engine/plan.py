@@ -15,7 +15,7 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.console import human_bytes
 from gpt.engine.estimate import Estimate, available_memory_bytes, estimate
 from gpt.engine.kv_cache import batch_bucket, cache_slots
-from gpt.engine.trt_check import DEFAULT_TARGET, compute_capabilities, loadable_cards
+from gpt.engine.trt_check import compute_capabilities, loadable_cards
 from gpt.mapping import Mapping
 
 # Compute capability, and the MiB that nvidia-smi shows as a card's total.
@@ -117,7 +117,7 @@ class Plan:
             return True
         if built_on := self.library.get("compute_capability"):
             return capability == "SM" + built_on.replace(".", "")
-        return capability in loadable_cards(compute_capabilities(self.build.targets or (DEFAULT_TARGET,)))
+        return capability in loadable_cards(compute_capabilities(self.build.targets))
 
     def _fit(self, batch: int) -> str:
         if batch == self.build.max_batch_size:
