@@ -29,7 +29,7 @@ def staged_folder(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
     _clean_up(target)
     _check_replaceable(target, force=force, marker=marker)
     staging = _sibling(target, "partial")
-    new_parent = not target.parent.exists()
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     staging.mkdir()
     try:
@@ -38,9 +38,9 @@ def staged_folder(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
         _move_into_place(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
-        if new_parent:
-            with suppress(OSError):
-                target.parent.rmdir()
+        with suppress(OSError):
+            for parent in new_parents:
+                parent.rmdir()
         raise
 
 

@@ -1,15 +1,17 @@
 """What Ctrl-C does: a script ends with one line and exit code 130, whenever it comes.
 
 Behind the command line it is a KeyboardInterrupt, as everywhere in Python, which `gpt.cli.run_main` makes a message of.
-While modules are loaded it ends the process at once: there is nothing to clean up yet, and an exception would be shown
-with all the imports it came through, or worse: PyTorch, while it is loaded, aborts at some and loses others, with half
-of NumPy missing from there on.
+It waits until modules that are being loaded are there, since PyTorch, while it is loaded, aborts at some exceptions and
+loses others, with half of NumPy missing from there on; a second Ctrl-C does not wait.  Before that, while the script
+itself is loaded, it ends the process at once: there is nothing to clean up yet, and an exception would be shown with
+all the imports it came through.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -24,12 +26,23 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(_EXIT_CODE)
 
 
-def _raise(number: int, frame: FrameType | None) -> NoReturn:
-    caller = frame
-    while caller is not None:
-        if caller.f_code.co_filename.startswith("<frozen importlib."):
-            _end(number, frame)
-        caller = caller.f_back
+def _raise(number: int, frame: FrameType | None) -> None:
+    imports = None
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib."):
+            imports = frame  # the outermost in the end
+        frame = frame.f_back
+    if imports is None or imports.f_back is None:
+        raise KeyboardInterrupt
+    signal.signal(number, _end)
+    # As a debugger stops a function: where the function that imports goes on.
+    imports.f_back.f_trace = _raise_traced
+    sys.settrace(lambda *_: None)
+
+
+def _raise_traced(frame: FrameType, event: str, value: object) -> NoReturn:
+    sys.settrace(None)
+    signal.signal(signal.SIGINT, _raise)
     raise KeyboardInterrupt
 
 
@@ -45,7 +58,7 @@ def end_at_once() -> None:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Inside, Ctrl-C is a KeyboardInterrupt where it would end the process at once, unless a module is being loaded."""
+    """Inside, Ctrl-C is a KeyboardInterrupt where it would end the process at once."""
     if signal.getsignal(signal.SIGINT) is not _end:
         yield
         return

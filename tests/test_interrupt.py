@@ -63,7 +63,7 @@ def test_pytorch_swallows_no_interrupt(moment: str, tmp_path: Path) -> None:
     """It loads NumPy from C++, which goes on after any exception."""
     result = python("-c", DRIVER, moment, ROOT / "build.py", *SCRIPTS["build.py"], "--log_level", "error", cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: interrupted\n")
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, make_gpt2: Callable[..., Path]) -> None:
@@ -71,6 +71,15 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, make_gpt2: Cal
     result = python("-c", DRIVER, "torch.nn", ROOT / "hf_gpt_convert.py", *flags, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (130, "error: interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_second_one_does_not_wait(tmp_path: Path, make_gpt2: Callable[..., Path]) -> None:
+    """The first waits until PyTorch is loaded, and then takes away what is half made."""
+    twice = DRIVER.replace("os.kill(", "os.kill(os.getpid(), signal.SIGINT); os.kill(")
+    flags = ["-i", make_gpt2(), "-o", tmp_path / "out"]
+    result = python("-c", twice, "torch.nn", ROOT / "hf_gpt_convert.py", *flags, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (130, "error: interrupted\n")
+    assert [path.name.split("-")[0] for path in (tmp_path / "out").iterdir()] == [".1"]
 
 
 def told_until(process: subprocess.Popen[str], text: str) -> str:

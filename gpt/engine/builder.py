@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import shlex
 import shutil
@@ -111,10 +112,11 @@ def _build_ranks(
     # Started afresh: a fork of a process in which PyTorch has threads may hang.
     context = multiprocessing.get_context("spawn")
     others = multiprocessing.active_children()
-    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(get_level(),)) as pool:
+    with contextlib.ExitStack() as stack:
         try:
             with interrupt.held_back():  # each worker would show where it was
-                results = pool.map(work, range(build.world_size))
+                pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(get_level(),))
+                results = stack.enter_context(pool).map(work, range(build.world_size))
             return list(results)
         except BrokenProcessPool as error:
             raise GptError(
@@ -125,7 +127,6 @@ def _build_ranks(
         except BaseException:
             for worker in set(multiprocessing.active_children()).difference(others):
                 worker.terminate()
-            pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
