@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt.checkpoint.layout import QuantFiles
+from gpt.checkpoint.layout import QuantFiles, describe_architecture
 from gpt.checkpoint.store import Checkpoint
 from gpt.cli import reject_unsupported, run_main
 from gpt.config import BuildConfig, ModelConfig, check_against_positions
@@ -61,6 +61,7 @@ def _run(args: Namespace) -> None:
         checkpoint.check_world_size(args.world_size)
     model = _model_of_checkpoint(args, checkpoint) if checkpoint else model_of_flags(args)
     check_divides(model, args.world_size)
+    log.info("Model: %s, vocabulary %d", describe_architecture(model), model.vocab_size)
     build = _build_config(args, model, checkpoint)
     check_embedding(model, build)
     explain_idle_flags(args, build.backend)

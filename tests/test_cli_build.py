@@ -124,6 +124,7 @@ def test_default_limits_fit_the_positions(tmp_path: Path, capfd: pytest.CaptureF
 def test_estimate_and_times_are_told(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert build.main(["--model_dir", str(checkpoint), "--output_dir", str(tmp_path / "e")]) == 0
     told = capfd.readouterr().err
+    assert "Model: 2 layers of 32, 4 heads of 8" in told
     assert told.index("Needed per rank") < told.index("Engine serialized") < told.index("Total time of building all 1")
 
 
@@ -147,6 +148,7 @@ def test_estimate_and_times_are_told(checkpoint: Path, tmp_path: Path, capfd: py
         (["--hidden_act", "gelou"], ["'gelou'", "gelu_new"]),
         (["--n_embd", "33"], ["33 is not divisible by n_head 2"]),
         (["--rotary_pct", "1.5", "--n_layer", "0"], ["n_layer: found 0"]),
+        (["--n_layer", "2000000"], ["--n_layer 2000000", "1 to 10000"]),
         (["--rotary_pct", "1.5"], ["rotary_pct: found 1.5"]),
         (["--backend", "torch", "--target", "ada"], ["--target"]),
         (["--vocab_size", "99999999999"], ["vocab_size: found 99999999999"]),
@@ -205,6 +207,35 @@ def test_bad_checkpoint(
     for text in told:
         assert text in error
     assert not list((tmp_path / "e").glob("*"))
+
+
+@pytest.mark.parametrize("kept", ["config.json", "tokenizer/words.txt"])
+def test_files_that_are_no_engine_s_are_left_alone(
+    kept: str, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model"
+    (out / kept).parent.mkdir(parents=True)
+    (out / kept).write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    command = ["--model_dir", str(checkpoint), "--output_dir", str(out)]
+    assert build.main(command) == 2
+    error = capfd.readouterr().err
+    assert f"holds something else and is left alone: {out}" in error
+    assert f"a folder without {kept.partition('/')[0]}, or one with an engine" in error
+    assert (out / kept).read_text(encoding="utf-8") == '{"model_type": "gpt2"}'
+    assert len(list(out.iterdir())) == 1
+    (out / kept).rename(out / "notes.txt")
+    if kept != "config.json":
+        (out / "tokenizer").rmdir()
+    assert build.main(command) == build.main(command) == 0  # other files do not matter, an engine is replaced
+    next(out.glob("*.engine")).unlink()
+    assert build.main(command) == 0
+
+
+def test_a_file_where_the_engine_s_folder_should_be(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "e").write_text("x", encoding="utf-8")
+    for out in (tmp_path / "e", tmp_path / "e" / "f"):
+        assert build.main([*SIZES, "--output_dir", str(out)]) == 2
+        assert "the output path is a file" in capfd.readouterr().err
 
 
 def test_full_disk_keeps_the_old_engine(

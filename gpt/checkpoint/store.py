@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HEAD_FILE = "model.lm_head.weight.bin"
 # What tokenizers and generation settings are called in model folders; whatever is there travels with the weights.
-TOKENIZER_FILES = (
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -38,8 +38,15 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_BESIDE_A_TOKENIZER = {"special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"}
 _FOLDER_NAME = re.compile(r"(\d+)-gpu")
 _RANK_FILE = re.compile(r"model\.layers\.0\.attention\.dense\.weight\.(\d+)\.bin")
+
+
+def find_tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer in `folder`, with what goes with one; none where there is nothing but that."""
+    names = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    return [folder / name for name in names] if set(names) - _BESIDE_A_TOKENIZER else []
 
 
 class Checkpoint:
@@ -63,7 +70,7 @@ class Checkpoint:
 
     @property
     def tokenizer_files(self) -> list[Path]:
-        return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
+        return find_tokenizer_files(self.folder)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
