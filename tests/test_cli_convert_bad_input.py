@@ -147,6 +147,15 @@ def test_an_unknown_architecture(make_gpt2: MakeGpt2, refused: Refused) -> None:
     assert "allowed: model_type 'gpt2'" in message
 
 
+def test_a_config_without_an_architecture(make_gpt2: MakeGpt2, tmp_path: Path, refused: Refused) -> None:
+    source = make_gpt2()
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    del config["model_type"], config["architectures"]
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "--model names the family" in refused(source)
+    assert convert(source, tmp_path / "out", "--model", "gpt2") == 0
+
+
 def test_a_config_of_another_size(make_gpt2: MakeGpt2, refused: Refused) -> None:
     source, bigger = make_gpt2(), make_gpt2("bigger", n_embd=64)
     (bigger / "config.json").replace(source / "config.json")

@@ -118,7 +118,9 @@ def _recognise(config: Mapping[str, Any], chosen: str | None) -> Family:
     for family in FAMILIES:
         if config.get("model_type", family.model_type) != family.model_type:
             continue
-        if "model_type" not in config and not set(family.architectures) & set(architectures):
+        # Configurations of 2019 name neither: --model does.
+        unnamed = "model_type" not in config and not architectures and chosen in family.names
+        if "model_type" not in config and not unnamed and not set(family.architectures) & set(architectures):
             continue
         if not family.recognises(config):
             continue
@@ -133,6 +135,7 @@ def _recognise(config: Mapping[str, Any], chosen: str | None) -> Family:
         "unknown architecture in config.json",
         found=f"model_type {config.get('model_type')!r}, architectures {architectures}",
         allowed=", ".join(sorted({f"model_type {family.model_type!r}" for family in FAMILIES})),
+        hint=None if "model_type" in config or architectures else "--model names the family",
     )
 
 
