@@ -339,6 +339,15 @@ def test_models_of_different_vocabularies_are_named(
         assert "at most 1 by --batch_size and --max_ite" in err
 
 
+def test_flags_without_effect_say_so(tiny: Engine, articles: Path, call_script: Main) -> None:
+    flags = ["--engine_dir", tiny.folder, "--dataset_path", articles, "--output_len", 2, "--max_ite", 1]
+    idle = ["--data_type", "fp16", "--rouge1_threshold", 14]
+    code, _, err = call_script(summarize.main, "--test_engine", "--device", "cpu", *flags, *idle)
+    assert code == 0
+    assert "--data_type fp16 has no effect without --test_hf" in err
+    assert "--tensorrt_llm_rouge1_threshold 14 has no effect without --check_accuracy" in err
+
+
 def test_an_empty_data_set_is_explained(tiny: Engine, main: Main, tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("article,highlights\n")
     code, _, err = main("--test_engine", "--engine_dir", tiny.folder, "--dataset_path", tmp_path / "empty.csv")
