@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import build_engine, convert, open_session
@@ -206,6 +208,24 @@ def test_bad_checkpoint(
     error = capfd.readouterr().err
     for text in told:
         assert text in error
+    assert not list((tmp_path / "e").glob("*"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_weight_only"]])
+def test_values_that_an_engine_cannot_hold_are_counted(
+    flags: list[str], checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder without checksums, and in one that a float16 engine is made of."""
+    (checkpoint / "manifest.json").unlink()
+    for name, value in (("model.wpe.bin", 1e6), ("model.layers.1.mlp.dense_h_to_4h.weight.0.bin", math.nan)):
+        values = np.fromfile(checkpoint / name, np.float32)
+        values[[3, 5]] = value
+        values.tofile(checkpoint / name)
+    command = ["--model_dir", str(checkpoint), "--output_dir", str(tmp_path / "e"), *flags]
+    assert build.main([*command, "--dtype", "float16"]) == 3
+    error = capfd.readouterr().err
+    assert "model.wpe: 2 values up to 1e+06 do not fit float16" in error
+    assert "model.layers.1.mlp.dense_h_to_4h.weight: 2 values are NaN or infinite" in error
     assert not list((tmp_path / "e").glob("*"))
 
 
