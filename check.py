@@ -5,6 +5,11 @@ tells whether the ranks of a job can work together."""
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C may come while the rest is loaded
+    from gpt.interrupt import end_at_once
+
+    end_at_once()
+
 import json
 import sys
 from argparse import Namespace

@@ -4,6 +4,11 @@ run.py --prompt_table; see docs/nemo.md."""
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C may come while the rest is loaded
+    from gpt.interrupt import end_at_once
+
+    end_at_once()
+
 import dataclasses
 import sys
 import time

@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C may come while the rest is loaded
+    from gpt.interrupt import end_at_once
+
+    end_at_once()
+
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -20,7 +25,7 @@ from gpt.text.execution_options import add_execution_flags, read_execution
 from gpt.text.interactive import interact
 from gpt.text.prompt_fit import ON_LONG_PROMPT
 from gpt.text.prompt_tuning import parse_tasks
-from gpt.text.prompts import TOKEN_SUFFIXES, check_input_file
+from gpt.text.prompts import TOKEN_SUFFIXES, check_suffix
 from gpt.text.run_prompts import DEFAULT_PROMPT, RunConfig, run_prompts
 from gpt.text.score_prompts import contradictions, score_prompts
 
@@ -135,6 +140,7 @@ def generate(
     decoding: see `DecodingOptions`, by the names of the flags (temperature, stop_words, length_penalty, ...); the
     default is greedy.  With several results per prompt, the texts of one prompt follow each other, the best first.
     output_file: results go there as lines of JSON, and the return value is empty; `resume` goes on with such a file.
+    logprobs: a file for log-probabilities, or True, which puts them into the lines of `output_file`.
     The other names are those of the flags, too.
     Raises ConfigError, CheckpointError (the table) or EngineError for what the command line would refuse.
     """
@@ -174,7 +180,7 @@ def _run(args: Namespace) -> None:
     if len(given) > 1:
         raise ConfigError("the prompts come from one place", found=", ".join(f"--{flag}" for flag in given))
     if args.input_tokens is not None:
-        check_input_file(args.input_tokens, TOKEN_SUFFIXES)
+        check_suffix(args.input_tokens, TOKEN_SUFFIXES)
         if args.column is not None:
             raise ConfigError("--column names a column of texts, and --input_tokens holds ids", hint="--input_file")
     config = RunConfig(

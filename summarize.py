@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C may come while the rest is loaded
+    from gpt.interrupt import end_at_once
+
+    end_at_once()
+
 import shlex
 import sys
 from argparse import Namespace

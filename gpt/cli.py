@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from gpt import comm
+from gpt import comm, interrupt
 from gpt.console import LOG_LEVELS, get_level, print_error
 from gpt.errors import ConfigError, GptError
-from gpt.launch import let_lower_ranks_speak, let_mpirun_forward, speaking_for_all
+from gpt.launch import let_lower_ranks_speak, read_launch, speaking_for_all
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -96,9 +96,10 @@ def run_main(body: Callable[[], int | None]) -> int:
 
 def _run(body: Callable[[], int | None]) -> int:
     try:
-        code = body() or 0
-        sys.stdout.flush()  # a full disk behind a redirection shows only here
-        comm.active().barrier()  # a rank that left early would end the others
+        with interrupt.raised():
+            code = body() or 0
+            sys.stdout.flush()  # a full disk behind a redirection shows only here
+            comm.active().barrier()  # a rank that left early would end the others
         return code
     except GptError as error:
         return _fail(error, error.exit_code)
@@ -122,23 +123,23 @@ def _run(body: Callable[[], int | None]) -> int:
 
 
 def _fail(error: GptError, code: int, cause: BaseException | None = None) -> int:
-    ranks = comm.active()
-    let_lower_ranks_speak()
-    where = comm.describe_rank(ranks)
-    # Before they have joined, ranks have read nothing but the same command line.
-    alike = ranks.size == 1 and isinstance(error, ConfigError)
-    with speaking_for_all() if alike else contextlib.nullcontext(True) as speaks:
-        if speaks:
-            print_error(f"{where}: {error}" if where else str(error))
+    ranks, own = comm.active(), read_launch()
+    text = str(error)
     if get_level() == "debug":
         import traceback
 
-        traceback.print_exception(cause or error)
+        text = "\n".join([text, *traceback.format_exception(cause or error)]).rstrip("\n")
     if ranks.size > 1:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        let_mpirun_forward()
-        ranks.abort(code)
+        comm.end_job(ranks, f"{comm.describe_rank(ranks)}: {text}", code)
+        return code
+    let_lower_ranks_speak()
+    # Before they have joined, ranks have read nothing but the same command line, and none of them finds the others.
+    alike = own.size == 1 or cause is None
+    with speaking_for_all() if alike else contextlib.nullcontext(True) as speaks:
+        if speaks:
+            print_error(text if alike else f"rank {own.rank}: {text}")
     return code
 
 

@@ -8,14 +8,15 @@
 Sums on the CPU are taken in float32 at least: float16 and bfloat16 tensors are widened, added, and rounded once.  NCCL
 adds in the tensor's own dtype, rounding at each hop.  A gather gives every rank the same bytes.
 
-A rank that fails calls `abort`, which ends the others; a rank that is killed is noticed by mpirun or srun, which ends
-them too; a rank that hangs is noticed by the others, which wait no longer than GPT_RANK_TIMEOUT seconds (600): in one
-exchange on a CPU, in one step on a GPU.
+A rank that fails calls `abort`, which ends the others; a rank that is killed is noticed by mpirun or srun, or through
+its lifeline (gpt/lifeline.py); a rank that hangs is noticed by the others, which wait no longer than GPT_RANK_TIMEOUT
+seconds (600): to find each other, in one exchange on a CPU, in one step on a GPU.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ POLL_S = 0.001
 LEAVING_TIME_S = 10.0
 TIMEOUT_VARIABLE = "GPT_RANK_TIMEOUT"
 _DEFAULT_TIMEOUT_S = 600.0
+GONE_HINT = "look for its message; srun --kill-on-bad-exit ends all ranks with the first"
 
 
 class SmallSum(Protocol):
@@ -92,6 +94,10 @@ class Communicator(Protocol):
         """What carries the messages, by name."""
         ...
 
+    def speaks(self) -> bool:
+        """Whether this rank, which is about to end the job, says why: as far as can be told no other has."""
+        ...
+
     def abort(self, code: int) -> None:
         """Ends the job with this exit code, whatever the other ranks are doing."""
         ...
@@ -130,6 +136,9 @@ class NullCommunicator:
     def versions(self) -> dict[str, str]:
         return {}
 
+    def speaks(self) -> bool:
+        return True
+
     def abort(self, code: int) -> None:
         pass
 
@@ -142,7 +151,7 @@ IDLE_STAGES = ("", WAITING)
 class Watch:
     """Ends the job when a wait for the other ranks takes too long.  `with watch("all-reduce"): ...`"""
 
-    interval_s = 0.5
+    interval_s = 0.1  # well below a rank's turn to speak: they all find out at the same time
 
     def __init__(self, comm: Communicator, also: Callable[[], None] | None = None):
         """also: called at each look as well."""
@@ -175,12 +184,9 @@ class Watch:
                 self._also()
             since = self._since
             if since is not None and time.monotonic() - since > self._limit_s:
-                print_error(
-                    f"{describe_rank(self._comm)}: no answer from the other ranks for {self._limit_s:g} s "
-                    f"in {self._what}\n  next:    look at what they are doing, or raise {TIMEOUT_VARIABLE}"
-                )
-                let_mpirun_forward()
-                self._comm.abort(1)
+                message = f"{describe_rank(self._comm)}: no answer from the other ranks for {self._limit_s:g} s "
+                message += f"in {self._what}\n  next:    look at what they are doing, or raise {TIMEOUT_VARIABLE}"
+                end_job(self._comm, message, 1)
 
 
 class Deadline:
@@ -210,14 +216,18 @@ class Deadline:
             time.sleep(min(0.1, self._limit_s / 4))
             since = self._since
             if since is not None and time.monotonic() - since > self._limit_s:
-                let_lower_ranks_speak()
-                rank = read_launch().rank
-                print_error(
-                    f"rank {rank}: {self._what} takes more than {self._limit_s:g} s: a rank is missing or hangs"
-                )
-                let_mpirun_forward()
-                active().abort(1)
+                late = f"{self._what} takes more than {self._limit_s:g} s: a rank is missing or hangs"
+                end_job(active(), f"rank {read_launch().rank}: {late}", 1)
                 os._exit(1)
+
+
+def end_job(ranks: Communicator, message: str, code: int) -> None:
+    """Says why, unless another rank has, and ends all ranks with this exit code."""
+    let_lower_ranks_speak()
+    if ranks.speaks():
+        print_error(message)
+    let_mpirun_forward()
+    ranks.abort(code)
 
 
 def time_limit_s() -> float:
@@ -248,6 +258,13 @@ def describe_rank(comm: Communicator) -> str:
     return f"rank {comm.rank}, {comm.stage}" if comm.stage else f"rank {comm.rank}"
 
 
+def own_address(ranks: Communicator) -> str:
+    """Where the other ranks reach this one.  Raises OSError where its machine's name does not resolve."""
+    if ranks.local_size == ranks.size:
+        return "127.0.0.1"
+    return os.environ.get("MASTER_ADDR") or socket.gethostbyname(socket.gethostname())
+
+
 _state: dict[str, Communicator] = {"active": NullCommunicator()}
 
 
@@ -270,5 +287,6 @@ def start() -> Communicator:
         else:
             from gpt.comm_gloo import GlooCommunicator
 
-            _state["active"] = GlooCommunicator(launch)
+            _state["active"] = gloo = GlooCommunicator(launch)
+            gloo.join()
     return active()

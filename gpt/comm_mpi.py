@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from gpt.comm import POLL_S, SmallSum, Watch, summable
+from gpt.comm import POLL_S, TIMEOUT_VARIABLE, SmallSum, Watch, summable, time_limit_s
 from gpt.errors import ConfigError
-from gpt.launch import Launch, check_wire, let_lower_ranks_speak, singletons, speaking_for_all
+from gpt.launch import Launch, check_wire, let_lower_ranks_speak, singletons, speaking_for_all, speaking_turn_s
 
 if TYPE_CHECKING:
     import torch
 
 _ROLL_CALL = 1  # a tag that nothing else has
+# Ends with its standard input, that is with the process that it guards.
+_GUARD = """
+import os, sys, threading, time
+def end():
+    print(sys.argv[2], file=sys.stderr, flush=True)
+    time.sleep(0.2)
+    os.kill(int(sys.argv[3]), 9)
+timer = threading.Timer(float(sys.argv[1]), end)
+timer.daemon = True
+timer.start()
+sys.stdin.read()
+"""
 
 
 class MpiCommunicator:
@@ -45,7 +61,7 @@ class MpiCommunicator:
                 if speaks:  # at every level, for it may be the last word
                     print(f"warning: {warning}", file=sys.stderr, flush=True)
         if not MPI.Is_initialized():
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _guarded(launch):
                 warnings.simplefilter("ignore")  # the same
                 MPI.Init_thread()
         world = MPI.COMM_WORLD
@@ -107,5 +123,25 @@ class MpiCommunicator:
     def versions(self) -> dict[str, str]:
         return {"mpi": self._library}
 
+    def speaks(self) -> bool:
+        return True  # the first one to speak ends the others before it is their turn
+
     def abort(self, code: int) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI would add that it aborts
         self._world.Abort(code)
+
+
+@contextlib.contextmanager
+def _guarded(launch: Launch) -> Iterator[None]:
+    """Ends this process when joining the ranks takes longer than a wait may: one that ended before it joined is missed
+    by nobody else.  From outside, since MPI_Init lets no other thread run."""
+    limit_s = time_limit_s()
+    message = f"error: rank {launch.rank}: the ranks do not find each other in {limit_s:g} s: one of {launch.size} is "
+    message += f"missing\n  next:    look for its message, or raise {TIMEOUT_VARIABLE}"
+    patience_s = limit_s + speaking_turn_s(launch.rank)
+    words = [sys.executable, "-I", "-S", "-c", _GUARD, str(patience_s), message, str(os.getpid())]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) as guard:
+        try:
+            yield
+        finally:
+            guard.kill()

@@ -6,13 +6,12 @@ import atexit
 import datetime
 import gc
 import os
-import socket
 import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gpt.comm import LEAVING_TIME_S, Communicator, SmallSum, Watch, time_limit_s
+from gpt.comm import LEAVING_TIME_S, Communicator, SmallSum, Watch, own_address, time_limit_s
 from gpt.console import print_error
 from gpt.errors import ConfigError, GptError
 
@@ -54,7 +53,7 @@ class NcclCommunicator:
         store = None
         address = None
         if self.rank == 0:
-            host = os.environ.get("MASTER_ADDR") or _own_address(control)
+            host = own_address(control)
             store = dist.TCPStore(host, 0, self.size, True, timeout=_time_limit(), wait_for_workers=False)
             address = (host, store.port)
         host, port = control.broadcast_object(address)
@@ -153,15 +152,12 @@ class NcclCommunicator:
     def versions(self) -> dict[str, str]:
         return self._control.versions()
 
+    def speaks(self) -> bool:
+        return self._control.speaks()
+
     def abort(self, code: int) -> None:
         self._control.abort(code)
 
 
 def _time_limit() -> datetime.timedelta:
     return datetime.timedelta(seconds=time_limit_s())
-
-
-def _own_address(control: Communicator) -> str:
-    if control.local_size == control.size:
-        return "127.0.0.1"
-    return socket.gethostbyname(socket.gethostname())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
+from threading import Timer
 from typing import Any
 
 from gpt.launch import read_launch
@@ -114,16 +114,27 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 class _LogLines:
-    """A file that takes a bar and makes lines of the log of it, one per interval however often the bar is drawn."""
+    """A file that takes a bar and makes lines of the log of it: one per interval however often the bar is drawn, and
+    one where it is drawn once and the work then says nothing for long."""
 
     def __init__(self) -> None:
-        self._next = time.monotonic() + _LOG_INTERVAL_S
+        self._line = ""
+        self._timer: Timer | None = None
 
     def write(self, text: str) -> None:
-        line, now = text.strip(), time.monotonic()
-        if line and now >= self._next:
+        self._line = text.strip()
+        if self._timer is None and self._line:
+            self._timer = Timer(_LOG_INTERVAL_S, self._tell)
+            self._timer.daemon = True
+            self._timer.start()
+        elif self._timer is not None and not self._line:  # so a bar ends
+            self._timer.cancel()
+            self._timer = None
+
+    def _tell(self) -> None:
+        line, self._timer = self._line, None
+        if line:
             log.info(line)
-            self._next = now + _LOG_INTERVAL_S
 
     def flush(self) -> None:
         pass

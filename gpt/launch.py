@@ -64,7 +64,12 @@ def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
 def let_lower_ranks_speak() -> None:
     """Called by a rank that is about to report a failure: a lower rank with the same one ends the job meanwhile, and
     with it the repetition."""
-    time.sleep(min(read_launch().rank, _NUM_WAITING) * _SPEAKING_TIME_S)
+    time.sleep(speaking_turn_s(read_launch().rank))
+
+
+def speaking_turn_s(rank: int) -> float:
+    """When a rank says what others may say, too: the lowest first."""
+    return min(rank, _NUM_WAITING) * _SPEAKING_TIME_S
 
 
 @contextlib.contextmanager
@@ -72,12 +77,17 @@ def speaking_for_all() -> Iterator[bool]:
     """Around a message that all ranks have alike before they could join: whether this rank says it.
 
     That is rank 0.  In a step of Slurm's it is whichever rank of the first machine comes first, since srun may end
-    rank 0 when a faster one leaves with an error; that one then stays until the others have come and kept quiet.
+    rank 0 when a faster one leaves with an error; that one then stays until the others have come and kept quiet, and
+    ranks of other machines stay until it has come.
     """
     own = read_launch()
     names = [os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "STEP_LAUNCHER_PORT")]
-    if own.size == 1 or os.environ.get("SLURM_NODEID") != "0" or not all(name.isdecimal() for name in names):
+    if own.size == 1 or not all(name.isdecimal() for name in names):
         yield own.rank == 0
+        return
+    if os.environ.get("SLURM_NODEID") != "0":
+        yield False
+        time.sleep(speaking_turn_s(own.size))
         return
     # A name of Linux's own, in no folder, which is free again when its owner ends.
     with socket.socket(socket.AF_UNIX) as name:
@@ -87,7 +97,7 @@ def speaking_for_all() -> Iterator[bool]:
             yield False
             return
         yield True
-        time.sleep(min(own.size, _NUM_WAITING) * _SPEAKING_TIME_S)
+        time.sleep(speaking_turn_s(own.size))
 
 
 def let_mpirun_forward() -> None:

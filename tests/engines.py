@@ -32,6 +32,18 @@ def build_engine(checkpoint: Path | None, out: Path, *flags: str) -> EngineInfo:
     return open_engine(out)
 
 
+def engines_of_ranks(base: Path, *sizes: int) -> dict[int, EngineInfo]:
+    """A tiny GPT-2 with its tokenizer, on each of these numbers of ranks."""
+    hf = tiny_gpt2(base / "hf", vocab_size=265)
+    limits = ["--max_batch_size", "4", "--max_input_len", "40", "--max_output_len", "20", "--parallel_build"]
+    return {
+        size: build_engine(
+            convert(hf, base / "ft", tp=size), base / f"engine{size}", *limits, "--world_size", str(size)
+        )
+        for size in sizes
+    }
+
+
 @dataclass(frozen=True)
 class Engine:
     """hf: the Hugging Face folder it was made from."""

@@ -13,12 +13,17 @@ from typing import Any
 
 from gpt.comm import NullCommunicator, Watch
 from gpt.comm_nccl import NcclCommunicator
+from gpt.engine.folder import EngineInfo
 from gpt.launch import find_mpirun
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "tests" / "rank_programs"
 # Far above what any of them needs on a busy machine; a test that runs into it has found a hang.
 LIMIT_S = 120
+
+
+def run_arguments(info: EngineInfo, *flags: object) -> list[object]:
+    return ["run.py", "--engine_dir", info.folder, "--max_output_len", 8, "--device", "cpu", *flags]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,8 @@ from trt_models import MODELS, build_config, define
 import check
 import hf_gpt_convert
 from gpt.checkpoint.store import Checkpoint
-from gpt.engine import trt_graph, trt_library
+from gpt.config import BuildConfig
+from gpt.engine import inspection, trt_graph, trt_library
 from gpt.engine.diff import compare
 from gpt.engine.folder import EngineInfo
 from gpt.quant import QuantConfig
@@ -222,28 +226,52 @@ class TestNetwork:
         assert code == 2
         assert "ends in .svg" in err
 
+    def test_curves_are_as_wide_as_the_picture_lets_them(self) -> None:
+        def reach(num_rows: int) -> float:
+            """The column where a curve over so many rows turns back, halfway."""
+            left = trt_graph._MARGIN
+            (curve,) = re.findall(r' d="(.*?)"', trt_graph._line((left, 10), (left, 10 + 70 * num_rows)))
+            a, b, c, d = (int(column) for column in re.findall(r"-?\d+", curve)[::2])
+            return (a + 3 * b + 3 * c + d) / 8
+
+        reaches = [reach(num_rows) for num_rows in (2, 8, 1000)]
+        assert reaches == sorted({*reaches}, reverse=True)
+        assert reaches[-1] >= 0
+
     def test_needs_one_engine(self, engines: dict[str, EngineInfo], main: Main) -> None:
         assert main("--layers", engines["plan"].folder, engines["torch"].folder)[0] == 2
         code, _, err = main("--layers", "--rank", "3", engines["plan"].folder)
         assert code == 2
         assert "allowed: 0 to 0" in err
 
-    def test_flags_that_belong_elsewhere(self, engines: dict[str, EngineInfo], call_script: Main) -> None:
-        folder = engines["plan"].folder
-        idle = ["--bound", "1", "--device", "cpu", "--json", "--no_values"]
-        code, _, err = call_script(check.main, "--layers", *idle, folder)
-        assert code == 0
-        for text in (
-            "--bound without --diff",
-            "--device, --timeout without --ranks",
-            "--json with --layers or --graph",
-        ):
-            assert f"{text}: no effect" in err
-        assert call_script(check.main, "--rank", "3", folder)[2].count("no effect") == 1
-        assert call_script(check.main, folder)[2] == ""
-        code, _, err = call_script(check.main, "--layers", "--diff", folder, folder)
+    @pytest.mark.parametrize(
+        ("flags", "idle"),
+        [
+            ("--layers --bound 1", "--bound without --diff"),
+            ("--layers --device cpu", "--device, --timeout without --ranks"),
+            ("--timeout 1", "--device, --timeout without --ranks"),
+            ("--layers --json", "--json with --layers or --graph"),
+            ("--layers --no_values", "--no_checksums, --no_values with --layers or --graph"),
+            ("--layers --no_checksums", "--no_checksums, --no_values with --layers or --graph"),
+            ("--rank 3", "--rank without --layers and --graph"),
+            ("--layers --rank 0", None),
+            ("--json --no_values --no_checksums", None),
+        ],
+    )
+    def test_flags_that_belong_elsewhere(
+        self, flags: str, idle: str | None, engines: dict[str, EngineInfo], call_script: Main
+    ) -> None:
+        _, out, err = call_script(check.main, *flags.split(), engines["plan"].folder)
+        assert out
+        assert re.findall(r"\[W\] (.*): no effect\n", err) == ([idle] if idle else [])
+
+    @pytest.mark.parametrize("pair", [*combinations(("--ranks", "--diff", "--layers", "--tune 1"), 2)], ids=" ".join)
+    def test_one_thing_at_a_time(self, pair: tuple[str, str], main: Main) -> None:
+        code, _, err = main(*" ".join(pair).split())
         assert code == 2
-        assert "--diff, --layers or --graph" in err
+        assert "each of these does something else" in err
+        for flag in pair:
+            assert flag.removesuffix(" 1") in err
 
     def test_a_plan_is_told_as_it_is(self, engines: dict[str, EngineInfo], main: Main) -> None:
         """Not by the flags that asked for it: TensorRT-RTX takes no plugin."""
@@ -251,3 +279,27 @@ class TestNetwork:
         assert "fused attention" in told
         assert "packed prompts" in told
         assert "gpt_attention plugin" not in told
+        build = BuildConfig(
+            backend="tensorrt",
+            gpt_attention_plugin="float16",
+            plugins=("attention",),
+            max_batch_size=4,
+            batch_buckets=(2,),
+            builder_opt=0,
+            weight_streaming=True,
+            refit=True,
+        )
+        assert inspection._options(build) == [
+            "compiled into the plan: attention",
+            "generation for batches of 2 4",
+            "optimisation level 0",
+            "weight streaming",
+            "weights can be replaced",
+        ]
+
+    def test_a_library_that_no_one_knows(self, engines: dict[str, EngineInfo], main: Main, tmp_path: Path) -> None:
+        folder = shutil.copytree(engines["plan"].folder, tmp_path / "plan")
+        config = json.loads((folder / "config.json").read_text())
+        config["engine"]["library"]["name"] = "tensorflow"
+        (folder / "config.json").write_text(json.dumps(config))
+        assert "unknown library in config.json: found 'tensorflow', allowed tensorrt, tensorrt_rtx" in main(folder)[1]

@@ -125,6 +125,7 @@ def test_a_session(engine: Path, terminal: Terminal, capsys: pytest.CaptureFixtu
         "/set 'open",
         "x" * 61,
         "/set --bogus 1",
+        "/set --logprobs",
     ):
         assert terminal.answer(wrong) == ""
     assert terminal.answer("/show") == "at most 3 new tokens, 2 beams\n"
@@ -136,6 +137,7 @@ def test_a_session(engine: Path, terminal: Terminal, capsys: pytest.CaptureFixtu
     for part in ("argument --top_k: invalid int value: 'x'", "--top_k 999", "no such command", "quotes", "61 tokens"):
         assert part in err
     assert "unrecognized arguments: --bogus" in err
+    assert "--logprobs goes with prompts on the command line or in a file" in err
     assert "no room for a prompt" in err
     assert len(re.findall(r"^\(\d+ new tokens in .* tokens/s", err, re.M)) == 7
     (seed,) = re.findall(r"^\(.*, seed (\d+)\)$", err, re.M)

@@ -349,7 +349,13 @@ def test_ctrl_c_says_how_to_go_on(
     [
         (["--resume"], "--resume without --output_file"),
         (["--output_file", "o.jsonl", "--streaming"], "results go to one place"),
-        (["--output_file", "o.jsonl", "--logprobs", "l.jsonl"], "--output_file with --logprobs"),
+        (
+            ["--output_file", "o.jsonl", "--logprobs", "l.jsonl"],
+            "--logprobs without a file name puts them into the lines",
+        ),
+        (["--logprobs", "--top_logprobs", "2"], "--logprobs without a file name and without --output_file"),
+        (["--score_prompts", "--logprobs"], "--logprobs without a file name and without --output_file"),
+        (["--score_prompts", "--output_file", "o.jsonl", "--logprobs"], "--output_file with --score_prompts"),
         (["--output_file", "o.jsonl", "--score_prompts"], "--output_file with --score_prompts"),
         (["--output_file", "o.csv"], "--output_file o.csv: it gets lines of JSON"),
         (["--stop_words", "\udcff"], "--stop_words: one of the words is no text: character 1"),

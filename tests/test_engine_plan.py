@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from engines import build_engine, open_session
 
 import build
 from gpt.config import BuildConfig, ModelConfig
+from gpt.engine import builder
 from gpt.engine.plan import CARDS, Plan, start_commands
 from gpt.engine.tensor_file import map_tensor_file
 from gpt.engine.weights import engine_tensors
@@ -85,6 +87,7 @@ def test_start_commands() -> None:
     assert "--nodes 1 --ntasks 8 " in slurm
     (slurm,) = start_commands(16, Path("e"), 8)
     assert "--nodes 2 --ntasks 16 --ntasks-per-node 8 " in slurm
+    assert "--mpi=pmi2 " in slurm  # for the MPI of requirements.txt
 
 
 @pytest.mark.parametrize(
@@ -123,6 +126,7 @@ def test_only_cards_that_load_the_plan_are_listed(
     lines = capsys.readouterr().out.splitlines()
     assert {card for card in CARDS if any(line.startswith(f"  {card} ") for line in lines)} == cards
     assert any(line.startswith("  this machine ") for line in lines) == (flags == [])  # no plan runs on a CPU
+    assert any("with rounded sizes" in line for line in lines) == (flags == [])
 
 
 def test_a_plan_of_tensorrt_loads_on_the_kind_of_gpu_that_builds_it() -> None:
@@ -130,6 +134,21 @@ def test_a_plan_of_tensorrt_loads_on_the_kind_of_gpu_that_builds_it() -> None:
     plan = Plan.make(model, BuildConfig(backend="tensorrt"), {"name": "tensorrt", "compute_capability": "9.0"})
     lines = plan.describe(Path("e"), 8).splitlines()
     assert {card for card in CARDS if any(line.startswith(f"  {card} ") for line in lines)} == {"H100 80GB", "H200"}
+
+
+def test_a_dry_run_is_of_what_the_backend_makes_of_the_flags(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its options, its notes, its library."""
+    library = {"name": "tensorrt", "compute_capability": "9.0"}
+    monkeypatch.setattr(
+        builder, "prepare_backend", lambda model, build: (replace(build, max_batch_size=5), ["A note."], library)
+    )
+    assert build.main([*TINY, "--backend", "tensorrt"]) == 0
+    told = capsys.readouterr()
+    assert "A note." in told.err
+    assert " for 5 sequences of " in told.out
+    assert ("  H200 " in told.out, "  L40S " in told.out) == (True, False)
 
 
 def test_what_cannot_be_built_is_refused_in_advance(capsys: pytest.CaptureFixture[str]) -> None:

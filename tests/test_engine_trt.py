@@ -6,6 +6,7 @@ import errno
 import io
 import signal
 import sys
+import threading
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from engines import relative_error
 from trt_matrix import record, record_refusal
 from trt_models import IDS, MODELS, RANK, build_config, define, evaluate, random_weights
 
+from gpt import console
 from gpt.engine import trt_builder, trt_library
 from gpt.engine.trt_builder import build_plan
 from gpt.engine.trt_check import check_build, estimate_build_bytes
@@ -180,6 +182,14 @@ class TestBuildFails:
         assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_bar_is_named_after_its_phase(trt: Any) -> None:
+    """A colon is between the name and what is done of it, and no second one."""
+    console.setup_logging("info")
+    with console.progress(what="TensorRT", unit="step") as bar:
+        trt_builder._progress_monitor(trt, bar, threading.Event()).phase_start("Fusing", None, 2)
+        assert str(bar).startswith("TensorRT: Fusing: 0 of 2, ")
+
+
 class TestCheckBuild:
     model = MODELS["gpt2"]
 
@@ -252,6 +262,14 @@ class TestLibrary:
         with pytest.raises(ConfigError, match="tensorrt is not installed") as caught:
             trt_library.load([trt_library.TENSORRT])
         assert "found version 10.16.1.11, allowed: 11.0 or newer" in str(caught.value)
+
+    def test_why_another_one_is_taken(
+        self, trt: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
+        console.setup_logging("verbose")
+        assert trt_library.load([trt_library.TENSORRT, trt_library.TENSORRT_RTX]) is trt
+        assert "Not used: tensorrt: import of tensorrt halted" in capsys.readouterr().err
 
     def test_info(self, trt: Any) -> None:
         assert trt_library.library_info() == {"name": "tensorrt_rtx", "version": trt.__version__}

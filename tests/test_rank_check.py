@@ -38,6 +38,7 @@ def test_ranks_that_are_well() -> None:
 def test_the_report_as_json() -> None:
     result = mpirun(3, *CHECK, "--json")
     assert result.returncode == 0, result.stderr
+    assert "no effect" not in result.stderr
     report = json.loads(result.stdout)
     assert [rank["rank"] for rank in report["ranks"]] == [0, 1, 2]
     assert report["problems"] == []

@@ -1,21 +1,19 @@
-"""Engines of several ranks on this machine: the same logits and texts as one rank, and an end when a rank fails."""
+"""Engines of several ranks on this machine: the same logits and texts as one rank."""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import build_engine, convert, relative_error
-from ranks import PROGRAMS, environment, mpirun, without_mpi
+from engines import build_engine, convert, engines_of_ranks, relative_error
+from ranks import PROGRAMS, environment, mpirun, run_arguments, without_mpi
 from tiny_models import tiny_gpt2
 
 import build
@@ -132,20 +130,7 @@ def test_parts_of_a_divided_table_are_the_table(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[int, EngineInfo]:
-    """A tiny GPT-2 with its tokenizer on one, two and four ranks."""
-    base = tmp_path_factory.mktemp("text")
-    hf = tiny_gpt2(base / "hf", vocab_size=265)
-    found = {}
-    for world_size in (1, 2, 4):
-        checkpoint = convert(hf, base / "ft", tp=world_size)
-        found[world_size] = build_engine(
-            checkpoint, base / f"engine{world_size}", *LIMITS, "--world_size", str(world_size), "--parallel_build"
-        )
-    return found
-
-
-def run_arguments(info: EngineInfo, *flags: object) -> list[object]:
-    return ["run.py", "--engine_dir", info.folder, "--max_output_len", 8, "--device", "cpu", *flags]
+    return engines_of_ranks(tmp_path_factory.mktemp("text"), 1, 2, 4)
 
 
 SAMPLED = ["--top_k", "30", "--temperature", "1.5", "--repetition_penalty", "1.2"]
@@ -187,9 +172,10 @@ def test_every_rank_logs_when_asked(engines: dict[int, EngineInfo]) -> None:
 
 def test_spawn_starts_the_ranks(engines: dict[int, EngineInfo]) -> None:
     results = []
+    job = environment(SLURM_JOB_ID="77", SLURM_NODELIST="no-such-node", SLURM_NNODES="1", SLURM_TASKS_PER_NODE="1")
     for world_size in (1, 2):
         words = [sys.executable, *map(str, run_arguments(engines[world_size], "--spawn"))]
-        results.append(subprocess.run(words, env=environment(), capture_output=True, text=True, check=False))
+        results.append(subprocess.run(words, env=job, capture_output=True, text=True, check=False))
     assert [result.returncode for result in results] == [0, 0], results
     assert results[0].stdout == results[1].stdout != ""
 
@@ -236,89 +222,6 @@ def test_summaries_on_ranks(paged: bool, engines: dict[int, EngineInfo], tmp_pat
     assert "identical output ids: 2 of 2 articles" in outputs[1]
 
 
-@pytest.mark.parametrize(
-    ("how", "code", "told"),
-    [
-        ("killed", 9, ["Killed (signal 9)"]),
-        ("raises", 1, ["error: rank 1, new token 3: unexpected RuntimeError: a cosmic ray"]),
-        ("hung", 1, ["error: rank 0, new token 3: no answer from the other ranks for 2 s in all-reduce"]),
-    ],
-)
-def test_a_lost_rank_ends_the_job(how: str, code: int, told: list[str], engines: dict[int, EngineInfo]) -> None:
-    begin = time.monotonic()
-    result = mpirun(2, PROGRAMS / "die.py", how, *run_arguments(engines[2])[1:], GPT_RANK_TIMEOUT="2")
-    assert time.monotonic() - begin < 30
-    assert result.returncode == code
-    for text in told:
-        assert text in result.stdout + result.stderr
-    assert result.stderr.count("error:") == (how != "killed")
-    assert "Output" not in result.stdout
-
-
-def test_a_lost_rank_is_noticed_without_mpi(engines: dict[int, EngineInfo]) -> None:
-    first, second = without_mpi(2, PROGRAMS / "die.py", "raises", *run_arguments(engines[2])[1:])
-    assert (first.returncode, second.returncode) == (1, 1)
-    assert "error: rank 1, new token 3: unexpected RuntimeError: a cosmic ray" in second.stderr
-    assert "error:" not in first.stderr
-    first, second = without_mpi(2, PROGRAMS / "die.py", "killed", *run_arguments(engines[2])[1:])
-    assert first.returncode == 1
-    assert "error: rank 0, new token 3: another rank is gone" in first.stderr
-
-
-@pytest.mark.parametrize(("needed", "started"), [(2, 1), (2, 4), (1, 2)])
-def test_a_wrong_number_of_ranks(needed: int, started: int, engines: dict[int, EngineInfo]) -> None:
-    arguments = run_arguments(engines[needed], "--input_text", "a b")
-    words = [sys.executable, *map(str, arguments)]
-    if started == 1:
-        result = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
-    else:
-        result = mpirun(started, *arguments)
-    assert result.returncode == 2
-    assert result.stderr.count("error:") == 1
-    assert f"has {needed} rank" in result.stderr
-    if needed > 1:
-        assert f"mpirun -np {needed} " in result.stderr.replace("'", "")  # quoted in a folder with a space
-        assert shlex.join(map(str, arguments)) in result.stderr
-        assert "--spawn" in result.stderr
-    else:
-        assert "start it without mpirun" in result.stderr
-
-
-def test_one_message_for_what_all_ranks_find(engines: dict[int, EngineInfo], tmp_path: Path) -> None:
-    for flags, code in (
-        (["--input_text", ""], 2),
-        (["--input_text", "a", "--input_file", "b.txt"], 2),
-        (["--num_beams", "x"], 2),
-        (["--engine_dir", tmp_path], 3),
-        (["--device", "cuda:77"], 2),
-    ):
-        result = mpirun(2, *run_arguments(engines[2], *flags))
-        assert (result.returncode, result.stdout) == (code, ""), flags
-        assert result.stderr.count("error:") == 1, result.stderr
-
-
-def test_different_engines_are_noticed(engines: dict[int, EngineInfo], tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    build_engine(None, other, *SIZES, *LIMITS, "--world_size", "2")
-    program = "import os, run, sys; sys.exit(run.main(['--engine_dir', sys.argv[1 + int(os.environ['PMI_RANK'])], "
-    program += "'--max_output_len', '2']))"
-    result = mpirun(2, "-c", program, engines[2].folder, other)
-    assert result.returncode == 3
-    assert "the ranks see different engines" in result.stderr
-    result = mpirun(2, "-c", program, engines[2].folder, tmp_path / "nowhere")
-    assert result.returncode == 3
-    assert "error: rank 1: there is no engine folder" in result.stderr
-
-
-def test_singletons_are_refused(engines: dict[int, EngineInfo]) -> None:
-    words = [sys.executable, *map(str, run_arguments(engines[2]))]
-    for rank, messages in ((0, 1), (1, 0)):
-        alone = environment(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK=str(rank))
-        result = subprocess.run(words, env=alone, capture_output=True, text=True, check=False)
-        assert result.returncode == 2
-        assert result.stderr.count("error: MPI did not connect the ranks") == messages
-
-
 def test_build_of_another_number_of_ranks(
     engines: dict[int, EngineInfo], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -354,16 +257,6 @@ def test_build_is_one_process(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "--parallel_build" in result.stderr
     assert not (tmp_path / "e").exists()
-
-
-def test_a_missing_rank_file(engines: dict[int, EngineInfo], tmp_path: Path) -> None:
-    source = json.loads((engines[2].folder / "config.json").read_text())["engine"]["source"]["checkpoint"]
-    info = build_engine(Path(source), tmp_path / "e", *LIMITS, "--world_size", "2")
-    assert open_engine(tmp_path / "e").build.world_size == 2
-    info.engine_path(1).unlink()
-    result = mpirun(2, *run_arguments(info))
-    assert result.returncode == 3
-    assert "rank 1: gpt_float32_tp2_rank1.engine is missing" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engines import build_engine, convert
+from engines import engines_of_ranks
 from ranks import LIMIT_S, PROGRAMS, ROOT, environment
-from tiny_models import tiny_gpt2
 
 from gpt.engine.folder import EngineInfo
 
@@ -57,15 +56,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[int, EngineInfo]:
-    base = tmp_path_factory.mktemp("engines")
-    hf = tiny_gpt2(base / "hf", vocab_size=265)
-    limits = ["--max_batch_size", "4", "--max_input_len", "40", "--max_output_len", "20"]
-    return {
-        size: build_engine(
-            convert(hf, base / "ft", tp=size), base / f"engine{size}", *limits, "--world_size", str(size)
-        )
-        for size in (1, NUM_RANKS)
-    }
+    return engines_of_ranks(tmp_path_factory.mktemp("engines"), 1, NUM_RANKS)
 
 
 def run_words(info: EngineInfo, *flags: str) -> list[str]:
@@ -190,6 +181,24 @@ def test_a_lost_rank_ends_the_job(
     if how == "raises":
         assert result.stderr.count("error: rank ") == 1, result.stderr
         assert "error: rank 1, new token 3: unexpected RuntimeError: a cosmic ray" in result.stderr
+
+
+def test_a_killed_rank_is_missed_where_srun_would_not_mind(
+    slurm: dict[str, str], engines: dict[int, EngineInfo]
+) -> None:
+    words = [sys.executable, PROGRAMS / "die.py", "killed", *run_words(engines[NUM_RANKS])]
+    begin = time.monotonic()
+    result = srun(slurm, *NODES[2], "--mpi=pmi2", "--kill-on-bad-exit=0", *words)
+    assert result.returncode != 0
+    assert time.monotonic() - begin < 30
+    assert result.stderr.count("error: rank ") == 1, result.stderr
+    assert "error: rank 0, new token 3: rank 1 is gone" in result.stderr
+
+
+def test_ranks_are_spawned_inside_a_job(slurm: dict[str, str], engines: dict[int, EngineInfo], expected: str) -> None:
+    """By mpirun itself: srun would wait for the processors that run.py has."""
+    result = srun(slurm, "--ntasks", "1", sys.executable, "run.py", *run_words(engines[NUM_RANKS]), "--spawn")
+    assert (result.returncode, result.stdout) == (0, expected), result.stderr
 
 
 def test_a_wrong_number_of_ranks(slurm: dict[str, str], engines: dict[int, EngineInfo], tmp_path: Path) -> None:

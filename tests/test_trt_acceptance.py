@@ -65,14 +65,19 @@ def test_the_group_is_left_out_here() -> None:
 
 
 @pytest.mark.parametrize(
-    ("marks", "told"), [("gpu", "deselected"), ("gpu and tensorrt", "nothing of this group can run here: a TensorRT")]
+    ("marks", "code", "told"),
+    [
+        ("gpu", pytest.ExitCode.NO_TESTS_COLLECTED, "deselected"),
+        ("gpu and tensorrt", pytest.ExitCode.USAGE_ERROR, "nothing of this group can run here: a TensorRT"),
+        ("tensorrt", pytest.ExitCode.OK, "test_limits"),
+    ],
 )
-def test_a_machine_that_cannot_run_it(marks: str, told: str) -> None:
-    """Among the tests for GPUs it is left out; asked for, it ends with the first reason."""
+def test_a_machine_that_cannot_run_it(marks: str, code: int, told: str) -> None:
+    """Among the tests for GPUs it is left out; asked for, it ends with the first reason; or it is listed."""
     file = str(Path(test_gpu_tensorrt.__file__))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, file]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "-m", marks, file]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode != 0
+    assert done.returncode == code
     assert told in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import gpt
+from gpt import interrupt
 from gpt.checkpoint.random_weights import RandomWeights
 from gpt.checkpoint.store import Checkpoint
 from gpt.config import BuildConfig, ModelConfig
@@ -118,9 +119,12 @@ def _build_ranks(
     log.info("Building %d ranks in %d processes", build.world_size, num_workers)
     # Started afresh: a fork of a process in which PyTorch has threads may hang.
     context = multiprocessing.get_context("spawn")
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(get_level(),)) as pool:
         try:
-            return list(pool.map(work, range(build.world_size)))
+            with interrupt.held_back():  # each worker would show where it was
+                results = pool.map(work, range(build.world_size))
+            return list(results)
         except BrokenProcessPool as error:
             raise GptError(
                 "a process of the parallel build was killed",
@@ -128,6 +132,8 @@ def _build_ranks(
                 hint="probably for memory; without --parallel_build the ranks are built one after the other",
             ) from error
         except BaseException:
+            for worker in set(multiprocessing.active_children()).difference(others):
+                worker.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 

@@ -20,6 +20,7 @@ from gpt.config import BuildConfig
 from gpt.console import human_bytes
 from gpt.dtypes import dtype_name
 from gpt.engine.folder import CONFIG_NAME, EngineInfo, open_engine
+from gpt.engine.trt_library import known_library
 from gpt.errors import ConfigError
 from gpt.files import listing
 from gpt.mapping import Mapping
@@ -99,7 +100,10 @@ def _inspect_engine(path: Path, *, checksums: bool, values: bool) -> Inspection:
         result.tokenizer_dir = info.tokenizer_dir
         if checksums:
             result.problems += wrong_checksums({path / file.name: file.checksum for file in info.files})
-        if info.backend == "torch":
+        if info.backend == "tensorrt":
+            with result.collecting():
+                known_library(info.library)
+        else:
             for rank in range(len(info.files)):
                 with result.collecting():
                     result.problems += _tensor_problems(info, rank, values=values)

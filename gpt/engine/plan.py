@@ -15,7 +15,7 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.console import human_bytes
 from gpt.engine.estimate import Estimate, available_memory_bytes, estimate
 from gpt.engine.kv_cache import batch_bucket, cache_slots
-from gpt.engine.trt_check import DEFAULT_TARGET, compute_capabilities, loadable_cards
+from gpt.engine.trt_check import compute_capabilities, loadable_cards
 from gpt.mapping import Mapping
 
 # Compute capability, and the MiB that nvidia-smi shows as a card's total.
@@ -108,7 +108,7 @@ class Plan:
         if available is not None and build.backend == "torch":
             here = self._fit(self.largest_batch(available // build.world_size))
             yield f"  {'this machine':12} {here} (CPU, all ranks)"
-        yield "start it with:"
+        yield "start it with:" if build.world_size == 1 else "start it with (srun for Open MPI: --mpi=pmix):"
         yield from (f"  {line}" for line in start_commands(build.world_size, engine_dir, gpus_per_node))
 
     def _runs_on(self, capability: str) -> bool:
@@ -117,7 +117,7 @@ class Plan:
             return True
         if built_on := self.library.get("compute_capability"):
             return capability == "SM" + built_on.replace(".", "")
-        return capability in loadable_cards(compute_capabilities(self.build.targets or (DEFAULT_TARGET,)))
+        return capability in loadable_cards(compute_capabilities(self.build.targets))
 
     def _fit(self, batch: int) -> str:
         if batch == self.build.max_batch_size:
@@ -133,7 +133,7 @@ def start_commands(world_size: int, engine_dir: Path, gpus_per_node: int) -> lis
     num_nodes = -(-world_size // gpus_per_node)
     per_node = -(-world_size // num_nodes)
     slurm = f"srun --nodes {num_nodes} --ntasks {world_size} --ntasks-per-node {per_node} --gpus-per-node {per_node}"
-    commands = [f"{slurm} --mpi=pmix {script}"]
+    commands = [f"{slurm} --mpi=pmi2 --kill-on-bad-exit=1 {script}"]
     if num_nodes == 1:
         commands.insert(0, f"mpirun -np {world_size} {script}")
     return commands

@@ -53,7 +53,8 @@ _PLAN_BYTES_PER_PLAIN_LAYER = int(2.7 * 2**20)
 
 
 def compute_capabilities(targets: tuple[str, ...]) -> list[str]:
-    """The library's names of `targets` in order, without repetitions; none for "default", the library's own choice.
+    """The library's names of `targets` in order, without repetitions; none for "default" and for no
+    targets: the library's own choice.
 
     Raises ConfigError for unknown names, listing those there are.
     """
@@ -192,7 +193,7 @@ def _notes(trt: Any, model: ModelConfig, build: BuildConfig) -> list[str]:
         notes.append(f"Generation is compiled for batches of {sizes}; others are filled up to the next of them")
     capability = _gpu_capability()
     if library_name(trt) == TENSORRT_RTX and capability is not None:
-        loadable = loadable_cards(compute_capabilities(build.targets or (DEFAULT_TARGET,)))
+        loadable = loadable_cards(compute_capabilities(build.targets))
         if "SM{}{}".format(*capability) not in loadable:
             here = describe_capability(capability)
             notes.append(f"This machine's GPU ({here}) cannot load this engine; cards of {', '.join(loadable)} can")

@@ -7,6 +7,7 @@ takes the module as an argument called `trt` (typed Any: neither library comes w
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping as Dict
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -72,6 +73,14 @@ def load_for_build(targets: Sequence[str]) -> Any:
 
 def library_name(trt: Any) -> str:
     return next(name for name, module in _MODULES.items() if trt.__name__ == module)
+
+
+def known_library(library: Dict[str, str]) -> str:
+    """The name in `library`, which is config.json's; raises EngineError where it is none of LIBRARIES."""
+    name = library.get("name", "")
+    if name not in LIBRARIES:
+        raise EngineError("unknown library in config.json", found=repr(name), allowed=", ".join(LIBRARIES))
+    return name
 
 
 def library_info(targets: Sequence[str] = ()) -> dict[str, str]:

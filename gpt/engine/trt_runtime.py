@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from gpt.comm import Communicator
-from gpt.engine.trt_check import DEFAULT_TARGET, compute_capabilities, describe_capability, loadable_cards
-from gpt.engine.trt_library import LIBRARIES, TENSORRT_RTX, begin_library, error_recorder, library_name, load
+from gpt.engine.trt_check import compute_capabilities, describe_capability, loadable_cards
+from gpt.engine.trt_library import TENSORRT_RTX, begin_library, error_recorder, known_library, library_name, load
 from gpt.errors import EngineError
 
 
@@ -25,9 +25,7 @@ def load_engine(
     it was built for.  Raises ConfigError where that library is not installed, EngineError where it is another version,
     where the card is none of those that were built for, and where the library cannot load the plan.
     """
-    name = library.get("name", "")
-    if name not in LIBRARIES:
-        raise EngineError("unknown library in config.json", found=repr(name), allowed=", ".join(LIBRARIES))
+    name = known_library(library)
     check_device(name, device, library, targets)  # first: without a card nothing is worth installing
     trt = load([name])
     _check_version(trt, library, path)
@@ -115,7 +113,7 @@ def check_device(name: str, device: torch.device, library: Dict[str, str], targe
     capability = torch.cuda.get_device_capability(device)
     found = f"{torch.cuda.get_device_name(device)}, {describe_capability(capability)}"
     if name == TENSORRT_RTX:
-        allowed = loadable_cards(compute_capabilities(targets or (DEFAULT_TARGET,)))
+        allowed = loadable_cards(compute_capabilities(targets))
         if f"SM{capability[0]}{capability[1]}" not in allowed:
             raise EngineError(
                 "this TensorRT-RTX engine does not load on this GPU",

@@ -10,6 +10,7 @@ from gpt.errors import ConfigError
 from gpt.runtime.batching_config import BatchingConfig
 from gpt.runtime.blocks import BlockManager
 from gpt.runtime.generate import Generation
+from gpt.runtime.logprobs import TokenLogprob
 from gpt.runtime.paged_rows import Rows
 from gpt.runtime.paged_steps import StepRunner
 from gpt.runtime.pool_size import pool_blocks
@@ -30,14 +31,15 @@ def generate_paged(
     *,
     on_token: Callable[[int, int], None] | None = None,
     on_end: Callable[[int], None] | None = None,
+    on_logprobs: Callable[[int, list[TokenLogprob]], None] | None = None,
     batching: BatchingConfig | None = None,
 ) -> Generation:
     """Continues any number of prompts, as `gpt.runtime.generate.generate` would each of them alone.
 
     Among several ranks the first one schedules and chooses; the others compute what it tells them and return nothing.
 
-    on_token: called with (row, new token) as tokens come.  on_end: with each row at its end.  Steps in which prompts
-    took part count as context_ms.
+    on_token: called with (row, new token) as tokens come.  on_end, on_logprobs: as there.  Steps in which prompts took
+    part count as context_ms.
 
     Raises ConfigError for prompts the engine cannot take, GptError where the logits are no numbers.
     """
@@ -62,7 +64,14 @@ def generate_paged(
     if session.comm.rank > 0:
         steps.follow()
         return Generation()
-    rows = Rows(session, request, max_draft_len=batching.max_draft_len, on_token=on_token, on_end=on_end)
+    rows = Rows(
+        session,
+        request,
+        max_draft_len=batching.max_draft_len,
+        on_token=on_token,
+        on_end=on_end,
+        on_logprobs=on_logprobs,
+    )
     scheduler = Scheduler(
         BlockManager(num_blocks, session.build.tokens_per_block, sharing=not session.batch_invariant),
         rows.waiting(),

@@ -40,6 +40,20 @@ class Generation:
     def total_ms(self) -> float:
         return self.context_ms + sum(self.step_ms)
 
+    def tell_end(
+        self,
+        row: int,
+        on_end: Callable[[int], None] | None,
+        on_logprobs: Callable[[int, list[TokenLogprob]], None] | None,
+    ) -> None:
+        """Of a row that has its last token.  Log-probabilities that somebody takes are kept here no longer: those of
+        many prompts need more memory than everything else that is known of them."""
+        if on_logprobs is not None and self.logprobs:
+            on_logprobs(row, self.logprobs[row])
+            self.logprobs[row] = []
+        if on_end is not None:
+            on_end(row)
+
 
 def joined(parts: Sequence[Generation]) -> Generation:
     """What several batches produced, one behind the other, as one."""
@@ -59,11 +73,14 @@ def generate(
     *,
     on_tokens: Callable[[Sequence[int | None]], None] | None = None,
     on_end: Callable[[int], None] | None = None,
+    on_logprobs: Callable[[int, list[TokenLogprob]], None] | None = None,
 ) -> Generation:
     """Continues all prompts together.  Among several ranks, what rank 0 is asked for counts.
 
     on_tokens: called after each step with one new token per prompt, None for prompts that have ended.
     on_end: called with the number of each row once it has its last token.
+    on_logprobs: called before that with (row, log-probabilities of its tokens) where the request asks for them; the
+    result then has none.
 
     Raises ConfigError for prompts the engine cannot take, GptError where the logits are no numbers.
     """
@@ -115,15 +132,14 @@ def generate(
         if on_tokens is not None:
             on_tokens(new)
         for row in ended:
-            if on_end is not None:
-                on_end(row)
+            result.tell_end(row, on_end, on_logprobs)
         if not any(rows.running):
             break
         begin = time.perf_counter()
     session.comm.stage = ""
     for row, alive in enumerate(rows.running):
-        if alive and on_end is not None:
-            on_end(row)
+        if alive:
+            result.tell_end(row, on_end, on_logprobs)
     return result
 
 

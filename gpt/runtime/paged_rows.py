@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from gpt.runtime.generate import Generation, check_finite, make_sampler
-from gpt.runtime.logprobs import record
+from gpt.runtime.logprobs import TokenLogprob, record
 from gpt.runtime.prompt_lookup import PromptLookup
 from gpt.runtime.request import Request
 from gpt.runtime.scheduler import Part, RunningSequence
@@ -37,6 +37,7 @@ class Rows:
         max_draft_len: int,
         on_token: Callable[[int, int], None] | None,
         on_end: Callable[[int], None] | None,
+        on_logprobs: Callable[[int, list[TokenLogprob]], None] | None,
     ):
         self.result = Generation(tokens=[[] for _ in request.prompts])
         if request.num_top_logprobs is not None:
@@ -45,6 +46,7 @@ class Rows:
         self._max_draft_len = max_draft_len
         self._on_token = on_token
         self._on_end = on_end
+        self._on_logprobs = on_logprobs
         self._states: dict[int, _State] = {}
         self._sampler = make_sampler(session, request)
 
@@ -154,8 +156,7 @@ class Rows:
         state = self._states.pop(row)
         if self._sampler is not None:
             self._sampler.close(state.sampler_row)
-        if self._on_end is not None:
-            self._on_end(row)
+        self.result.tell_end(row, self._on_end, self._on_logprobs)
 
     def count_time(self, begin: float, *, context: bool) -> float:
         """Of a step that began at `begin` on time.perf_counter and ends now, which is returned."""

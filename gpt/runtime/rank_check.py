@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,8 +88,7 @@ def check_ranks(device: str, timeout_s: float, sizes: tuple[int, ...] = SIZES) -
             hint=f"{launch_command(2)}; as many ranks as the engine will have",
         )
     os.environ[TIMEOUT_VARIABLE] = str(timeout_s)
-    with _bounded_start(timeout_s):
-        ranks = start()
+    ranks = start()
     # What the communicator itself notices in time comes first.
     with Deadline(3 * timeout_s) as deadline:
         deadline.begin("roll call")
@@ -111,23 +108,6 @@ def check_ranks(device: str, timeout_s: float, sizes: tuple[int, ...] = SIZES) -
             deadline.begin(f"sums of {human_bytes(num_bytes)}")
             check.speeds.append(_speed(comm, check.ranks[ranks.rank].device, num_bytes))
     return check
-
-
-@contextmanager
-def _bounded_start(limit_s: float) -> Iterator[None]:
-    """Ends this process when the block takes longer.  From outside, since MPI_Init lets no other thread run."""
-    own = read_launch()
-    message = f"error: rank {own.rank}: the ranks do not find each other in {limit_s:g} s: one of {own.size} is missing"
-    program = "import os, sys, time; time.sleep(float(sys.argv[1])); print(sys.argv[2], file=sys.stderr, flush=True); "
-    program += "time.sleep(0.2); os.kill(int(sys.argv[3]), 9)"
-    patience_s = limit_s + 0.5 * min(own.rank, 8)  # the lowest rank speaks for all
-    words = [sys.executable, "-S", "-c", program, str(patience_s), message, str(os.getpid())]
-    guard = subprocess.Popen(words)
-    try:
-        yield
-    finally:
-        guard.kill()
-        guard.wait()
 
 
 def _introduce(ranks: Communicator, device: str) -> tuple[Communicator, RankCheck]:

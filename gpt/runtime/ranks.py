@@ -3,6 +3,7 @@ processors."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt import lifeline
 from gpt.comm import Communicator, active, start
 from gpt.console import log
 from gpt.engine.folder import EngineInfo, open_engine
@@ -39,9 +41,25 @@ def join_ranks(info: EngineInfo) -> Communicator:
             hint="give all machines the same folder, or copy it to each again",
         )
     share_processors(ranks)
-    processes = ranks.gather_objects(f"{os.getpid()} on {socket.gethostname()}")
-    log.info("Ranks: %s", ", ".join(f"{rank} is process {process}" for rank, process in enumerate(processes)))
+    if lifeline.hold(ranks):
+        processes = ranks.gather_objects(f"{os.getpid()} on {socket.gethostname()}")
+        log.info("Ranks: %s", ", ".join(f"{rank} is process {process}" for rank, process in enumerate(processes)))
     return ranks
+
+
+def check_same_input(ranks: Communicator, rows: Sequence[object]) -> None:
+    """Raises ConfigError where files of one name hold different rows on the ranks' machines: all compute what rank 0
+    asks for, but would end after different numbers of batches."""
+    if ranks.size == 1:
+        return
+    digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+    found = ranks.gather_objects(f"{len(rows)} rows, checksum {digest}")
+    if len(set(found)) > 1:
+        raise ConfigError(
+            "the ranks read different input",
+            found=[f"rank {rank}: {own}" for rank, own in enumerate(found)],
+            hint="give all machines the same input file and tokenizer",
+        )
 
 
 def _wrong_number(info: EngineInfo, num_started: int) -> ConfigError:
@@ -117,4 +135,6 @@ def spawn_ranks(engine_dir: Path, script: str, arguments: Sequence[str]) -> int 
         return None
     command = [find_mpirun(), "-n", str(num_ranks), sys.executable, script, *arguments]
     log.info("Starting %d ranks: %s", num_ranks, " ".join(command[:5]))
-    return subprocess.run(command, check=False).returncode
+    # Inside a job mpirun would let srun start them, which waits for the processors that this process has.
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PMI"))}
+    return subprocess.run(command, check=False, env=own).returncode

@@ -131,8 +131,9 @@ class TrtSession:
         self._generating = False
         tensors = packed_inputs(prompts) if self.build.remove_input_padding else padded_inputs(prompts)
         tensors |= self._prompt_inputs(virtual, self._lengths)
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}  # kept until the step is launched
         self._current = 0
-        self._bind(self._context, {name: tensor.to(self.device) for name, tensor in tensors.items()}, len(prompts))
+        self._bind(self._context, tensors, len(prompts))
         return self._run(self._context)
 
     def generation(self, ids: torch.Tensor) -> torch.Tensor:
@@ -184,6 +185,7 @@ class TrtSession:
         """The old memory goes first; contexts are told the new addresses when they are needed."""
         for phase in self._generation.values():
             phase.unbind()
+        self._capacity = 0  # until all of the new memory is there
         self._memory, self._step_memory, self._logits = [], {}, torch.empty(0)
         self._logits = self._zeros(self._outputs[0], rows)
         for _ in range(1 if self._in_place else 2):

@@ -16,6 +16,7 @@ from gpt.errors import ConfigError, GptError
 from gpt.files import write_text
 from gpt.runtime.batching_config import DEFAULT_BATCHING, BatchingConfig
 from gpt.runtime.execution import DEFAULT_EXECUTION, Execution
+from gpt.runtime.ranks import check_same_input
 from gpt.runtime.request import Request
 from gpt.text.dataset import Article, load_articles
 from gpt.text.decoding_options import GREEDY_DECODING, DecodingOptions
@@ -123,6 +124,7 @@ def compare(config: SummarizeConfig, out: TextIO) -> Comparison:
     data = config.task.data
     columns = config.article_column or data.text_column, config.highlights_column or data.reference_column
     articles = load_articles(config.dataset_path, *columns, limit, data)
+    check_same_input(ranks, articles)
     comparison = _run_sides(config, info, tokenizer, articles, out)
     print(f"Measured: {config.task.measured}", file=out)
     for result in comparison.results:

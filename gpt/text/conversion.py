@@ -96,6 +96,8 @@ def new_checkpoint(args: ConversionArgs, tool: str) -> Iterator[Path]:
     earlier = find_extendable(
         args.folder, args.files, tool=tool, source=Path(args.in_file), storage_dtype=args.storage_dtype
     )
+    import torch  # noqa: F401  before there is a folder: an interrupt while it is loaded cleans nothing up
+
     with staged_folder(args.folder, force=args.force or earlier is not None, marker=CONFIG_NAME) as staging:
         yield staging
         if not args.force:

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gpt.config import BuildConfig
 from gpt.console import print_notice
@@ -35,7 +35,7 @@ class DecodingOptions:
 
     bad_words, bad_ids: what must not come, as text and as token ids.  stop_words, stop_ids: what ends a text.
     num_return_sequences: results per prompt; None for one, or all beams.  logprobs: a file for the log-probabilities of
-    the new tokens, with the top_logprobs likeliest ones beside each.
+    the new tokens, with the top_logprobs likeliest ones beside each; True where they are part of the results' own file.
     Raises ConfigError listing all settings that contradict each other.
     """
 
@@ -46,7 +46,7 @@ class DecodingOptions:
     stop_words: tuple[str, ...] = ()
     stop_ids: tuple[tuple[int, ...], ...] = ()
     num_return_sequences: int | None = None
-    logprobs: Path | None = None
+    logprobs: Path | Literal[True] | None = None
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class DecodingOptions:
         if self.top_logprobs < 0:
             problems.add(f"--top_logprobs {self.top_logprobs}: allowed are 0 and above")
         if self.top_logprobs > 0 and self.logprobs is None:
-            problems.add(f"--top_logprobs {self.top_logprobs} without --logprobs FILE: it says what is in that file")
+            problems.add(f"--top_logprobs {self.top_logprobs} without --logprobs: it says what stands there")
         problems.raise_if_any(ConfigError, "these options cannot be used together")
 
     @property
@@ -106,6 +106,10 @@ class DecodingOptions:
     def num_top_logprobs(self) -> int | None:
         """None where nobody asks for log-probabilities."""
         return None if self.logprobs is None else self.top_logprobs
+
+    @property
+    def logprobs_file(self) -> Path | None:
+        return None if self.logprobs is True else self.logprobs
 
     def choice(self, tokenizer: Tokenizer | None) -> SamplingConfig:
         """The sampling settings with the bad words as token ids: each word as it stands and behind a blank, since
@@ -172,7 +176,14 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
     """All of them, in groups; `read_decoding` reads what was given."""
     add_choice_flags(parser)
     group = parser.add_argument_group("log-probabilities")
-    group.add_argument("--logprobs", type=Path, metavar="FILE", help="log-probabilities of the new tokens, as .jsonl")
+    group.add_argument(
+        "--logprobs",
+        nargs="?",
+        type=Path,
+        const=True,
+        metavar="FILE",
+        help="log-probabilities of the new tokens, as .jsonl; without FILE in the lines of --output_file",
+    )
     group.add_argument("--top_logprobs", type=int, default=0, metavar="N", help="the N likeliest tokens beside each")
 
 
@@ -255,8 +266,9 @@ def decoding_of_call(**values: Any) -> DecodingOptions:
         values[name] = (words,) if isinstance(words, str) else tuple(words)
     for name in ("bad_ids", "stop_ids"):
         values[name] = tuple(tuple(ids) for ids in values.get(name, ()))
-    if "logprobs" in values:
-        values["logprobs"] = Path(values["logprobs"])
+    logprobs = values.pop("logprobs", False)
+    if logprobs is not False:
+        values["logprobs"] = logprobs if logprobs is True else Path(logprobs)
     return _make(values)
 
 

@@ -19,7 +19,7 @@ from gpt.console import print_notice
 from gpt.engine.folder import open_engine
 from gpt.errors import ConfigError, GptError
 from gpt.runtime.request import Request
-from gpt.text.decoding_options import add_decoding_flags, read_decoding
+from gpt.text.decoding_options import DecodingOptions, add_decoding_flags, read_decoding
 from gpt.text.pipeline import (
     choose_end_id,
     choose_tokenizer,
@@ -89,7 +89,7 @@ class Conversation:
         chosen = choose_tokenizer(self._info, config.tokenizer, config.vocab_file)
         self._tokenizer = require_tokenizer(chosen, self._info, "read what is typed")
         self._end_id = choose_end_id(config.end_id, self._tokenizer, self._info.model)
-        self._check(config)
+        self._check(config.decoding, config.max_output_len)
         config.batching.check_fits(self._info.build)
         self._session = load_session(self._info, config.device, config.execution)
         self._prompt: list[int] = []
@@ -195,17 +195,18 @@ class Conversation:
 
     def _set(self, args: Namespace) -> None:
         """Nothing changes where something is wrong with the new flags."""
-        config = replace(self._config, max_output_len=args.max_output_len, decoding=read_decoding(args))
-        self._check(config)
+        decoding = read_decoding(args)
+        self._check(decoding, args.max_output_len)
+        config = replace(self._config, max_output_len=args.max_output_len, decoding=decoding)
         self._args, self._config = args, config
         self._show()
 
-    def _check(self, config: RunConfig) -> None:
-        prompt_limit(self._info.model, self._info.build, config.max_output_len, config.max_input_length)
-        config.decoding.check_fits(self._info.build, self._info.model.vocab_size, config.max_output_len)
-        config.decoding.choice(self._tokenizer).check_fits(self._info.model.vocab_size, config.max_output_len)
-        if config.decoding.logprobs is not None:
+    def _check(self, decoding: DecodingOptions, max_output_len: int) -> None:
+        if decoding.logprobs is not None:
             raise ConfigError("--logprobs goes with prompts on the command line or in a file")
+        prompt_limit(self._info.model, self._info.build, max_output_len, self._config.max_input_length)
+        decoding.check_fits(self._info.build, self._info.model.vocab_size, max_output_len)
+        decoding.choice(self._tokenizer).check_fits(self._info.model.vocab_size, max_output_len)
 
     def _show(self) -> None:
         config = self._config

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gpt.runtime.batching_config import BatchingConfig
     from gpt.runtime.beam_config import BeamConfig
     from gpt.runtime.generate import Generation
+    from gpt.runtime.logprobs import TokenLogprob
     from gpt.runtime.request import Request
     from gpt.runtime.session import PagedSession, Session
     from gpt.text.decoding_options import DecodingOptions
@@ -121,6 +122,7 @@ def generate_batches(
     num_samples: int = 1,
     on_token: Callable[[int, int], None] | None = None,
     on_end: Callable[[int], None] | None = None,
+    on_logprobs: Callable[[int, list[TokenLogprob]], None] | None = None,
     results: list[Generation] | None = None,
     batching: BatchingConfig | None = None,
 ) -> list[Generation]:
@@ -128,7 +130,8 @@ def generate_batches(
 
     A seed that the request lacks is made up once for all batches.
     num_samples: rows of the result per prompt; row p * num_samples + k is sample k of prompt p.
-    on_token: called with (row, new token id) as tokens come; on_end: with each row at its end.
+    on_token: called with (row, new token id) as tokens come; on_end: with each row at its end; on_logprobs: before that
+    with (row, log-probabilities of its tokens) where the request asks for them, which the result then does not have.
     results: a list that gets each batch's result when it is complete; it is what is returned.
     batching: of a paged cache.
     Raises ConfigError for prompts that the engine cannot take.
@@ -141,7 +144,9 @@ def generate_batches(
         from gpt.runtime.batcher import generate_paged
 
         paged = cast("PagedSession", session)
-        results.append(generate_paged(paged, request, on_token=on_token, on_end=on_end, batching=batching))
+        results.append(
+            generate_paged(paged, request, on_token=on_token, on_end=on_end, on_logprobs=on_logprobs, batching=batching)
+        )
         return results
     for first, rows in batches(range(len(request.prompts)), session.build.max_batch_size):
 
@@ -150,12 +155,21 @@ def generate_batches(
                 if token is not None and on_token is not None:
                     on_token(row, token)
 
-        def end(row: int, first: int = first) -> None:
-            if on_end is not None:
-                on_end(first + row)
-
-        results.append(generate(session, request.of_rows(rows), on_tokens=show, on_end=end))
+        results.append(
+            generate(
+                session,
+                request.of_rows(rows),
+                on_tokens=show,
+                on_end=_with_first(first, on_end),
+                on_logprobs=_with_first(first, on_logprobs),
+            )
+        )
     return results
+
+
+def _with_first(first: int, call: Callable[..., None] | None) -> Callable[..., None] | None:
+    """For rows of a batch that begins with row `first`."""
+    return None if call is None else lambda row, *rest: call(first + row, *rest)
 
 
 def search_batches(

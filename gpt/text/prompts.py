@@ -25,13 +25,18 @@ TEXT_HINT = "texts: --input_file with --column NAME for a table, a .txt file wit
 
 def check_input_file(path: Path, suffixes: Sequence[str]) -> None:
     """Raises ConfigError for a missing file, a folder, or a suffix outside `suffixes`."""
-    if path.suffix.lower() not in suffixes:
-        found = path.suffix or f"{path.name} (no suffix)"
-        raise ConfigError("input file format not supported", found=found, allowed=", ".join(suffixes))
+    check_suffix(path, suffixes)
     if not path.exists():
         raise ConfigError("no such input file", found=path)
     if not path.is_file():
         raise ConfigError("the input file is no file", found=path)
+
+
+def check_suffix(path: Path, suffixes: Sequence[str]) -> None:
+    """The same as far as it can be said without looking, which may give other results on other machines."""
+    if path.suffix.lower() not in suffixes:
+        found = path.suffix or f"{path.name} (no suffix)"
+        raise ConfigError("input file format not supported", found=found, allowed=", ".join(suffixes))
 
 
 def read_tokens(path: Path, end_id: int | None) -> list[list[int]]:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt.comm import Communicator
-from gpt.console import log, print_notice, progress
+from gpt.console import log, print_notice
 from gpt.engine.folder import EngineInfo
 from gpt.errors import GptError, InterruptError, first_lines
 from gpt.files import file_checksum
+from gpt.runtime.ranks import check_same_input
 from gpt.runtime.request import Request
+from gpt.text.ordered_writer import OrderedWriter, Output
 from gpt.text.pipeline import (
     batches,
     check_vocabulary,
@@ -29,6 +31,7 @@ from gpt.text.prompts import check_output_file, unicode_problem
 from gpt.text.result_file import ResultFile, read_job
 from gpt.text.run_results import final_text
 from gpt.text.stop_words import StopWords
+from gpt.text.token_records import describe_output
 from gpt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -72,21 +75,26 @@ class Job:
             "decoding": dataclasses.asdict(config.decoding),
         }
 
-    def record(self, index: int, outputs: Sequence[Sequence[int]]) -> dict[str, Any]:
+    def record(self, index: int, outputs: Sequence[Output]) -> dict[str, Any]:
         """The line of one prompt: its text or texts, token ids where there is no tokenizer, or what went wrong."""
         line: dict[str, Any] = {"index": index, "line": self.rows[index].line}
         if index in self.problems:
             return {**line, "error": self.problems[index]}
         if index in self.truncated:
             line["truncated_from"] = self.truncated[index]
-        name, values = "tokens", [list(tokens) for tokens in outputs]
+        name, values = "tokens", [output.tokens for output in outputs]
         results: list[Any] = values
         if self.tokenizer is not None:
             name = "text"
             results = [final_text(tokens, self.tokenizer, self.end_id, self.stops) for tokens in values]
+        rest: dict[str, list[Any]] = {"num_tokens": [len(tokens) for tokens in values]}
+        if self.config.decoding.logprobs is not None:
+            rest["logprobs"] = [
+                describe_output(output.tokens, output.logprobs, output.score, self.tokenizer) for output in outputs
+            ]
         if self.config.decoding.num_results == 1:
-            return {**line, name: results[0], "num_tokens": len(values[0])}
-        return {**line, "results": results, "num_tokens": [len(tokens) for tokens in values]}
+            return {**line, name: results[0], **{key: found[0] for key, found in rest.items()}}
+        return {**line, "results": results, **rest}
 
 
 def prepare_job(
@@ -160,13 +168,14 @@ def run_job(job: Job, ranks: Communicator) -> None:
     Raises ConfigError where the output file holds something else, EngineError for a bad engine, InterruptError after
     Ctrl-C, and GptError where the disk is full or, at the very end, where rows could not be run.
     """
+    check_same_input(ranks, job.prompts)
     path = job.config.output_file or Path()
     file = None
     if ranks.rank == 0:
         check_output_file(path)
         file = ResultFile(path, job.describe(), resume=job.config.resume)
     num_done = ranks.broadcast_object(0 if file is None else file.num_done)
-    writer = _Writer(job, file, num_done)
+    writer = OrderedWriter(job, file, num_done)
     try:
         results, session = _compute(job, writer, num_done)
     except KeyboardInterrupt:
@@ -185,7 +194,7 @@ def run_job(job: Job, ranks: Communicator) -> None:
         _tell(job, path, num_done)
 
 
-def _compute(job: Job, writer: _Writer, num_done: int) -> tuple[list[Generation], Session | None]:
+def _compute(job: Job, writer: OrderedWriter, num_done: int) -> tuple[list[Generation], Session | None]:
     """What is missing of the results, and the session that made it, if any was needed."""
     pending = [index for index in range(num_done, len(job.rows)) if job.prompts[index] is not None]
     decoding = job.config.decoding
@@ -204,6 +213,7 @@ def _compute(job: Job, writer: _Writer, num_done: int) -> tuple[list[Generation]
         sampling=decoding.choice(job.tokenizer),
         keys=[(index,) for index in pending],
         stops=job.stops,
+        num_top_logprobs=decoding.num_top_logprobs,
     )
     if not decoding.uses_beams:
         generate_batches(
@@ -212,67 +222,21 @@ def _compute(job: Job, writer: _Writer, num_done: int) -> tuple[list[Generation]
             num_samples=decoding.num_results,
             on_token=writer.add,
             on_end=writer.end,
+            on_logprobs=writer.add_logprobs,
             results=results,
             batching=job.config.batching,
         )
         return results, session
     for first, rows in batches(range(len(pending)), session.build.max_batch_size):
         search_batches(session, request.of_rows(rows), decoding.search, results=results)
-        for row, tokens in enumerate(results[-1].tokens, start=first * decoding.num_results):
-            writer.rows[row] = tokens
+        found = results[-1]
+        logprobs = found.logprobs or [[] for _ in found.tokens]
+        outputs = map(Output, found.tokens, logprobs, found.scores)
+        for row, output in enumerate(outputs, start=first * decoding.num_results):
+            writer.outputs[row] = output
             writer.end(row)
+        found.logprobs = []  # what is written is let go
     return results, session
-
-
-class _Writer:
-    """Puts results into the order of the input; only the first rank has a file."""
-
-    def __init__(self, job: Job, file: ResultFile | None, num_done: int):
-        self.num_done = num_done
-        self.rows: list[list[int]] = []
-        self._job = job
-        self._file = file
-        self._pending: Sequence[int] = ()
-        self._count = job.config.decoding.num_results
-        self._missing: dict[int, int] = {}
-        self._ready: dict[int, list[list[int]]] = {index: [] for index in job.problems if index >= num_done}
-        self._bar = progress(
-            total=len(job.rows), what="Prompts", unit="prompt", initial=num_done, always=file is not None
-        )
-
-    def begin(self, pending: Sequence[int]) -> None:
-        """pending: the index of each prompt that is computed; `count` rows each are told of by `add` and `end`."""
-        self._pending = pending
-        self.rows = [[] for _ in range(len(pending) * self._count)]
-        self._missing = dict.fromkeys(range(len(pending)), self._count)
-        self._bar.update(len(self._ready))
-        self._write()
-
-    def add(self, row: int, token: int) -> None:
-        self.rows[row].append(token)
-
-    def end(self, row: int) -> None:
-        place = row // self._count
-        self._missing[place] -= 1
-        if self._missing[place] == 0:
-            first = place * self._count
-            self._ready[self._pending[place]] = self.rows[first : first + self._count]
-            self.rows[first : first + self._count] = [[] for _ in range(self._count)]
-            self._bar.update()
-            self._write()
-
-    def close(self) -> None:
-        self._bar.close()
-        if self._file is not None:
-            self._file.close()
-
-    def _write(self) -> None:
-        records = []
-        while self.num_done in self._ready:
-            records.append(self._job.record(self.num_done, self._ready.pop(self.num_done)))
-            self.num_done += 1
-        if records and self._file is not None:
-            self._file.append(records)
 
 
 def _tell(job: Job, path: Path, num_before: int) -> None:

@@ -11,7 +11,7 @@ from gpt.comm import start
 from gpt.engine.folder import EngineInfo, open_engine
 from gpt.runtime.batching_config import DEFAULT_BATCHING, BatchingConfig
 from gpt.runtime.execution import DEFAULT_EXECUTION, Execution
-from gpt.runtime.ranks import join_ranks
+from gpt.runtime.ranks import check_same_input, join_ranks
 from gpt.runtime.request import Request
 from gpt.text.decoding_options import GREEDY_DECODING, DecodingOptions
 from gpt.text.pipeline import (
@@ -83,7 +83,7 @@ class RunConfig:
         return Wanted(
             self.output_csv,
             self.output_npy,
-            self.decoding.logprobs,
+            self.decoding.logprobs_file,
             self.streaming and rank == 0,
             self.max_output_len,
             known[0] if known else 0,
@@ -98,10 +98,16 @@ class RunConfig:
             problems.append("--resume without --output_file: only that file says what is done already")
         if self.output_file is not None and (self.writes_files or self.streaming):
             problems.append("--output_file with --output_csv, --output_npy or --streaming: results go to one place")
-        if self.output_file is not None and self.decoding.logprobs is not None:
+        logprobs = self.decoding.logprobs_file
+        if self.output_file is not None and logprobs is not None:
             problems.append(
-                "--output_file with --logprobs: that file is written at the end, and cannot be resumed; without "
-                "--output_file texts go to stdout"
+                f"--output_file with --logprobs {logprobs}: results go to one place; --logprobs without a file name"
+                " puts them into the lines of --output_file"
+            )
+        if self.output_file is None and self.decoding.logprobs is True:
+            problems.append(
+                "--logprobs without a file name and without --output_file, into whose lines they would go: name a file "
+                "for them, --logprobs FILE, or --output_file"
             )
         if self.output_file is not None and self.output_file.suffix.lower() in (".parquet", *TOKEN_SUFFIXES):
             problems.append(
@@ -128,9 +134,9 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
     Raises ConfigError for input, options or output that cannot be used, CheckpointError for a damaged prompt table,
     EngineError for a bad engine.
     """
+    start()  # first, so that what fails on one rank alone ends them all
     if config.input_file is not None:
         check_input_file(config.input_file, ROW_SUFFIXES)
-    start()  # first, so that what fails on one rank alone ends them all
     info = open_engine(config.engine_dir)
     ranks = join_ranks(info)
     tokenizer = choose_tokenizer(info, config.tokenizer, config.vocab_file)
@@ -157,6 +163,7 @@ def run_prompts(config: RunConfig, out: TextIO) -> list[str]:
         num_top_logprobs=decoding.num_top_logprobs,
     )
     request.check(info.model, info.build)
+    check_same_input(ranks, prompts)
     for path in config.wanted(end_id, None, ranks.rank).files:
         if ranks.rank == 0:
             check_output_file(path)

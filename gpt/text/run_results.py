@@ -16,7 +16,7 @@ from gpt.text.pipeline import describe_speed, without_end
 from gpt.text.prompts import full_rows, write_csv, write_npy
 from gpt.text.stop_words import StopWords
 from gpt.text.streaming import RowText, StreamPrinter, print_results
-from gpt.text.token_records import describe_token
+from gpt.text.token_records import describe_output
 from gpt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -157,19 +157,15 @@ class Results:
             write_npy(npy, rows)
 
     def _logprob_lines(self, batches: Sequence[Generation]) -> list[dict[str, Any]]:
-        """One object per row; "total" is the natural logarithm of the whole text's probability."""
+        """One object per row."""
         records = [row for batch in batches for row in batch.logprobs]
         scores = [score for batch in batches for score in batch.scores]
         lines = []
         for row, (tokens, logprobs) in enumerate(zip(self._rows, records, strict=True)):
             prompt, number = divmod(row, self._wanted.num_results)
-            line: dict[str, Any] = {"prompt": prompt, "result": number}
-            if scores:
-                line["score"] = scores[row]
-            line["total"] = sum(one.logprob for one in logprobs)
-            pairs = zip(tokens, logprobs, strict=True)
-            line["tokens"] = [describe_token(token, one, self._tokenizer) for token, one in pairs]
-            lines.append(line)
+            score = scores[row] if scores else None
+            described = describe_output(tokens, logprobs, score, self._tokenizer)
+            lines.append({"prompt": prompt, "result": number, **described})
         return lines
 
 

@@ -11,7 +11,7 @@ from gpt.engine.folder import open_engine
 from gpt.errors import InterruptError
 from gpt.files import write_text
 from gpt.runtime.limits import check_prompts
-from gpt.runtime.ranks import join_ranks
+from gpt.runtime.ranks import check_same_input, join_ranks
 from gpt.text.decoding_options import GREEDY_DECODING
 from gpt.text.pipeline import choose_end_id, choose_tokenizer
 from gpt.text.prompts import check_output_file
@@ -61,7 +61,8 @@ def score_prompts(config: RunConfig, out: TextIO) -> list[float]:
     prompts, tuning = read_prompts(config, info, tokenizer, choose_end_id(config.end_id, tokenizer, info.model))
     virtual = None if tuning is None else tuning.virtual
     check_prompts(info.model, info.build, prompts, 0, num_virtual=0 if virtual is None else virtual.num_tokens)
-    path = config.decoding.logprobs
+    check_same_input(ranks, prompts)
+    path = config.decoding.logprobs_file
     if path is not None and ranks.rank == 0:
         check_output_file(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpt.text.tokenizer import Tokenizer
@@ -18,6 +19,17 @@ def describe_token(token: int, one: TokenLogprob | None, tokenizer: Tokenizer | 
         if one.top:
             result["top"] = [{**_name(other, tokenizer), "logprob": logprob} for other, logprob in one.top]
     return result
+
+
+def describe_output(
+    tokens: Sequence[int], logprobs: Sequence[TokenLogprob], score: float | None, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """score: of a beam.  total: the natural logarithm of the whole text's probability.  tokens: see above."""
+    return {
+        **({} if score is None else {"score": score}),
+        "total": sum(one.logprob for one in logprobs),
+        "tokens": [describe_token(token, one, tokenizer) for token, one in zip(tokens, logprobs, strict=True)],
+    }
 
 
 def _name(token: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
