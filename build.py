@@ -61,7 +61,7 @@ def _run(args: Namespace) -> None:
     reject_unsupported(unsupported(args))
     from gpt.engine.builder import build_engine, prepare_backend
 
-    checkpoint = Checkpoint.open(Path(args.model_dir)) if args.model_dir else None
+    checkpoint = Checkpoint.open(Path(args.model_dir), args.world_size) if args.model_dir else None
     if checkpoint is not None:
         checkpoint.check_world_size(args.world_size)
     model = _model_of_checkpoint(args, checkpoint) if checkpoint else model_of_flags(args)

@@ -251,6 +251,16 @@ def test_files_that_are_no_engine_s_are_left_alone(
     assert build.main(command) == 0
 
 
+def test_the_number_of_ranks_chooses_among_several_conversions(make_gpt2: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_gpt2()
+    for world_size in (1, 2):
+        convert(source, tmp_path / "ft", tp=world_size)
+    for world_size, code in ((2, 0), (1, 0), (4, 3)):
+        command = ["--model_dir", str(tmp_path / "ft"), "--world_size", str(world_size)]
+        assert build.main([*command, "--output_dir", str(tmp_path / f"e{world_size}")]) == code
+    assert len(open_engine(tmp_path / "e2").files) == 2
+
+
 def test_a_file_where_the_engine_s_folder_should_be(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "e").write_text("x", encoding="utf-8")
     for out in (tmp_path / "e", tmp_path / "e" / "f"):

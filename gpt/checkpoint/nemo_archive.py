@@ -7,6 +7,7 @@ and folders is made, and neither a member nor a header may grow beyond what the 
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import tarfile
 import time
@@ -48,6 +49,12 @@ def unpacked(source: Path, scratch: Path) -> Iterator[Path]:
         num_bytes = unpack(source, scratch)
         log.info("%s unpacked: %s, %.1f s", source, human_bytes(num_bytes), time.perf_counter() - started)
         yield scratch
+    except GptError as error:  # the folder vanishes: its files are told by their names in the archive
+        folder, name = f"{scratch}{os.sep}", f"{source}: "
+        error.what = error.what.replace(folder, name)
+        if isinstance(error.found, (str, Exception)):
+            error.found = str(error.found).replace(folder, name)
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

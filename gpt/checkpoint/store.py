@@ -73,13 +73,14 @@ class Checkpoint:
         return find_tokenizer_files(self.folder)
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(cls, folder: Path, world_size: int | None = None) -> Checkpoint:
         """Checks everything but the values: configuration, number of ranks, presence and length of each file.
 
-        `folder` is a `<N>-gpu` folder or the parent of exactly one.  Folders of FasterTransformer's own converters are
-        read too (their key names, no manifest).  Raises CheckpointError listing every problem.
+        `folder` is a `<N>-gpu` folder or the parent of one; of several, that of `world_size` is taken.  Folders of
+        FasterTransformer's own converters are read too (their key names, no manifest).  Raises CheckpointError listing
+        every problem.
         """
-        folder = find_folder(folder)
+        folder = find_folder(folder, world_size)
         section = read_section(folder)
         listed = Manifest.load(folder) if (folder / manifest.FILE_NAME).is_file() else None
         tied_head = listed.model.tied_head if listed else not (folder / HEAD_FILE).exists()
@@ -189,15 +190,19 @@ class Checkpoint:
             )
 
 
-def find_folder(folder: Path) -> Path:
-    """`folder` itself, or its only `<N>-gpu` child.  Raises CheckpointError with what is there instead."""
+def find_folder(folder: Path, world_size: int | None = None) -> Path:
+    """`folder` itself, or its `<N>-gpu` child: the only one, else that of `world_size` ranks.
+
+    Raises CheckpointError with what is there instead.
+    """
     if not folder.is_dir():
         raise ConfigError("no such checkpoint folder", found=folder, allowed="a folder made by a converter")
     if (folder / CONFIG_NAME).is_file():
         return folder
     children = sorted(child for child in folder.iterdir() if _FOLDER_NAME.fullmatch(child.name) and child.is_dir())
-    if len(children) == 1:
-        return find_folder(children[0])
+    wanted = children if len(children) == 1 else [child for child in children if child.name == f"{world_size}-gpu"]
+    if wanted:
+        return find_folder(wanted[0])
     if children:
         raise CheckpointError(
             f"several checkpoints are here: {folder}",
