@@ -14,7 +14,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt.checkpoint.layout import QuantFiles
+from gpt.checkpoint.layout import QuantFiles, describe_architecture
 from gpt.checkpoint.store import Checkpoint
 from gpt.cli import reject_unsupported, run_main
 from gpt.config import BuildConfig, ModelConfig, check_against_positions
@@ -61,11 +61,12 @@ def _run(args: Namespace) -> None:
     reject_unsupported(unsupported(args))
     from gpt.engine.builder import build_engine, prepare_backend
 
-    checkpoint = Checkpoint.open(Path(args.model_dir)) if args.model_dir else None
+    checkpoint = Checkpoint.open(Path(args.model_dir), args.world_size) if args.model_dir else None
     if checkpoint is not None:
         checkpoint.check_world_size(args.world_size)
     model = _model_of_checkpoint(args, checkpoint) if checkpoint else model_of_flags(args)
     check_divides(model, args.world_size)
+    log.info("Model: %s, vocabulary %d", describe_architecture(model), model.vocab_size)
     build = _build_config(args, model, checkpoint)
     check_embedding(model, build)
     explain_idle_flags(args, build.backend)

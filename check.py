@@ -86,6 +86,8 @@ def _run(args: Namespace) -> int:
         return _diff(args)
     if args.layers or args.graph is not None:
         return _show_network(args)
+    if absent := [path for path in args.paths if not path.exists()]:
+        raise ConfigError("nothing to check at these paths, and none was looked at", found=absent)
     results = []
     for path in args.paths:
         result = inspect(path, checksums=not args.no_checksums, values=not args.no_values)

@@ -47,7 +47,9 @@ def run_conversion(args: ProgArgs) -> Path:
     hf_files.check_folder(source)
     family, config, model = hf.read_model(source, args.model)
     check_divides(model, args.tensor_parallelism)
-    pairs = hf.match_tensors(family, model, hf_files.open_weights(source))
+    weights = hf_files.open_weights(source)
+    model = hf.with_own_head(model, weights)
+    pairs = hf.match_tensors(family, model, weights)
     tokenizer_files = {path.name: path for path in hf_files.find_tokenizer(source)}
     found = Converted(model, pairs, _ini_section(args, family.name, config), tokenizer_files)
     with new_checkpoint(args, _TOOL) as staging:

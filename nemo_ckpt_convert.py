@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.checkpoint.nemo import NemoConfig, read_config
-from gpt.checkpoint.nemo_archive import find_config, read_yaml, unpacked
+from gpt.checkpoint.nemo_archive import find_config, has_prompts, read_yaml, unpacked
 from gpt.checkpoint.nemo_ranks import model_config, open_weights
 from gpt.checkpoint.nemo_tokenizer import find_tokenizer, tokenizer_folder
 from gpt.checkpoint.nemo_weights import match_tensors
 from gpt.cli import ArgumentParser, run_main
 from gpt.console import log, print_banner, setup_logging
+from gpt.errors import ConfigError
 from gpt.mapping import check_divides
 from gpt.text.conversion import ConversionArgs, Converted, add_conversion_flags, new_checkpoint, write_converted
 
@@ -52,7 +53,11 @@ def run_conversion(args: ProgArgs) -> Path:
 
 def _convert(args: ProgArgs, content: Path, staging: Path) -> None:
     path = find_config(content)
-    config = read_config(read_yaml(path))
+    values = read_yaml(path)
+    if has_prompts(values) and "num_layers" not in values:
+        hint = "nemo_prompt_convert.py makes the table for run.py --prompt_table"
+        raise ConfigError("this archive holds prompts, no model", found=args.in_file, hint=hint)
+    config = read_config(values)
     tokenizer = find_tokenizer(path.parent, config.tokenizer)
     weights = open_weights(path.parent, config.training)
     model = model_config(config, weights, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)

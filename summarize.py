@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt.cli import ArgumentParser, add_log_level, positive_int, reject_unsupported, run_main
-from gpt.console import setup_logging
+from gpt.console import log, setup_logging
 from gpt.dtypes import canonical_dtype
 from gpt.errors import ConfigError
 from gpt.runtime.batching_config import BatchingConfig
@@ -23,6 +23,8 @@ from gpt.text.comparison import SummarizeConfig, compare
 from gpt.text.decoding_options import add_choice_flags, read_decoding
 from gpt.text.evaluation import TASKS
 from gpt.text.execution_options import add_execution_flags, read_execution
+
+_HF_DTYPE, _THRESHOLD = "fp32", 15.0
 
 
 def build_parser() -> ArgumentParser:
@@ -32,7 +34,7 @@ def build_parser() -> ArgumentParser:
     sides.add_argument("--test_hf", action="store_true", help="Hugging Face's own generate, on the same token ids")
     sides.add_argument("--engine_dir", type=Path, default=Path("gpt_outputs"), help="folder that build.py wrote")
     sides.add_argument("--hf_model_location", metavar="PLACE", help="local folder, or name on the model hub")
-    sides.add_argument("--data_type", default="fp32", help="of the Hugging Face model: fp32, fp16 or bf16")
+    sides.add_argument("--data_type", default=_HF_DTYPE, help="of the Hugging Face model: fp32, fp16 or bf16")
     add_execution_flags(sides)
     words = parser.add_argument_group("tokenizer (default: the engine's, else that of --hf_model_location)")
     words.add_argument("--tokenizer", metavar="PLACE", help="local folder, or name on the model hub")
@@ -62,7 +64,7 @@ def build_parser() -> ArgumentParser:
     check = parser.add_argument_group("results")
     check.add_argument("--check_accuracy", action="store_true", help="exit code 1 unless ROUGE-1 exceeds the threshold")
     threshold = ("--tensorrt_llm_rouge1_threshold", "--rouge1_threshold")
-    check.add_argument(*threshold, type=float, default=15.0, dest="threshold", help="for --check_accuracy")
+    check.add_argument(*threshold, type=float, default=_THRESHOLD, dest="threshold", help="for --check_accuracy")
     check.add_argument("--report", type=Path, metavar="FILE", help="write a self-contained HTML page")
     add_log_level(parser)
     return parser
@@ -81,6 +83,10 @@ def _run(args: Namespace, command: str) -> None:
         raise ConfigError("nothing to test", allowed="--test_trt_llm (our engine), --test_hf, or both")
     if args.test_hf and args.hf_model_location is None:
         raise ConfigError("--test_hf needs a model", hint="--hf_model_location <folder or name on the hub>")
+    if args.data_type != _HF_DTYPE and not args.test_hf:
+        log.warning("--data_type %s has no effect without --test_hf", args.data_type)
+    if args.threshold != _THRESHOLD and not args.check_accuracy:
+        log.warning("--tensorrt_llm_rouge1_threshold %g has no effect without --check_accuracy", args.threshold)
     config = SummarizeConfig(
         engine_dir=args.engine_dir,
         test_engine=args.test_engine,

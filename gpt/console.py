@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from threading import Timer
@@ -28,8 +29,11 @@ class _Formatter(logging.Formatter):
 def setup_logging(level: str) -> None:
     """Sends the log of this package to stderr; `level` is one of LOG_LEVELS.
 
-    Among several ranks, lines carry theirs.
+    Among several ranks, lines carry theirs.  Where stdout or stderr is closed, what they are given goes nowhere.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     launch = read_launch()
     rank = f" [rank {launch.rank}]" if launch.size > 1 else ""
     handler = logging.StreamHandler(sys.stderr)

@@ -98,16 +98,20 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(len(_LFS_MAGIC)) == _LFS_MAGIC
 
 
+def check_folder_place(folder: Path) -> None:
+    """Raises ConfigError where `folder` is a file or would be made below one."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ConfigError("the output path is a file", found=nearest, allowed="a folder that can be made")
+
+
 def _sibling(target: Path, role: str) -> Path:
     return target.with_name(f".{target.name}.{role}-{socket.gethostname()}-{os.getpid()}")
 
 
 def _check_replaceable(target: Path, *, force: bool, marker: str) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ConfigError("the output path is a file", found=target, allowed="a folder that can be made")
-    if not any(target.iterdir()):
+    check_folder_place(target)
+    if not target.exists() or not any(target.iterdir()):
         return
     if not (target / marker).exists():
         raise ConfigError(

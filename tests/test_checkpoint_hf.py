@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,22 @@ def test_an_untied_head_is_written_and_a_tied_one_in_the_file_is_not(make_gpt2: 
     folder = convert(tied)
     assert written(folder) == expected
     assert Checkpoint.open(folder).model.tied_head
+
+
+def test_a_head_of_its_own_is_kept_where_the_config_ties_it(
+    make_gpt2: MakeGpt2, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import GPT2LMHeadModel
+
+    source = make_gpt2(tie_word_embeddings=False)
+    edit_config(source, tie_word_embeddings=True)
+    monkeypatch.setattr(logging.getLogger("gpt"), "propagate", True)
+    folder = convert(source)
+    assert "lm_head.weight differs from wte.weight: the head is kept apart" in caplog.text
+    assert written(folder) == plain_conversion(source, 1, "float32")
+    assert not Checkpoint.open(folder).model.tied_head
+    head = GPT2LMHeadModel.from_pretrained(source).lm_head.weight  # Hugging Face reads the model so
+    assert torch.equal(head, load_file(source / "model.safetensors")["lm_head.weight"])
 
 
 def test_names_without_prefix_and_the_buffers_of_old_versions(make_gpt2: MakeGpt2) -> None:

@@ -200,6 +200,19 @@ def test_the_yaml_may_leave_the_head_to_the_weights(tmp_path: Path) -> None:
     assert not checkpoint.model.tied_head
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_head_that_is_the_embedding_by_the_yaml_alone_is_refused(tp: int, tmp_path: Path) -> None:
+    config = tiny_config(share_embeddings_and_output_weights=False)
+    state = tiny_state(config)
+    config["share_embeddings_and_output_weights"] = True
+    with pytest.raises(CheckpointError, match=r"output_layer\.weight: not the embedding"):
+        convert(save_model(tmp_path / "other.nemo", config, state, tp=tp, pp=2), tmp_path)
+    head = next(name for name in state if name.endswith("output_layer.weight"))
+    state[head] = state[head.replace("output_layer", "embedding.word_embeddings")].clone()
+    folder = convert(save_model(tmp_path / "copy.nemo", config, state, tp=tp, pp=2), tmp_path)
+    assert Checkpoint.open(folder).model.tied_head
+
+
 def test_sizes_come_from_the_tables_where_the_yaml_has_none(tmp_path: Path) -> None:
     config = tiny_config()
     state = tiny_state(config)

@@ -165,6 +165,9 @@ def test_code_in_a_pickle_is_not_run_but_named(tmp_path: Path) -> None:
     message = refuse(files, tmp_path)
     assert "system" in message
     assert "never run" in message
+    archive = save_files(tmp_path / "tiny.nemo", {path.name: path.read_bytes() for path in files.iterdir()})
+    # Of the archive, not of a folder that is gone when the message is read.
+    assert f"refused or corrupt: {archive}: model_weights.ckpt\n" in refuse(archive, tmp_path)
 
 
 def test_two_configurations_are_refused_and_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import build_engine, convert, open_session
@@ -124,6 +126,7 @@ def test_default_limits_fit_the_positions(tmp_path: Path, capfd: pytest.CaptureF
 def test_estimate_and_times_are_told(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert build.main(["--model_dir", str(checkpoint), "--output_dir", str(tmp_path / "e")]) == 0
     told = capfd.readouterr().err
+    assert "Model: 2 layers of 32, 4 heads of 8" in told
     assert told.index("Needed per rank") < told.index("Engine serialized") < told.index("Total time of building all 1")
 
 
@@ -147,6 +150,7 @@ def test_estimate_and_times_are_told(checkpoint: Path, tmp_path: Path, capfd: py
         (["--hidden_act", "gelou"], ["'gelou'", "gelu_new"]),
         (["--n_embd", "33"], ["33 is not divisible by n_head 2"]),
         (["--rotary_pct", "1.5", "--n_layer", "0"], ["n_layer: found 0"]),
+        (["--n_layer", "2000000"], ["--n_layer 2000000", "1 to 10000"]),
         (["--rotary_pct", "1.5"], ["rotary_pct: found 1.5"]),
         (["--backend", "torch", "--target", "ada"], ["--target"]),
         (["--vocab_size", "99999999999"], ["vocab_size: found 99999999999"]),
@@ -205,6 +209,63 @@ def test_bad_checkpoint(
     for text in told:
         assert text in error
     assert not list((tmp_path / "e").glob("*"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_weight_only"]])
+def test_values_that_an_engine_cannot_hold_are_counted(
+    flags: list[str], checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder without checksums, and in one that a float16 engine is made of."""
+    (checkpoint / "manifest.json").unlink()
+    for name, value in (("model.wpe.bin", 1e6), ("model.layers.1.mlp.dense_h_to_4h.weight.0.bin", math.nan)):
+        values = np.fromfile(checkpoint / name, np.float32)
+        values[[3, 5]] = value
+        values.tofile(checkpoint / name)
+    command = ["--model_dir", str(checkpoint), "--output_dir", str(tmp_path / "e"), *flags]
+    assert build.main([*command, "--dtype", "float16"]) == 3
+    error = capfd.readouterr().err
+    assert "model.wpe: 2 values up to 1e+06 do not fit float16" in error
+    assert "model.layers.1.mlp.dense_h_to_4h.weight: 2 values are NaN or infinite" in error
+    assert not list((tmp_path / "e").glob("*"))
+
+
+@pytest.mark.parametrize("kept", ["config.json", "tokenizer/words.txt"])
+def test_files_that_are_no_engine_s_are_left_alone(
+    kept: str, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model"
+    (out / kept).parent.mkdir(parents=True)
+    (out / kept).write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    command = ["--model_dir", str(checkpoint), "--output_dir", str(out)]
+    assert build.main(command) == 2
+    error = capfd.readouterr().err
+    assert f"holds something else and is left alone: {out}" in error
+    assert f"a folder without {kept.partition('/')[0]}, or one with an engine" in error
+    assert (out / kept).read_text(encoding="utf-8") == '{"model_type": "gpt2"}'
+    assert len(list(out.iterdir())) == 1
+    (out / kept).rename(out / "notes.txt")
+    if kept != "config.json":
+        (out / "tokenizer").rmdir()
+    assert build.main(command) == build.main(command) == 0  # other files do not matter, an engine is replaced
+    next(out.glob("*.engine")).unlink()
+    assert build.main(command) == 0
+
+
+def test_the_number_of_ranks_chooses_among_several_conversions(make_gpt2: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_gpt2()
+    for world_size in (1, 2):
+        convert(source, tmp_path / "ft", tp=world_size)
+    for world_size, code in ((2, 0), (1, 0), (4, 3)):
+        command = ["--model_dir", str(tmp_path / "ft"), "--world_size", str(world_size)]
+        assert build.main([*command, "--output_dir", str(tmp_path / f"e{world_size}")]) == code
+    assert len(open_engine(tmp_path / "e2").files) == 2
+
+
+def test_a_file_where_the_engine_s_folder_should_be(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "e").write_text("x", encoding="utf-8")
+    for out in (tmp_path / "e", tmp_path / "e" / "f"):
+        assert build.main([*SIZES, "--output_dir", str(out)]) == 2
+        assert "the output path is a file" in capfd.readouterr().err
 
 
 def test_full_disk_keeps_the_old_engine(

@@ -275,3 +275,6 @@ def test_nothing_at_the_path_is_a_wrong_command_line(main: Main, tmp_path: Path)
     code, out, err = main(tmp_path / "absent")
     assert (code, out) == (2, "")
     assert "nothing to check" in err
+    code, out, err = main(tmp_path, tmp_path / "absent", tmp_path / "gone")
+    assert (code, out) == (2, "")  # known before the first is read
+    assert f"- {tmp_path / 'absent'}\n    - {tmp_path / 'gone'}\n" in err

@@ -254,6 +254,18 @@ def test_a_reader_that_stops_reading_is_no_error(num_lines: int) -> None:
     assert (process.returncode, message) == (0, "")
 
 
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_closed_stream_is_no_error(closed: int) -> None:
+    program = (
+        "import sys; from gpt.cli import run_main; from gpt.console import log, progress, setup_logging;"
+        "setup_logging('info'); log.info('told'); sys.exit(run_main(lambda: print(*progress([7], what='work'))))"
+    )
+    shell = ["sh", "-c", f'exec "$0" -c "$1" {closed}>&-', sys.executable, program]
+    result = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "" if closed == 1 else "7\n")
+    assert result.stderr.endswith("[gpt] [I] told\n") if closed == 1 else not result.stderr
+
+
 def test_an_output_without_unicode_gets_escapes() -> None:
     process = start_printing(1, subprocess.PIPE, "Wörter 日", PYTHONIOENCODING="latin-1", PYTHONUTF8="1")
     out = process.stdout.buffer.read() if process.stdout else b""  # type: ignore[attr-defined]

@@ -89,6 +89,20 @@ def test_tokenizer_files_travel_along(make_gpt2: MakeGpt2, tmp_path: Path) -> No
         assert copy.read_bytes() == (source / copy.name).read_bytes()
 
 
+def test_what_was_found_is_told(make_gpt2: MakeGpt2, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_gpt2(dtype="bfloat16")
+    assert convert(source, tmp_path / "out") == 0
+    told = capsys.readouterr().err
+    assert "Model: 2 layers of 32, 4 heads of 8, MLP 128 gelu_new" in told
+    assert "vocabulary 301, bfloat16 in the files" in told
+    assert "Tokenizer: fast, 264 tokens" in told
+    (source / "tokenizer.json").write_text("{", encoding="utf-8")
+    assert convert(source, tmp_path / "broken") == 0
+    assert f"[W] Tokenizer: {source / 'tokenizer.json'} is no tokenizer" in capsys.readouterr().err
+    assert convert(make_gpt2("none", tokenizer=False), tmp_path / "none") == 0
+    assert "Tokenizer: none; run.py needs --tokenizer" in capsys.readouterr().err
+
+
 def test_flags_without_effect_say_so(make_gpt2: MakeGpt2, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--dataset_cache_dir", "x", "--load-model-on-cpu", "--convert-model-on-cpu")
     assert convert(make_gpt2(), tmp_path / "out", *flags) == 0

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,19 @@ def test_missing_and_empty_folders(tmp_path: Path, make_gpt2: MakeGpt2, refused:
     assert f"-i {source}" in refused(source / "model.safetensors", code=2)
     (source / "model.safetensors").unlink()
     assert "no weights in" in refused(source)
+    (source / "model.safetensors").symlink_to("../blobs/0123")
+    assert "a link to ../blobs/0123, which is not there" in refused(source)
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").mkdir()
+    assert "model.safetensors is no file" in refused(source)
+    (tmp_path / "a.nemo").write_bytes(b"x")
+    assert "nemo_ckpt_convert.py" in refused(tmp_path / "a.nemo", code=2)
+
+
+def test_an_output_below_a_file(make_gpt2: MakeGpt2, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes").write_text("x", encoding="utf-8")
+    assert convert(make_gpt2(), tmp_path / "notes") == 2
+    assert f"the output path is a file\n  found:   {tmp_path / 'notes'}" in capsys.readouterr().err
 
 
 def test_a_converted_folder_as_input(make_gpt2: MakeGpt2, tmp_path: Path, refused: Refused) -> None:
@@ -131,6 +145,15 @@ def test_an_unknown_architecture(make_gpt2: MakeGpt2, refused: Refused) -> None:
     message = refused(source)
     assert "model_type 'llama', architectures ['LlamaForCausalLM']" in message
     assert "allowed: model_type 'gpt2'" in message
+
+
+def test_a_config_without_an_architecture(make_gpt2: MakeGpt2, tmp_path: Path, refused: Refused) -> None:
+    source = make_gpt2()
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    del config["model_type"], config["architectures"]
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "--model names the family" in refused(source)
+    assert convert(source, tmp_path / "out", "--model", "gpt2") == 0
 
 
 def test_a_config_of_another_size(make_gpt2: MakeGpt2, refused: Refused) -> None:
@@ -212,6 +235,10 @@ def test_code_in_a_torch_file_is_never_run(make_gpt2: MakeGpt2, tmp_path: Path, 
     assert "refused or corrupt" in refused(source)
     path.write_bytes(pickle.dumps(Attack(mark), protocol=2))
     assert "corrupt" in refused(source)
+    path.write_bytes(pickle.dumps(Attack(mark), protocol=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's about protocols would stand in the way of the message
+        assert "found:   Unsupported operand" in refused(source)  # and not torch's advice how to run it
     assert not mark.exists()
     pickle.loads(pickle.dumps(Attack(mark)))  # the attack is real
     assert mark.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,19 @@ def test_exit_codes(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit) as ended:
             nemo_ckpt_convert.main(["-i", str(source), "-o", out, *wrong])
         assert ended.value.code == 2
+
+
+def test_the_right_converter_is_named(
+    source: Path, make_gpt2: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = save_prompts(tmp_path / "prompts.nemo", {"a": torch.ones(2, 8)})
+    for convert, wrong, code, right in (
+        (nemo_ckpt_convert, prompts, 2, "nemo_prompt_convert.py"),
+        (nemo_ckpt_convert, make_gpt2(), 3, "hf_gpt_convert.py"),
+        (nemo_prompt_convert, source, 3, "nemo_ckpt_convert.py"),
+    ):
+        assert convert.main(["-i", str(wrong), "-o", str(tmp_path / "out")]) == code
+        assert right in capsys.readouterr().err
 
 
 def test_from_archive_to_text(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -254,7 +254,7 @@ def test_files_that_are_no_calibration_text(hf: Path, tmp_path: Path, run: Run) 
         "latin.txt": ("caf\u00e9".encode("latin-1"), "no UTF-8 text"),
         "latin.jsonl": ('{"text": "caf\u00e9"}'.encode("latin-1"), "cannot be read as .jsonl"),
         "blank.jsonl": (b'{"text": ""}\n{"text": " "}\n', "nothing but blanks"),
-        "numbers.jsonl": (b'{"text": "a"}\n{"text": 3}\n', "row 1: text is 3"),
+        "numbers.jsonl": (b'{"text": "a"}\n{"text": 3}\n', "row 2: text is 3"),
         "column.jsonl": (b'{"article": "a"}\n', "has no column text"),
         "broken.jsonl": (b'{"text": "a"}\n\n{"text": "b",}\n', "line 3, character"),
         "list.json": (b"[1]", "holds no rows with columns"),

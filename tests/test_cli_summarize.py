@@ -310,6 +310,7 @@ def test_the_threshold_itself_is_not_enough() -> None:
         (["--test_engine", "--report", ROOT], ["is a folder"]),
         (["--test_engine", "--report", __file__ + "/below/report.html"], ["cannot be made"]),
         (["--test_engine", "--tokenizer", "/absent"], ["no such tokenizer folder"]),
+        (["--test_engine", "--vocab_file", "absent"], ["no such sentencepiece model"]),
         (["--test_engine", "--output_len", 5, "--tokenizer", MODEL], ["does not belong to this model", "0 to 263"]),
         (["--test_engine", "--test_hf", "--hf_model_location", "/absent"], ["no such model folder"]),
     ],
@@ -322,6 +323,29 @@ def test_bad_input_is_one_message_and_exit_code_2(
     for part in expected:
         assert part in err
     assert "Traceback" not in err
+
+
+def test_models_of_different_vocabularies_are_named(
+    tiny: Engine, articles: Path, call_script: Main, make_gpt2: Callable[..., Path]
+) -> None:
+    other = make_gpt2("other", vocab_size=300)
+    flags = ["--engine_dir", tiny.folder, "--dataset_path", articles, "--output_len", 2, "--max_ite", 1]
+    told = "the engine has 264 tokens, {} has {}"
+    for model, size in ((tiny.hf, 264), (other, 300)):
+        sides = ["--test_engine", "--test_hf", "--hf_model_location", model, "--device", "cpu"]
+        code, _, err = call_script(summarize.main, *sides, *flags)
+        assert code == 0
+        assert (told.format(model, size) in err) is (size == 300)
+        assert "at most 1 by --batch_size and --max_ite" in err
+
+
+def test_flags_without_effect_say_so(tiny: Engine, articles: Path, call_script: Main) -> None:
+    flags = ["--engine_dir", tiny.folder, "--dataset_path", articles, "--output_len", 2, "--max_ite", 1]
+    idle = ["--data_type", "fp16", "--rouge1_threshold", 14]
+    code, _, err = call_script(summarize.main, "--test_engine", "--device", "cpu", *flags, *idle)
+    assert code == 0
+    assert "--data_type fp16 has no effect without --test_hf" in err
+    assert "--tensorrt_llm_rouge1_threshold 14 has no effect without --check_accuracy" in err
 
 
 def test_an_empty_data_set_is_explained(tiny: Engine, main: Main, tmp_path: Path) -> None:

@@ -371,9 +371,9 @@ def test_the_float_engine_agrees_with_itself_token_by_token(tmp_path: Path) -> N
     [
         ("none.txt", None, "there is no file"),
         ("short.txt", "a", "too little text"),
-        ("rows.jsonl", '{"body": "x"}', "row 0 has no text"),
-        ("numbers.jsonl", '{"text": "a"}\n{"text": 3}', "row 1: text is 3"),
-        ("nulls.jsonl", '{"article": "a", "highlights": null}', "row 0: highlights is None"),
+        ("rows.jsonl", '{"body": "x"}', "row 1 has no text"),
+        ("numbers.jsonl", '{"text": "a"}\n{"text": 3}', "row 2: text is 3"),
+        ("nulls.jsonl", '{"article": "a", "highlights": null}', "row 1: highlights is None"),
         ("empty.jsonl", "", "no text to check"),
         ("blank.csv", "text\n  \n", "no text to check"),
         ("bytes.txt", b"\xff\xfe\xfa", "no UTF-8"),
@@ -402,7 +402,7 @@ def test_what_is_wrong_with_the_texts_is_said_before_the_work(
     texts.write_text('{"text": 3}')
     flags = ["--model_dir", str(checkpoint), "--output_dir", str(engine), "--check_quality"]
     assert build.main([*flags, str(texts)]) == 2
-    assert "row 0: text is 3" in capsys.readouterr().err
+    assert "row 1: text is 3" in capsys.readouterr().err
     for path in Checkpoint.open(checkpoint).tokenizer_files:
         path.unlink()
     assert build.main([*flags, str(texts)]) == 2

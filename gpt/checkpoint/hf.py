@@ -11,7 +11,7 @@ from typing import Any
 from gpt.checkpoint.hf_families import FAMILIES, Family
 from gpt.checkpoint.hf_files import read_json
 from gpt.checkpoint.layout import Tensor, tensors
-from gpt.checkpoint.source import SourceTensor
+from gpt.checkpoint.source import SourceTensor, equal_values
 from gpt.config import ModelConfig
 from gpt.console import log, verbose
 from gpt.dtypes import FLOAT_DTYPES
@@ -20,6 +20,7 @@ from gpt.files import listing
 
 _GENERATION = "generation_config.json"
 _LAYER = re.compile(r"h\.(\d+)\.")
+_TABLE, _HEAD = "wte.weight", "lm_head.weight"
 
 
 def read_model(folder: Path, chosen: str | None = None) -> tuple[Family, dict[str, Any], ModelConfig]:
@@ -52,6 +53,16 @@ def read_model(folder: Path, chosen: str | None = None) -> tuple[Family, dict[st
         raise rethrow_as(error, CheckpointError, f"this model cannot be converted: {path}") from error
 
 
+def with_own_head(model: ModelConfig, found: Mapping[str, SourceTensor]) -> ModelConfig:
+    """`model`, untied where the files have a head that is not the embedding: they are what was trained, and Hugging
+    Face goes by them too."""
+    bare = _without_prefix(found, Problems())
+    if not model.tied_head or _HEAD not in bare or _TABLE not in bare or equal_values(bare[_HEAD], bare[_TABLE]):
+        return model
+    log.warning("tie_word_embeddings is true, but %s differs from %s: the head is kept apart", _HEAD, _TABLE)
+    return dataclasses.replace(model, tied_head=False)
+
+
 def match_tensors(
     family: Family, model: ModelConfig, found: Mapping[str, SourceTensor]
 ) -> list[tuple[Tensor, SourceTensor]]:
@@ -73,7 +84,7 @@ def match_tensors(
             pairs.append((tensor, family.assemble(tensor, model, parts)))
     for name in bare:
         layer = _LAYER.match(name)
-        if family.ignored.fullmatch(name) or (model.tied_head and name == "lm_head.weight"):
+        if family.ignored.fullmatch(name) or (model.tied_head and name == _HEAD):
             verbose(f"{name} is not needed")
         elif layer is None or int(layer[1]) < model.n_layer:
             problems.add(f"{name}: unknown")
@@ -107,7 +118,9 @@ def _recognise(config: Mapping[str, Any], chosen: str | None) -> Family:
     for family in FAMILIES:
         if config.get("model_type", family.model_type) != family.model_type:
             continue
-        if "model_type" not in config and not set(family.architectures) & set(architectures):
+        # Configurations of 2019 name neither: --model does.
+        unnamed = "model_type" not in config and not architectures and chosen in family.names
+        if "model_type" not in config and not unnamed and not set(family.architectures) & set(architectures):
             continue
         if not family.recognises(config):
             continue
@@ -122,6 +135,7 @@ def _recognise(config: Mapping[str, Any], chosen: str | None) -> Family:
         "unknown architecture in config.json",
         found=f"model_type {config.get('model_type')!r}, architectures {architectures}",
         allowed=", ".join(sorted({f"model_type {family.model_type!r}" for family in FAMILIES})),
+        hint=None if "model_type" in config or architectures else "--model names the family",
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from gpt.checkpoint.safetensors_file import read_safetensors
 from gpt.checkpoint.source import SourceTensor
-from gpt.checkpoint.store import TOKENIZER_FILES
+from gpt.checkpoint.store import find_tokenizer_files
 from gpt.checkpoint.torch_file import read_torch_file
 from gpt.console import log
 from gpt.errors import CheckpointError, ConfigError, Problems
@@ -37,6 +37,13 @@ def open_weights(folder: Path) -> dict[str, SourceTensor]:
             return read(single)
         if index.is_file():
             return _read_shards(index, read)
+        for path in (single, index):
+            if path.is_symlink() or path.exists():
+                raise CheckpointError(
+                    f"{path} is no file",
+                    found=f"a link to {path.readlink()}, which is not there" if path.is_symlink() else "something else",
+                    hint="download the model's weights into this folder again",
+                )
     raise CheckpointError(
         f"no weights in {folder}",
         found=listing(folder),
@@ -47,7 +54,7 @@ def open_weights(folder: Path) -> dict[str, SourceTensor]:
 
 def find_tokenizer(folder: Path) -> list[Path]:
     """The tokenizer files of the folder, if any.  Raises CheckpointError for Git LFS pointers among them."""
-    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    paths = find_tokenizer_files(folder)
     _refuse_pointers(paths)
     return paths
 
@@ -69,7 +76,9 @@ def check_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     if folder.is_file():
-        raise ConfigError("the input is a file", found=folder, allowed="the model's folder", hint=f"-i {folder.parent}")
+        nemo = folder.suffix in (".nemo", ".gz", ".tgz", ".tar")
+        hint = "nemo_ckpt_convert.py converts NeMo archives" if nemo else f"-i {folder.parent}"
+        raise ConfigError("the input is a file", found=folder, allowed="the model's folder", hint=hint)
     raise ConfigError(
         "no such model folder",
         found=folder,

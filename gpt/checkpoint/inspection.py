@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from gpt.checkpoint import manifest
 from gpt.checkpoint.expected import expected_files, find_quant_files
-from gpt.checkpoint.hf import match_tensors, read_model
+from gpt.checkpoint.hf import match_tensors, read_model, with_own_head
 from gpt.checkpoint.hf_files import find_tokenizer, open_weights
-from gpt.checkpoint.layout import QuantFiles, tensors
+from gpt.checkpoint.layout import QuantFiles, describe_architecture, tensors
 from gpt.checkpoint.manifest import Manifest
 from gpt.checkpoint.nemo import read_config
-from gpt.checkpoint.nemo_archive import CONFIG_NAME, find_config, is_compressed, read_yaml
+from gpt.checkpoint.nemo_archive import CONFIG_NAME, find_config, has_prompts, is_compressed, read_yaml
 from gpt.checkpoint.prompt_table import description_path, read_tasks
 from gpt.checkpoint.source import SourceTensor
-from gpt.checkpoint.store import TOKENIZER_FILES, Checkpoint, bad_scales, find_folder, map_file
+from gpt.checkpoint.store import Checkpoint, bad_scales, find_folder, find_tokenizer_files, map_file
 from gpt.config import ModelConfig
 from gpt.console import human_bytes, progress
 from gpt.dtypes import FLOAT_DTYPES
@@ -77,21 +77,6 @@ class Inspection:
         )
 
 
-def describe_architecture(model: ModelConfig) -> str:
-    """One line: sizes, heads, MLP, positions and what else distinguishes the network."""
-    heads = f"{model.n_head} heads of {model.head_size}"
-    if model.n_kv_head != model.n_head:
-        heads += f" sharing {model.n_kv_head} key/value head{'s' * (model.n_kv_head != 1)}"
-    positions = f"{model.n_positions} learned positions"
-    if not model.learned_positions:
-        positions = (
-            f"rotary positions on {model.rotary_dim} of {model.head_size} values, trained to {model.n_positions}"
-        )
-    parts = [f"{model.n_layer} layers of {model.n_embd}", heads, f"MLP {model.inter_size} {model.hidden_act}"]
-    parts += [model.normalization, positions, "biases" if model.bias else "no biases"]
-    return ", ".join([*parts, "head tied to the embedding" if model.tied_head else "head of its own"])
-
-
 def inspect_checkpoint(path: Path, *, checksums: bool, values: bool) -> Inspection:
     """An FT folder, ours or one of FasterTransformer's own converters; `path` may be the parent of the only one."""
     result = Inspection(path, "FT checkpoint")
@@ -117,7 +102,7 @@ def inspect_checkpoint(path: Path, *, checksums: bool, values: bool) -> Inspecti
         if checksums:
             whole = {name: record for name, record in listed.files.items() if _has_size(folder / name, record.bytes)}
             result.problems += wrong_checksums({folder / name: record.xxh3_128 for name, record in whole.items()})
-    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if find_tokenizer_files(folder):
         result.tokenizer_dir = folder
     if values and result.model is not None:
         quant = find_quant_files(folder, listed)
@@ -182,6 +167,7 @@ def inspect_hugging_face(path: Path, *, values: bool) -> Inspection:
             result.problems += bad_values(_source_blocks(weights))
     with result.collecting():
         family, _, model = read_model(path)
+        model = with_own_head(model, weights)
         result.kind = f"Hugging Face model ({family.name})"
         result.describe_model(model)
         if weights:
@@ -288,7 +274,7 @@ def _extract_config(archive_path: Path, target: Path) -> int:
 def _describe_nemo(result: Inspection, config_path: Path) -> None:
     values = read_yaml(config_path)
     source = shlex.quote(str(result.path))
-    if "task_templates" in values or values.get("peft") is not None:
+    if has_prompts(values):
         result.kind = result.kind.replace("NeMo", "NeMo prompt-learning")
         templates = values.get("task_templates") or []
         result.facts["tasks"] = [str(entry.get("taskname")) for entry in templates if isinstance(entry, dict)]

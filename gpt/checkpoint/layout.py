@@ -214,3 +214,18 @@ def quant_files(names: Collection[str]) -> QuantFiles:
         kv_separate=any(name.endswith(".scale_kv_quant_orig.bin") for name in names),
         smoothers=any(".smoother." in name for name in names),
     )
+
+
+def describe_architecture(model: ModelConfig) -> str:
+    """One line: sizes, heads, MLP, positions and what else distinguishes the network."""
+    heads = f"{model.n_head} heads of {model.head_size}"
+    if model.n_kv_head != model.n_head:
+        heads += f" sharing {model.n_kv_head} key/value head{'s' * (model.n_kv_head != 1)}"
+    positions = f"{model.n_positions} learned positions"
+    if not model.learned_positions:
+        positions = (
+            f"rotary positions on {model.rotary_dim} of {model.head_size} values, trained to {model.n_positions}"
+        )
+    parts = [f"{model.n_layer} layers of {model.n_embd}", heads, f"MLP {model.inter_size} {model.hidden_act}"]
+    parts += [model.normalization, positions, "biases" if model.bias else "no biases"]
+    return ", ".join([*parts, "head tied to the embedding" if model.tied_head else "head of its own"])

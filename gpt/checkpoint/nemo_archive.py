@@ -7,11 +7,12 @@ and folders is made, and neither a member nor a header may grow beyond what the 
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import tarfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import IO, Any
@@ -48,6 +49,12 @@ def unpacked(source: Path, scratch: Path) -> Iterator[Path]:
         num_bytes = unpack(source, scratch)
         log.info("%s unpacked: %s, %.1f s", source, human_bytes(num_bytes), time.perf_counter() - started)
         yield scratch
+    except GptError as error:  # the folder vanishes: its files are told by their names in the archive
+        folder, name = f"{scratch}{os.sep}", f"{source}: "
+        error.what = error.what.replace(folder, name)
+        if isinstance(error.found, (str, Exception)):
+            error.found = str(error.found).replace(folder, name)
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -165,12 +172,13 @@ def find_config(folder: Path) -> Path:
     """The only model_config.yaml at or below `folder`.  Raises CheckpointError where there is none, or another."""
     found = sorted(path for path in folder.rglob(CONFIG_NAME) if path.is_file())
     if not found:
-        raise CheckpointError(
-            f"no {CONFIG_NAME} in the archive",
-            found=listing(folder),
-            hint="a training checkpoint keeps its configuration as pickled objects, which are not loaded: unpack it, "
-            f"write the configuration into {CONFIG_NAME} beside the weights, and name the folder",
+        hint = (
+            "a training checkpoint keeps its configuration as pickled objects, which are not loaded: unpack it, "
+            f"write the configuration into {CONFIG_NAME} beside the weights, and name the folder"
         )
+        if (folder / "config.json").is_file():
+            hint = "this looks like a Hugging Face model, which hf_gpt_convert.py converts"
+        raise CheckpointError(f"no {CONFIG_NAME} in the archive", found=listing(folder), hint=hint)
     if len(found) > 1:
         raise CheckpointError(
             "several configurations in one archive",
@@ -179,6 +187,11 @@ def find_config(folder: Path) -> Path:
             hint="name the folder of one model",
         )
     return found[0]
+
+
+def has_prompts(config: Mapping[str, Any]) -> bool:
+    """Whether this is the configuration of a prompt-learning archive, not of a model."""
+    return "task_templates" in config or config.get("peft") is not None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from gpt.checkpoint.joined import PlusOne, Stacked, joined_inputs, joined_outputs
 from gpt.checkpoint.layout import Tensor, tensors
 from gpt.checkpoint.nemo_ranks import HEAD, POSITIONS, TOKENS, Weights
-from gpt.checkpoint.source import SourceTensor
+from gpt.checkpoint.source import SourceTensor, equal_values
 from gpt.config import ModelConfig
 from gpt.console import verbose
 from gpt.dtypes import FLOAT_DTYPES
@@ -74,6 +74,7 @@ def match_tensors(model: ModelConfig, weights: Weights) -> list[tuple[Tensor, So
     merge = _Merge(model, weights)
     pairs = [(tensor, source) for tensor in tensors(model) if (source := merge.source(tensor)) is not None]
     merge.report_unknown()
+    merge.report_other_head()
     merge.problems.raise_if_any(
         CheckpointError, "the weights do not fit model_config.yaml", hint="use both from the same model"
     )
@@ -129,6 +130,13 @@ class _Merge:
                     verbose(f"{name} is not needed")
                 else:
                     self.problems.add(f"{self._label(stage)}{name}: unknown")
+
+    def report_other_head(self) -> None:
+        """Adds a head that is there although the yaml says that it is the embedding, and is not."""
+        pairs = zip(self.ranks[0], self.ranks[-1], strict=True)
+        tables = [(last[HEAD], first[TOKENS]) for first, last in pairs if HEAD in last and TOKENS in first]
+        if self.model.tied_head and not all(equal_values(*pair) for pair in tables):
+            self.problems.add(f"{HEAD}: not the embedding, which share_embeddings_and_output_weights says it is")
 
     def _place(self, tensor: Tensor) -> tuple[int, str, _Cut]:
         """Pipeline stage, source name there, and how it is cut."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt.checkpoint.hf_files import read_json
-from gpt.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, find_config, read_yaml, weights_file
+from gpt.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, find_config, has_prompts, read_yaml, weights_file
 from gpt.console import log
 from gpt.errors import CheckpointError, Problems
 from gpt.files import listing
@@ -50,6 +50,12 @@ def read_archive(source: Path, folder: Path) -> list[Task]:
 
     config_path = find_config(folder)
     config = read_yaml(config_path)
+    if not has_prompts(config):
+        raise CheckpointError(
+            f"no prompt-learning archive: {source}",
+            found=f"{CONFIG_NAME} without task_templates or peft",
+            hint="a model is converted with nemo_ckpt_convert.py",
+        )
     root = config_path.parent
     path = weights_file(root) or weights_file(root / "mp_rank_00")
     if path is None:

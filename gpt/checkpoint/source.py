@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from gpt.dtypes import torch_dtype
+from gpt.dtypes import FLOAT_DTYPES, torch_dtype
 from gpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+
+_BLOCK_VALUES = 1 << 20
 
 
 class SourceTensor(Protocol):
@@ -25,6 +27,17 @@ class SourceTensor(Protocol):
     def read(self, first: int, last: int) -> torch.Tensor:
         """Rows first to last (excluded) as [rows, columns]; a vector is one row.  Nothing stays in memory here."""
         ...
+
+
+def equal_values(first: SourceTensor, second: SourceTensor) -> bool:
+    """Whether two tables of floats hold the same values, whatever their types; a few rows are read at a time."""
+    floats = {first.dtype, second.dtype} <= set(FLOAT_DTYPES)
+    if not floats or first.shape != second.shape or len(first.shape) != 2 or 0 in first.shape:
+        return False
+    rows, columns = first.shape
+    step = max(1, _BLOCK_VALUES // columns)
+    blocks = ((row, min(row + step, rows)) for row in range(0, rows, step))
+    return all(bool((first.read(*block) == second.read(*block)).all()) for block in blocks)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HEAD_FILE = "model.lm_head.weight.bin"
 # What tokenizers and generation settings are called in model folders; whatever is there travels with the weights.
-TOKENIZER_FILES = (
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -38,8 +38,15 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_BESIDE_A_TOKENIZER = {"special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"}
 _FOLDER_NAME = re.compile(r"(\d+)-gpu")
 _RANK_FILE = re.compile(r"model\.layers\.0\.attention\.dense\.weight\.(\d+)\.bin")
+
+
+def find_tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer in `folder`, with what goes with one; none where there is nothing but that."""
+    names = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    return [folder / name for name in names] if set(names) - _BESIDE_A_TOKENIZER else []
 
 
 class Checkpoint:
@@ -63,16 +70,17 @@ class Checkpoint:
 
     @property
     def tokenizer_files(self) -> list[Path]:
-        return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
+        return find_tokenizer_files(self.folder)
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(cls, folder: Path, world_size: int | None = None) -> Checkpoint:
         """Checks everything but the values: configuration, number of ranks, presence and length of each file.
 
-        `folder` is a `<N>-gpu` folder or the parent of exactly one.  Folders of FasterTransformer's own converters are
-        read too (their key names, no manifest).  Raises CheckpointError listing every problem.
+        `folder` is a `<N>-gpu` folder or the parent of one; of several, that of `world_size` is taken.  Folders of
+        FasterTransformer's own converters are read too (their key names, no manifest).  Raises CheckpointError listing
+        every problem.
         """
-        folder = find_folder(folder)
+        folder = find_folder(folder, world_size)
         section = read_section(folder)
         listed = Manifest.load(folder) if (folder / manifest.FILE_NAME).is_file() else None
         tied_head = listed.model.tied_head if listed else not (folder / HEAD_FILE).exists()
@@ -182,15 +190,19 @@ class Checkpoint:
             )
 
 
-def find_folder(folder: Path) -> Path:
-    """`folder` itself, or its only `<N>-gpu` child.  Raises CheckpointError with what is there instead."""
+def find_folder(folder: Path, world_size: int | None = None) -> Path:
+    """`folder` itself, or its `<N>-gpu` child: the only one, else that of `world_size` ranks.
+
+    Raises CheckpointError with what is there instead.
+    """
     if not folder.is_dir():
         raise ConfigError("no such checkpoint folder", found=folder, allowed="a folder made by a converter")
     if (folder / CONFIG_NAME).is_file():
         return folder
     children = sorted(child for child in folder.iterdir() if _FOLDER_NAME.fullmatch(child.name) and child.is_dir())
-    if len(children) == 1:
-        return find_folder(children[0])
+    wanted = children if len(children) == 1 else [child for child in children if child.name == f"{world_size}-gpu"]
+    if wanted:
+        return find_folder(wanted[0])
     if children:
         raise CheckpointError(
             f"several checkpoints are here: {folder}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,9 @@ def load_torch_file(path: Path) -> dict[Any, Any]:
     if not mapped:
         log.info("%s has the format of torch before 1.6: it is read into memory whole", path.name)
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters is an error
+            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"refused or corrupt: {path}",
@@ -94,9 +97,11 @@ def load_torch_file(path: Path) -> dict[Any, Any]:
 
 
 def _reason(error: pickle.UnpicklingError) -> str:
-    """What the file wanted to run, in torch's long message; else the message's first line."""
-    match = re.search(r"GLOBAL (\S+)", str(error))
-    return f"the pickle calls {match[1]}" if match else brief(error)
+    """What the file wanted to run, in torch's long message; else what failed, without the advice to load it anyway."""
+    if match := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"the pickle calls {match[1]}"
+    failed = re.search(r"WeightsUnpickler error:\s+(.+)", str(error))
+    return failed[1] if failed else brief(error)
 
 
 def is_named_tensor(name: object, value: object) -> bool:

@@ -157,7 +157,7 @@ def _write_tensor(
 ) -> tuple[dict[str, FileRecord], str | None]:
     """The records of one tensor's files, and what is wrong with its values, if anything."""
     dtype = tensor.dtype or target.storage_dtype
-    check = _ValueCheck()
+    check = ValueCheck()
     num_files = 1 if tensor.file_split is Split.NONE else target.world_size
     shape = tensor.file_shape(Ranks(target.world_size, 0), target.model)
     with ExitStack() as stack:
@@ -179,7 +179,7 @@ def _write_tensor(
 
 
 def _blocks(
-    target: Target, tensor: Tensor, source: SourceTensor, check: _ValueCheck
+    target: Target, tensor: Tensor, source: SourceTensor, check: ValueCheck
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Whole rows in the files' dtype, a block at a time, with the rank that owns them if rows are what is divided."""
     rows = tensor.shape[0] if len(tensor.shape) == 2 else 1
@@ -204,7 +204,7 @@ def _ahead(pool: ThreadPoolExecutor, items: Iterator[tuple[int, torch.Tensor]]) 
 
 
 @dataclass
-class _ValueCheck:
+class ValueCheck:
     """Counts the values of one tensor that are not finite, in the source or only after the cast."""
 
     nan_or_inf: int = 0

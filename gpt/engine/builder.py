@@ -25,7 +25,15 @@ from gpt.checkpoint.store import Checkpoint
 from gpt.config import BuildConfig, ModelConfig
 from gpt.console import get_level, human_bytes, human_time, log, setup_logging
 from gpt.engine.estimate import check_room, count_workers, estimate
-from gpt.engine.folder import CONFIG_NAME, TOKENIZER_FOLDER, EngineFile, engine_config, engine_file_name
+from gpt.engine.folder import (
+    CONFIG_NAME,
+    STAGING_PREFIX,
+    TOKENIZER_FOLDER,
+    EngineFile,
+    check_replaceable,
+    engine_config,
+    engine_file_name,
+)
 from gpt.engine.quant_weights import quantization_notes
 from gpt.engine.tensor_file import write_tensor_file
 from gpt.engine.trt_builder import build_plan
@@ -45,6 +53,7 @@ def build_engine(model: ModelConfig, build: BuildConfig, checkpoint: Checkpoint 
     cannot honour, EngineError and GptError from the work itself.
     """
     begin = time.perf_counter()
+    check_replaceable(output_dir)
     source: WeightSource = checkpoint if checkpoint is not None else RandomWeights(model, build.seed or 0)
     build, notes, library = prepare_backend(model, build)
     for note in (*notes, *quantization_notes(build.quant, checkpoint)):
@@ -54,7 +63,7 @@ def build_engine(model: ModelConfig, build: BuildConfig, checkpoint: Checkpoint 
     check_room(needed, output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     _remove_stale(output_dir)
-    staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=".partial-"))
+    staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=STAGING_PREFIX))
     try:
         build_id = uuid.uuid4().hex
         files = _build_ranks(model, build, source, build_id, staging, needed.build_peak)
@@ -194,5 +203,5 @@ def _publish(staging: Path, output_dir: Path) -> None:
 
 def _remove_stale(output_dir: Path) -> None:
     """Clears what a killed build left behind."""
-    for path in output_dir.glob(".partial-*"):
+    for path in output_dir.glob(f"{STAGING_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)

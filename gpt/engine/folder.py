@@ -12,10 +12,12 @@ from gpt.config import BuildConfig, ModelConfig
 from gpt.console import human_bytes
 from gpt.engine.original_config import builder_config, plugin_config
 from gpt.errors import ConfigError, EngineError, Problems, rethrow_as
+from gpt.files import check_folder_place, listing
 
 CONFIG_NAME = "config.json"
 _FORMAT_VERSION = 1
 TOKENIZER_FOLDER = "tokenizer"
+STAGING_PREFIX = ".partial-"  # of the folder in which a build works
 _REBUILD = "build it with build.py --output_dir <folder>"
 
 
@@ -94,6 +96,21 @@ def engine_config(
         },
     }
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises ConfigError where an engine in `folder` would take the place of files that are not an engine's."""
+    check_folder_place(folder)
+    config = folder / CONFIG_NAME
+    kept = [path.name for path in (config, folder / TOKENIZER_FOLDER) if path.exists()]
+    ours = any(folder.glob("*.engine")) or any(folder.glob(f"{STAGING_PREFIX}*"))
+    if kept and not ours and not (config.is_file() and b'"builder_config"' in config.read_bytes()):
+        raise ConfigError(
+            f"the output folder holds something else and is left alone: {folder}",
+            found=listing(folder),
+            allowed=f"a folder without {' and '.join(kept)}, or one with an engine",
+            hint="choose another --output_dir",
+        )
 
 
 def open_engine(folder: Path | str) -> EngineInfo:

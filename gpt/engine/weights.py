@@ -13,6 +13,7 @@ import torch
 from gpt.checkpoint.layout import Tensor, tensors
 from gpt.checkpoint.random_weights import RandomWeights
 from gpt.checkpoint.store import Checkpoint
+from gpt.checkpoint.writer import ValueCheck
 from gpt.config import BuildConfig, ModelConfig
 from gpt.dtypes import ITEMSIZE, torch_dtype
 from gpt.engine.quant_weights import (
@@ -23,7 +24,7 @@ from gpt.engine.quant_weights import (
     quantized_parts,
     quantized_tensors,
 )
-from gpt.errors import ConfigError
+from gpt.errors import CheckpointError, ConfigError, Problems
 from gpt.mapping import Mapping, Split
 from gpt.quant import FLOAT, QuantConfig
 
@@ -111,22 +112,42 @@ def engine_tensors(
     model: ModelConfig, build: BuildConfig, mapping: Mapping, source: WeightSource
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, tensor) in the order of `engine_layout`, contiguous, in its dtypes, those of one checkpoint tensor
-    at a time in memory."""
+    at a time in memory.
+
+    Raises CheckpointError at the end, naming every tensor of a checkpoint with values that are not finite or do not fit
+    the type.
+    """
     dtype = torch_dtype(build.dtype)
+    problems = Problems()
+
+    def read(target: EngineTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        value = _read(source, target, model, mapping)
+        stored = value if dtype is None else value.to(dtype)
+        if isinstance(source, Checkpoint):
+            check = ValueCheck()
+            check.look(value, stored)
+            if problem := check.problem(build.dtype):
+                problems.add(f"{target.source.name}: {problem}")
+        return stored
+
     quant = build.quant
     calibration = _calibration(source) if quant.describe() else None
     for target in engine_layout(model, mapping):
         tensor = target.source
-        read = partial(_read, source, target, model, mapping)
         if calibration and tensor.kind == "weight" and quant.weights:
-            parts = quantized_tensors(tensor, read, build.dtype, quant, mapping, calibration)
+            parts = quantized_tensors(tensor, partial(read, target), build.dtype, quant, mapping, calibration)
             for name, _, _ in quantized_parts(tensor, target.shape, build.dtype, quant):
                 yield name, parts[name].contiguous()
         else:
-            yield target.name, read().to(dtype).contiguous()
+            yield target.name, read(target, dtype).contiguous()
         layer, _ = tensor.place
         if calibration and quant.kv_cache and layer is not None and tensor.name.endswith(_QKV):
             yield _kv_scale_name(tensor), kv_scale(quant, layer, calibration)
+    problems.raise_if_any(
+        CheckpointError,
+        f"these weights cannot be used in {build.dtype}",
+        hint="values out of range fit --dtype bfloat16 or float32; NaN and infinity are damage in the checkpoint",
+    )
 
 
 def _read(source: WeightSource, target: EngineTensor, model: ModelConfig, mapping: Mapping) -> torch.Tensor:

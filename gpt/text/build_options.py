@@ -24,6 +24,7 @@ RANDOM_DEFAULTS = {
     "rotary_pct": 0.0,
 }
 TOKENS_PER_BLOCK, MAX_NUM_TOKENS = 64, 2048
+_MAX_LAYERS = 10_000  # more take minutes to list, and are a slip
 _LIMIT_DEFAULTS = {"max_input_len": 200, "max_output_len": 200}
 
 
@@ -187,6 +188,8 @@ def model_of_flags(args: Namespace) -> ModelConfig:
     for name, default in RANDOM_DEFAULTS.items():
         given = getattr(args, name)
         values[name] = default if given is None else given
+    if values["n_layer"] > _MAX_LAYERS:
+        raise ConfigError("too many layers", found=f"--n_layer {values['n_layer']}", allowed=f"1 to {_MAX_LAYERS}")
     inter_size = 4 * values["n_embd"] if args.inter_size is None else args.inter_size
     n_kv_head = 1 if args.multi_query_mode else values["n_head"]
     return ModelConfig(**values, inter_size=inter_size, n_kv_head=n_kv_head, bias=not args.no_bias)

@@ -98,7 +98,7 @@ def _rows_of_path(path: Path, column: str) -> Iterator[Mapping[str, Any]]:
 
 def _texts(rows: Iterable[Mapping[str, Any]], column: str, source: str) -> Iterator[str]:
     problems = Problems()
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, start=1):
         if column not in row:
             found = ", ".join(map(str, row))
             raise ConfigError(
@@ -106,6 +106,6 @@ def _texts(rows: Iterable[Mapping[str, Any]], column: str, source: str) -> Itera
             )
         if not isinstance(row[column], str):
             problems.add(f"row {number}: {column} is {row[column]!r}")
-            problems.raise_if_any(ConfigError, f"{source} has rows without text")
+            problems.raise_if_any(ConfigError, f"{source} has rows without text", hint="mend or remove it")
         if row[column].strip():
             yield row[column]

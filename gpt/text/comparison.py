@@ -34,7 +34,7 @@ from gpt.text.pipeline import choose_end_id, choose_tokenizer, run_batches, tell
 from gpt.text.prompts import check_output_file
 from gpt.text.rouge import ROUGE_KEYS
 from gpt.text.run_results import final_text
-from gpt.text.tokenizer import Tokenizer, load_tokenizer
+from gpt.text.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -169,11 +169,13 @@ def _open_engine(config: SummarizeConfig) -> EngineInfo | None:
 
 def _choose_tokenizer(config: SummarizeConfig, info: EngineInfo | None) -> Tokenizer:
     """As the flags say, else the engine's own, else the Hugging Face model's."""
-    tokenizer = None
+    tokenizer: Tokenizer | None = None
     if info is not None:
         tokenizer = choose_tokenizer(info, config.tokenizer, config.vocab_file)
-    elif config.vocab_file is not None or config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.vocab_file or config.tokenizer or "")
+    elif config.vocab_file is not None:
+        tokenizer = SentencePieceTokenizer(config.vocab_file)
+    elif config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer is None and config.hf_model is not None:
         tokenizer = load_tokenizer(config.hf_model)
     if tokenizer is None:
@@ -203,6 +205,13 @@ def _run_sides(
     positions = None if baseline is None else baseline.n_positions
     limit = max_prompt_tokens(config.output_len, model, build, positions)
     vocab_sizes = [side.vocab_size for side in (model, baseline) if side is not None]
+    if len(set(vocab_sizes)) > 1:
+        log.warning(
+            "the engine has %d tokens, %s has %d: are they the same model?",
+            vocab_sizes[0],
+            config.hf_model,
+            vocab_sizes[1],
+        )
     config.decoding.check_fits(None if session is None else build, min(vocab_sizes), config.output_len)
     sampling = config.decoding.choice(tokenizer)
     sampling.check_fits(min(vocab_sizes), config.output_len)

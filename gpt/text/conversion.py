@@ -11,6 +11,8 @@ from pathlib import Path
 
 from gpt.checkpoint.config_ini import CONFIG_NAME
 from gpt.checkpoint.extend import check_unchanged, find_extendable
+from gpt.checkpoint.inspection import Inspection
+from gpt.checkpoint.layout import describe_architecture
 from gpt.checkpoint.writer import Origin, Pair, Target, write_checkpoint
 from gpt.cli import add_log_level, positive_int
 from gpt.config import ModelConfig
@@ -18,6 +20,7 @@ from gpt.console import log
 from gpt.dtypes import FLOAT_DTYPES, canonical_dtype
 from gpt.errors import ConfigError, Problems
 from gpt.files import staged_folder
+from gpt.text.inspection import add_tokenizer
 from gpt.text.quantize import QuantOptions, add_quant_flags, check_options, quantize
 
 
@@ -103,12 +106,27 @@ def new_checkpoint(args: ConversionArgs, tool: str) -> Iterator[Path]:
 def write_converted(
     args: ConversionArgs, tool: str, staging: Path, found: Converted, tokenizer_dir: Path | None
 ) -> None:
-    """Calibrates where that is asked for and fills `staging`.  tokenizer_dir: of the tokenizer to calibrate with.
+    """Says what was found, calibrates where that is asked for and fills `staging`.  tokenizer_dir: of the model's own
+    tokenizer.
 
     Raises what `quantize` and `write_checkpoint` raise.
     """
+    dtypes = ", ".join(sorted({source.dtype for _, source in found.pairs}))
+    model = found.model
+    log.info("Model: %s, vocabulary %d, %s in the files", describe_architecture(model), model.vocab_size, dtypes)
+    _tell_tokenizer(model, tokenizer_dir if found.tokenizer_files else None)
     target = Target(staging, found.model, args.storage_dtype, args.tensor_parallelism)
     pairs, calibration = quantize(args, target, found.pairs, tokenizer_dir)
     origin = Origin(tool, args.command(tool), Path(args.in_file))
     section = {**found.section, **calibration}
     write_checkpoint(target, pairs, section, found.tokenizer_files, origin, in_flight=args.processes)
+
+
+def _tell_tokenizer(model: ModelConfig, folder: Path | None) -> None:
+    """What the checkpoint's readers will get; weights are useful without, so what is wrong with it is a warning."""
+    result = Inspection(Path(), "tokenizer", model=model, tokenizer_dir=folder)
+    add_tokenizer(result)
+    for problem in result.problems:
+        log.warning("Tokenizer: %s; run.py will need --tokenizer or --vocab_file", problem)
+    if "tokenizer" in result.facts:
+        log.info("Tokenizer: %s", result.facts["tokenizer"])

@@ -61,12 +61,12 @@ def load_articles(
         values = row[article_column], row[highlights_column]
         for column, value in zip((article_column, highlights_column), values, strict=True):
             if not isinstance(value, str) or not value.strip():
-                problems.add(f"row {number}: {column} is {value!r}")
+                problems.add(f"row {number + 1}: {column} is {value!r:.80}")
         articles.append(Article(number, *values))
-    problems.raise_if_any(ConfigError, f"{source} has rows without text")
+    problems.raise_if_any(ConfigError, f"{source} has rows without text", hint="mend or remove them")
     if not articles:
         raise ConfigError(f"{source} has no rows", allowed="at least one")
-    log.info("%d texts from %s", len(articles), source)
+    log.info("Texts from %s: %d, at most %d by --batch_size and --max_ite", source, len(articles), limit)
     return articles
 
 
@@ -100,7 +100,8 @@ def rows_of_file(path: Path) -> Iterator[Mapping[str, Any]]:
                 raise ConfigError(f"{path} holds no rows with columns", found=type(row).__name__, allowed="objects")
             yield row
     except (ValueError, csv.Error) as error:  # covers broken JSON, other encodings and pyarrow's errors
-        raise ConfigError(f"{path} cannot be read as {path.suffix}", found=error) from error
+        allowed = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else None
+        raise ConfigError(f"{path} cannot be read as {path.suffix}", found=error, allowed=allowed) from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from gpt.engine.folder import EngineInfo
 from gpt.errors import ConfigError, Problems
 from gpt.runtime.session import RecordsSteps
 from gpt.text.prompts import unicode_problem
-from gpt.text.tokenizer import Tokenizer, load_tokenizer
+from gpt.text.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from gpt.runtime.batching_config import BatchingConfig
@@ -34,7 +34,7 @@ def choose_tokenizer(info: EngineInfo, location: str | None, vocab_file: Path | 
     Random weights make no sensible text with any tokenizer, so an engine of them gets the bundled one rather than none.
     """
     if vocab_file is not None:
-        return load_tokenizer(vocab_file)
+        return SentencePieceTokenizer(vocab_file)
     if location is not None:
         return load_tokenizer(location)
     if info.tokenizer_dir is not None:

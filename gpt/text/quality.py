@@ -176,7 +176,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def _rows_of_table(path: Path) -> Iterator[Row]:
     problems = Problems()
-    for number, row in enumerate(rows_of_file(path)):
+    for number, row in enumerate(rows_of_file(path), start=1):
         columns = ("article", "highlights") if {"article", "highlights"} <= row.keys() else ("text",)
         if columns[-1] not in row:
             raise ConfigError(
@@ -192,7 +192,7 @@ def _rows_of_table(path: Path) -> Iterator[Row]:
         else:
             prompt = prompt_text(row["article"])
             yield Row(f"{prompt} {row['highlights']}", prompt, row["highlights"])
-    problems.raise_if_any(ConfigError, f"{path} has rows without text")
+    problems.raise_if_any(ConfigError, f"{path} has rows without text", hint="mend or remove them")
 
 
 def windows_of(
