@@ -67,7 +67,7 @@ def test_pytorch_swallows_no_interrupt(moment: str, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, make_gpt2: Callable[..., Path]) -> None:
-    flags = ["-i", make_gpt2(), "-o", tmp_path / "deep" / "out"]
+    flags = ["-i", make_gpt2(), "-o", tmp_path / "deep" / "out", "--log_level", "error"]
     result = python("-c", DRIVER, "torch.nn", ROOT / "hf_gpt_convert.py", *flags, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (130, "error: interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -76,7 +76,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, make_gpt2: Cal
 def test_a_second_one_does_not_wait(tmp_path: Path, make_gpt2: Callable[..., Path]) -> None:
     """The first waits until PyTorch is loaded, and then takes away what is half made."""
     twice = DRIVER.replace("os.kill(", "os.kill(os.getpid(), signal.SIGINT); os.kill(")
-    flags = ["-i", make_gpt2(), "-o", tmp_path / "out"]
+    flags = ["-i", make_gpt2(), "-o", tmp_path / "out", "--log_level", "error"]
     result = python("-c", twice, "torch.nn", ROOT / "hf_gpt_convert.py", *flags, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (130, "error: interrupted\n")
     assert [path.name.split("-")[0] for path in (tmp_path / "out").iterdir()] == [".1"]
