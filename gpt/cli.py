@@ -112,6 +112,10 @@ def _run(body: Callable[[], int | None]) -> int:
         return _fail(GptError("out of memory", hint="a smaller batch, model or --processes needs less"), 1, error)
     except OSError as error:
         return _fail(_explain_os_error(error), 1, error)
+    except ModuleNotFoundError as error:
+        found = f"no module {error.name} for {sys.executable}"
+        hint = ". .venv/bin/activate where the quickstart has made it, or python -m pip install -r requirements.txt"
+        return _fail(GptError("a package is not installed", found=found, hint=hint), 1, error)
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which scripts load late
             hint = "free the card, or ask for a smaller batch or fewer tokens"

@@ -209,6 +209,7 @@ def log_level(request: pytest.FixtureRequest) -> Iterator[str]:
         (OSError(errno.ENOSPC, "", "c-model/x.bin"), 1, "error: no space left on the device (c-model/x.bin)"),
         (OSError(errno.EDQUOT, ""), 1, "error: no space left on the device"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "error: Permission denied (/x)"),
+        (ModuleNotFoundError("", name="torch"), 1, "error: a package is not installed\n  found:   no module torch for"),
         (KeyError("n_head"), 1, "error: unexpected KeyError: 'n_head'"),
     ],
 )
