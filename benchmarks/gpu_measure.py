@@ -150,7 +150,11 @@ class KernelTime:
 
 def profile_step(system: System, shape: Shape, prompts: Prompts, device: str) -> list[KernelTime]:
     """Time of each kernel in an average step, the longest first: a profiled run of all tokens minus one of a single
-    token, over the steps between.  With a single token to generate, of the prompts' step."""
+    token, over the steps between.  With a single token to generate, of the prompts' step.
+
+    A kernel of the prompts' step that was slower in the shorter run than all its calls in the longer one (a machine
+    with other work) has no time that the difference could tell: zero, its calls are known all the same.
+    """
     system.prepare(shape)
     system.generate(prompts, shape.output_len)
     system.generate(prompts, 1)
@@ -160,10 +164,10 @@ def profile_step(system: System, shape: Shape, prompts: Prompts, device: str) ->
     else:
         long, steps = kernels_of(partial(system.generate, prompts, shape.output_len), device), shape.output_len - 1
     found = [
-        KernelTime(name, (calls - short[name][0]) / steps, (us - short[name][1]) / steps)
+        KernelTime(name, (calls - short[name][0]) / steps, max((us - short[name][1]) / steps, 0.0))
         for name, (calls, us) in long.items()
     ]
-    return sorted((kernel for kernel in found if kernel.us > 0), key=lambda kernel: -kernel.us)
+    return sorted((kernel for kernel in found if kernel.calls > 0), key=lambda kernel: -kernel.us)
 
 
 def kernels_of(run: Callable[[], object], device: str) -> dict[str, tuple[int, float]]:

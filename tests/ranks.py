@@ -32,12 +32,19 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **more}
 
 
+def run_program(words: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs a program from the project's folder and returns what it wrote as it wrote it.
+
+    Python's text mode would turn each carriage return, which a model may well say, into a newline.
+    """
+    done = subprocess.run(words, cwd=ROOT, env=variables, capture_output=True, timeout=LIMIT_S, check=False)
+    return subprocess.CompletedProcess(words, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
 def mpirun(num_ranks: int, *command: object, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs `python *command` on all ranks, from the project's folder."""
     words = [find_mpirun(), "-n", str(num_ranks), sys.executable, *map(str, command)]
-    return subprocess.run(
-        words, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
+    return run_program(words, environment(**variables))
 
 
 def without_mpi(num_ranks: int, *command: object, **variables: str) -> list[subprocess.CompletedProcess[str]]:
@@ -50,16 +57,14 @@ def without_mpi(num_ranks: int, *command: object, **variables: str) -> list[subp
     for rank in range(num_ranks):
         step = {"SLURM_STEP_NUM_TASKS": str(num_ranks), "SLURM_PROCID": str(rank), "MASTER_PORT": port, **variables}
         processes.append(
-            subprocess.Popen(
-                words, cwd=ROOT, env=environment(**step), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
+            subprocess.Popen(words, cwd=ROOT, env=environment(**step), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         )
     results = []
     deadline = time.monotonic() + LIMIT_S
     try:
         for process in processes:
             out, err = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-            results.append(subprocess.CompletedProcess(words, process.returncode, out, err))
+            results.append(subprocess.CompletedProcess(words, process.returncode, out.decode(), err.decode()))
     finally:
         for process in processes:
             process.kill()

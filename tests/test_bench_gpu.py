@@ -21,7 +21,7 @@ import gpu_peers
 from common import append_csv
 from gpu_cases import CASES, Shape, build_flags, prefill_flops, step_bytes
 from gpu_load import STAGES
-from gpu_measure import Timing, measure, worst_margin
+from gpu_measure import KernelTime, Timing, measure, profile_step, worst_margin
 from gpu_rows import COLUMNS
 from gpu_systems import HfEager, HfStatic, Ours, Setup
 
@@ -261,6 +261,18 @@ def test_time_per_token_leaves_out_the_prompts(monkeypatch: pytest.MonkeyPatch) 
     system = Slow(monkeypatch)
     timing = measure(system, Shape(1, 4, 3), [[1]], repeat=9, row_seconds=12.0, base_bytes=None)
     assert timing == Timing([[5] * 3], 10.5, [1500.0] * 3, [1000.0] * 3)
+
+
+def test_a_busy_machine_loses_no_kernel_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run of a single token met other work: its kernel took longer than all those of the longer run."""
+    single, all_tokens = (
+        {"norm": (5, 90.0), "gemm": (8, 10.0), "prompt": (1, 4.0)},
+        {"norm": (15, 60.0), "prompt": (1, 9.0)},
+    )
+    runs = iter([single, {**all_tokens, "gemm": (24, 40.0)}])
+    monkeypatch.setattr("gpu_measure.kernels_of", lambda run, device: next(runs))
+    kernels = profile_step(Slow(monkeypatch), Shape(1, 4, 3), [[1]], "cpu")
+    assert kernels == [KernelTime("gemm", 8, 15.0), KernelTime("norm", 5, 0.0)]
 
 
 def test_margin_of_ids_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:

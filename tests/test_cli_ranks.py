@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from calibration_models import tiny_bigcode
 from engines import build_engine
-from ranks import ROOT, environment, mpirun
+from ranks import environment, mpirun, run_program
 
 import build
 import hf_gpt_convert
@@ -22,9 +21,7 @@ pytestmark = pytest.mark.mpi
 
 
 def run_script(*words: object) -> str:
-    result = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
-    )
+    result = run_program([sys.executable, *map(str, words)], environment())
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -68,7 +65,7 @@ def test_ranks_that_mpi_does_not_connect_get_one_message(two_ranks: Path) -> Non
     """MPI's own packages have nothing to add."""
     alone = environment(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="0")
     words = [sys.executable, "run.py", "--engine_dir", str(two_ranks), "--max_output_len", "2"]
-    result = subprocess.run(words, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
+    result = run_program(words, alone)
     assert result.returncode == 2
     assert result.stderr.startswith("error: MPI did not connect the ranks")
 

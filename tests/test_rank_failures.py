@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 from engines import build_engine, engines_of_ranks
-from ranks import PROGRAMS, environment, mpirun, run_arguments, without_mpi
+from ranks import PROGRAMS, environment, mpirun, run_arguments, run_program, without_mpi
 
 from gpt.engine.folder import EngineInfo, open_engine
 
@@ -65,7 +64,7 @@ def test_a_wrong_number_of_ranks(needed: int, started: int, engines: dict[int, E
     arguments = run_arguments(engines[needed], "--input_text", "a b")
     words = [sys.executable, *map(str, arguments)]
     if started == 1:
-        result = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
+        result = run_program(words, environment())
     else:
         result = mpirun(started, *arguments)
     assert result.returncode == 2
@@ -96,7 +95,7 @@ def test_singletons_are_refused(engines: dict[int, EngineInfo]) -> None:
     words = [sys.executable, *map(str, run_arguments(engines[2]))]
     for rank, messages in ((0, 1), (1, 0)):
         alone = environment(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK=str(rank))
-        result = subprocess.run(words, env=alone, capture_output=True, text=True, check=False)
+        result = run_program(words, alone)
         assert result.returncode == 2
         assert result.stderr.count("error: MPI did not connect the ranks") == messages
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engines import build_engine, convert, engines_of_ranks, relative_error
-from ranks import PROGRAMS, environment, mpirun, run_arguments, without_mpi
+from ranks import PROGRAMS, environment, mpirun, run_arguments, run_program, without_mpi
 from tiny_models import tiny_gpt2
 
 import build
@@ -164,6 +163,11 @@ def test_ranks_share_the_seed_that_nobody_gave(
     assert result.stdout == capsys.readouterr().out
 
 
+def test_carriage_returns_are_read_as_written() -> None:
+    """What the comparisons of this file rest on: a model of random weights may say any byte."""
+    assert run_program([sys.executable, "-c", "print('a\\rb')"], environment()).stdout == "a\rb\n"
+
+
 def test_every_rank_logs_when_asked(engines: dict[int, EngineInfo]) -> None:
     result = mpirun(2, *run_arguments(engines[2], "--log_level", "debug"))
     assert "[rank 0] [I] Engine loaded" in result.stderr
@@ -175,7 +179,7 @@ def test_spawn_starts_the_ranks(engines: dict[int, EngineInfo]) -> None:
     job = environment(SLURM_JOB_ID="77", SLURM_NODELIST="no-such-node", SLURM_NNODES="1", SLURM_TASKS_PER_NODE="1")
     for world_size in (1, 2):
         words = [sys.executable, *map(str, run_arguments(engines[world_size], "--spawn"))]
-        results.append(subprocess.run(words, env=job, capture_output=True, text=True, check=False))
+        results.append(run_program(words, job))
     assert [result.returncode for result in results] == [0, 0], results
     assert results[0].stdout == results[1].stdout != ""
 
