@@ -138,7 +138,7 @@ def weight_products(model: str, product: str, num_tokens: int) -> Iterator[Case]
 def weight_launches(
     name: str, num_tokens: int, num_rows: int, num_columns: int, copies: int
 ) -> tuple[int, dict[str, Launch]]:
-    from gpt.kernels import gemv, int4, skinny
+    from gpt.kernels import gemv, int4_gemv, int4_skinny, skinny
 
     device = torch.device("cuda")
     x, out = half(num_tokens, num_columns), half(num_tokens, num_rows)
@@ -156,11 +156,11 @@ def weight_launches(
     configs: list[Any]
     if num_tokens > 1:
         configs = [skinny.default_config(num_tokens, num_rows, num_columns, device, splits=False)]
-        multiply: Any = int4.int4_skinny if name == "int4" else skinny.skinny
+        multiply: Any = int4_skinny.int4_skinny if name == "int4" else skinny.skinny
     elif name == "int4":
-        configs = [int4.default_gemv_config(num_rows, num_columns, device)]
+        configs = [int4_gemv.default_config(num_rows, num_columns, device)]
         configs += [gemv.GemvConfig(*tile) for tile in INT4_TILES]
-        multiply = int4.int4_gemv
+        multiply = int4_gemv.int4_gemv
     else:
         configs = [gemv.default_config(num_rows, num_columns, device, itemsize=weights.itemsize)]
         multiply = gemv.gemv

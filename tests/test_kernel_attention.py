@@ -11,12 +11,12 @@ from kernel_inputs import TOLERANCE, normal
 
 from gpt.kernels.attention import (
     AttentionConfig,
-    Rotary,
     decode_attention,
     default_config,
     reference,
     scratch_size,
 )
+from gpt.kernels.attention_blocks import Rotary
 from gpt.kernels.launch import INTERPRETED
 
 # Heads, key/value heads, head size: one of each per head, a size that is no power of two, all heads sharing, pairs.

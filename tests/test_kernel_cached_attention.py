@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from engines import relative_error
 from kernel_inputs import TOLERANCE, normal
 
-from gpt.kernels.attention import Rotary
+from gpt.kernels.attention_blocks import Rotary
 from gpt.kernels.cached_attention import cached_attention, default_config, reference
 from gpt.kernels.launch import INTERPRETED
 from gpt.quant import to_int8

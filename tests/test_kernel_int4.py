@@ -1,4 +1,4 @@
-"""gpt/kernels/int4.py beside the widened weights' product."""
+"""gpt/kernels/int4_gemv.py and int4_skinny.py beside the widened weights' product."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from engines import relative_error
 from kernel_inputs import TOLERANCE, normal, tiles_of
 
 from gpt.kernels.gemv import GemvConfig
-from gpt.kernels.int4 import default_gemv_config, int4_gemv, int4_skinny, widened
+from gpt.kernels.int4 import widened
+from gpt.kernels.int4_gemv import default_config, int4_gemv
+from gpt.kernels.int4_skinny import int4_skinny
 from gpt.kernels.product import Gate, Norm, reference
 from gpt.kernels.skinny import SkinnyConfig
 
@@ -148,6 +150,6 @@ def test_what_does_not_fit_is_refused(change: str, kernel_device: torch.device) 
 
 def test_default_config_suits_every_size(kernel_device: torch.device) -> None:
     for num_rows, num_columns in ((7, 24), (1600, 6400), (50304, 1024)):
-        config = default_gemv_config(num_rows, num_columns, kernel_device)
+        config = default_config(num_rows, num_columns, kernel_device)
         for number in (config.block_n, config.block_k, config.num_warps):
             assert number & (number - 1) == 0 < number

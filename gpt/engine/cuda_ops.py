@@ -25,9 +25,11 @@ from gpt.engine.linear import library_linear, wide_linear
 from gpt.engine.quant_linear import QuantizedRows
 from gpt.engine.torch_executor import rotary_tables
 from gpt.engine.tuning import Tuning
-from gpt.kernels import int4
-from gpt.kernels.attention import Rotary, decode_attention, scratch_size
+from gpt.kernels import int4_gemv
+from gpt.kernels.attention import decode_attention, scratch_size
+from gpt.kernels.attention_blocks import Rotary
 from gpt.kernels.gemv import config_for_parts, gemv
+from gpt.kernels.int4_skinny import int4_skinny
 from gpt.kernels.norm import add_norm, embed
 from gpt.kernels.product import Gate, Norm
 from gpt.kernels.skinny import skinny
@@ -176,7 +178,7 @@ class DecodeOps:
         parts = torch.empty(
             (skinny_config.split_k, self._batch_size, num_rows), dtype=torch.float32, device=self.device
         )
-        multiply: Any = int4.int4_skinny if weight.dtype == torch.uint8 else skinny
+        multiply: Any = int4_skinny if weight.dtype == torch.uint8 else skinny
         multiply(h, weight, parts, config=skinny_config, scale=scale)
         stream.parts, stream.bias = parts, bias
 
@@ -350,7 +352,7 @@ class DecodeOps:
             options: dict[str, Any] = {"bias": bias, "scale": scale, "activation": activation, "gate": gate}
             if num_valid is not None:
                 options |= {"tiles": self._make_tiles(num_rows, skinny_config.block_n), "num_valid": num_valid}
-            multiply: Any = int4.int4_skinny if weight.dtype == torch.uint8 else skinny
+            multiply: Any = int4_skinny if weight.dtype == torch.uint8 else skinny
             multiply(self._input(x), weight, out, config=skinny_config, **options)
 
     def _takes_library(self, weight: torch.Tensor) -> bool:
@@ -374,7 +376,7 @@ class DecodeOps:
         packed = weight.dtype == torch.uint8
         num_rows, num_columns = _shape(weight)
         if packed:
-            config = int4.default_gemv_config(num_rows, num_columns, self.device)
+            config = int4_gemv.default_config(num_rows, num_columns, self.device)
         else:
             config = self.tuning.gemv(num_rows, num_columns, itemsize=weight.itemsize)
         norm, splits = None, 1
@@ -385,7 +387,7 @@ class DecodeOps:
             h, norm = x.stream.x, x.norm
         else:
             h = self._input(x)
-        multiply: Any = int4.int4_gemv if packed else gemv
+        multiply: Any = int4_gemv.int4_gemv if packed else gemv
         multiply(
             h,
             weight,

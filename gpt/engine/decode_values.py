@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gpt.engine.quant_linear import QuantizedRows
-from gpt.kernels.attention import Rotary
+from gpt.kernels.attention_blocks import Rotary
 from gpt.kernels.product import Norm
 
 

@@ -29,7 +29,7 @@ def _attention(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> Outputs:
-    from gpt.kernels.attention import Rotary
+    from gpt.kernels.attention_blocks import Rotary
     from gpt.kernels.cached_attention import reference
 
     heads = qkv.unflatten(-1, (a["num_heads"] + 2 * a["num_kv_heads"], a["head_size"]))

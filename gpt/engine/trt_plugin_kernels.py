@@ -251,7 +251,7 @@ class WeightOnlyGemm(Product):
 
     def call(self, types: Sequence[str], tactic: int) -> KernelCall:
         from gpt.kernels.aot import KernelCall
-        from gpt.kernels.int4 import int4_skinny_kernel
+        from gpt.kernels.int4_skinny import int4_skinny_kernel
         from gpt.kernels.skinny import skinny_kernel
 
         config = self._config(types, tactic)

@@ -14,12 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
+from gpt.kernels.attention_blocks import Rotary, attend, rotate_heads, rotated, stored
 from gpt.kernels.launch import (
     launch_options,
     num_multiprocessors,
     prefetch,
     supports_dependent_launch,
-    to_steps,
     wait_for_inputs,
 )
 from gpt.quant import to_fp8, to_int8
@@ -33,14 +33,6 @@ class AttentionConfig:
     block_t: int
     num_splits: int
     num_warps: int
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """cos and sin of every position's angles, [T, rotary_dim / 2] float32."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 @triton.jit
@@ -219,57 +211,6 @@ def _places(
         return ((tl.load(table_ptr + row).to(tl.int64) * G + group) * TOKENS_PER_BLOCK + slots) * D
     block = tl.load(table_ptr + row * table_width + slots // TOKENS_PER_BLOCK, mask=slots < end, other=0)
     return ((block.to(tl.int64) * G + group) * TOKENS_PER_BLOCK + slots % TOKENS_PER_BLOCK) * D
-
-
-@triton.jit
-def rotated(ptr, dims, inside, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr):
-    """Heads at `ptr` as float32 of the shape of `ptr + dims`, the first ROTARY_DIM dims rotated by `position`, which is
-    one for all of them or one for each row."""
-    x = tl.load(ptr + dims, mask=inside, other=0.0).to(tl.float32)
-    if ROTARY_DIM > 0:
-        half: tl.constexpr = ROTARY_DIM // 2
-        rotates = dims < ROTARY_DIM
-        partner = tl.where(dims < half, dims + half, dims - half)
-        other = tl.load(ptr + partner, mask=inside & rotates, other=0.0).to(tl.float32)
-        angles = position.to(tl.int64) * half + dims % half
-        cos = tl.load(cos_ptr + angles, mask=rotates, other=1.0)
-        sin = tl.load(sin_ptr + angles, mask=rotates, other=0.0)
-        x = x * cos + tl.where(dims < half, -other, other) * sin
-    return x
-
-
-@triton.jit
-def stored(x, scale, ptr, QUANTIZED: tl.constexpr):
-    """float32 values as the cache at `ptr` keeps them, scale: the value of one step."""
-    if QUANTIZED:
-        return to_steps(x * tl.div_rn(1.0, scale), ptr)
-    else:
-        return x.to(ptr.dtype.element_ty)
-
-
-@triton.jit
-def attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H: tl.constexpr, dtype_ptr):
-    """A block of keys joins the running softmax: q [BLOCK_H, D] float32, k and v [BLOCK_T, D], `inside` what each query
-    sees, [BLOCK_H or 1, BLOCK_T]."""
-    if BLOCK_H == 1:
-        scores = tl.sum(k.to(tl.float32) * q, 1)[None, :] * k_scale  # [1, BLOCK_T]
-    else:
-        dtype: tl.constexpr = dtype_ptr.dtype.element_ty
-        scores = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), input_precision="ieee") * k_scale  # [BLOCK_H, BLOCK_T]
-    scores = tl.where(inside, scores, float("-inf"))
-    new_largest = tl.maximum(largest, tl.max(scores, 1))
-    # A part without any token stays at -inf, and -inf - -inf is not a number.
-    reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-    weights = tl.exp2(scores - reference[:, None])
-    shrink = tl.exp2(largest - reference)
-    total = total * shrink + tl.sum(weights, 1)
-    if BLOCK_H == 1:
-        mixed = tl.sum(tl.trans(weights) * v.to(tl.float32), 0)[None, :]
-    else:
-        value_dtype: tl.constexpr = dtype_ptr.dtype.element_ty
-        mixed = tl.dot(weights.to(value_dtype), v.to(value_dtype), input_precision="ieee")
-    out = out * shrink[:, None] + mixed * v_scale
-    return new_largest, total, out
 
 
 @triton.jit
@@ -452,11 +393,3 @@ def reference(
         weights = torch.softmax(scale * (q[:, None] @ k.transpose(1, 2)), -1)
         outputs.append((weights @ v)[:, 0])
     return torch.stack(outputs), keys, values
-
-
-def rotate_heads(heads: torch.Tensor, num_rotated: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The first `num_rotated` of heads [heads, D], by one position's cos and sin [rotary_dim / 2]."""
-    size = 2 * cos.shape[0]
-    first, second, rest = heads.split([size // 2, size // 2, heads.shape[1] - size], dim=1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=1)
-    return torch.cat([rotated[:num_rotated], heads[num_rotated:]])

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpt.kernels.attention import Rotary, attend, rotate_heads, rotated, stored
+from gpt.kernels.attention_blocks import Rotary, attend, rotate_heads, rotated, stored
 from gpt.quant import to_int8
 
 
