@@ -9,6 +9,12 @@ import torch
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
+def wait_for(device: torch.device) -> None:
+    """Until all that was launched has ended: a kernel may read what is settled before the launch before it has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def normal(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, device=device).to(dtype)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from engines import relative_error
-from kernel_inputs import TOLERANCE, int8_weight, normal, tiles_of
+from kernel_inputs import TOLERANCE, int8_weight, normal, tiles_of, wait_for
 
 from gpt.kernels.gemv import GemvConfig, config_for_parts, default_config, gemv
 from gpt.kernels.product import ACTIVATION_FUNCTIONS, Gate, Norm, reference
@@ -28,8 +28,9 @@ def make_norm(kind: str, width: int, device: torch.device, dtype: torch.dtype = 
 @pytest.mark.parametrize("kind", ["none", "layernorm", "rmsnorm"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("weights", ["float16", "int8"])
+@pytest.mark.parametrize("settled", [False, True])
 def test_everything_fused(
-    shape: tuple[int, int], kind: str, gated: bool, weights: str, kernel_device: torch.device
+    shape: tuple[int, int], kind: str, gated: bool, weights: str, settled: bool, kernel_device: torch.device
 ) -> None:
     num_rows, num_columns = shape
     x = normal(num_columns, device=kernel_device)
@@ -42,7 +43,8 @@ def test_everything_fused(
     options = {"bias": bias, "scale": scale, "norm": norm, "activation": "gelu_tanh", "gate": gate}
     out = torch.full((num_rows,), 7.0, device=kernel_device)
     tiles, num_valid = tiles_of(num_rows, 8, device=kernel_device), num_rows - 3
-    gemv(x, weight, out, config=CONFIG, add_to_out=True, tiles=tiles, num_valid=num_valid, **options)
+    wait_for(kernel_device)
+    gemv(x, weight, out, config=CONFIG, add_to_out=True, settled=settled, tiles=tiles, num_valid=num_valid, **options)
     expected = reference(x[None], weight, **options)[0] + 7
     assert relative_error(out, expected) < TOLERANCE[torch.float32]
     best = tiles[0].argmax()

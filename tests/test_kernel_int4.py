@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from engines import relative_error
-from kernel_inputs import TOLERANCE, normal, tiles_of
+from kernel_inputs import TOLERANCE, normal, tiles_of, wait_for
 
 from gpt.kernels.gemv import GemvConfig
 from gpt.kernels.int4 import widened
@@ -36,7 +36,10 @@ def make_gate(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> 
 @pytest.mark.parametrize("group", [0, 32, 64])
 @pytest.mark.parametrize("kind", ["none", "layernorm", "rmsnorm"])
 @pytest.mark.parametrize("gated", [False, True])
-def test_one_row_with_everything_fused(group: int, kind: str, gated: bool, kernel_device: torch.device) -> None:
+@pytest.mark.parametrize("settled", [False, True])
+def test_one_row_with_everything_fused(
+    group: int, kind: str, gated: bool, settled: bool, kernel_device: torch.device
+) -> None:
     weight, scale = packed(kernel_device, group)
     x, bias = normal(K, device=kernel_device), normal(N, device=kernel_device, dtype=torch.float16)
     norm = None
@@ -46,6 +49,7 @@ def test_one_row_with_everything_fused(group: int, kind: str, gated: bool, kerne
     gate, wide_gate = make_gate(weight, scale, bias) if gated else (None, None)
     tiles, num_valid = tiles_of(N, 8, device=kernel_device), N - 3
     out = torch.full((N,), 7.0, device=kernel_device)
+    wait_for(kernel_device)
     int4_gemv(
         x,
         weight,
@@ -57,6 +61,7 @@ def test_one_row_with_everything_fused(group: int, kind: str, gated: bool, kerne
         activation="gelu_tanh",
         gate=gate,
         add_to_out=True,
+        settled=settled,
         tiles=tiles,
         num_valid=num_valid,
     )

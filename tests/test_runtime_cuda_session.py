@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from ranks import without_nccl
 from gpt.checkpoint.random_weights import RandomWeights
 from gpt.comm import NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
-from gpt.engine import cuda_prompt_attention
+from gpt.engine import cuda_ops, cuda_prompt_attention
 from gpt.engine.cuda_w8a8 import W8a8Linear
+from gpt.engine.decode_values import Product, Stream
 from gpt.engine.kv_cache import batch_bucket
 from gpt.engine.step import AheadStep
 from gpt.engine.weights import engine_tensors
@@ -103,6 +104,41 @@ def test_graphs_are_released_before_nccl_ends(kernel_device: torch.device) -> No
     gpus.release_all()
     assert not session._decoders
     assert session._active is None
+
+
+@pytest.mark.parametrize("weights", ["float", "int4"])
+def test_the_stream_is_read_early_where_the_launch_before_left_it_alone(
+    weights: str, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+) -> None:
+    """Between two sums of a step there is a product or an attention; right behind a sum there is none."""
+    found = []
+
+    def spy(multiply: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any, **options: Any) -> None:
+            if options["add_to_out"]:
+                found.append(options["settled"])
+            multiply(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(cuda_ops, "gemv", spy(cuda_ops.gemv))
+    monkeypatch.setattr(cuda_ops.int4_gemv, "int4_gemv", spy(cuda_ops.int4_gemv.int4_gemv))
+    build = make_build("float32")
+    if weights == "int4":
+        build = replace(build, quant=QuantConfig(weights="int4"))
+    session = CudaSession(MODEL, build, Mapping(), to(kernel_device, make_weights(MODEL, build)), kernel_device)
+    session.generation(begin(session, [[1, 2, 3]]).argmax(-1).to(kernel_device))
+    assert found
+    assert all(found)
+    ops = session._decode_ops
+    stream, sums = Stream(torch.zeros((1, 32), device=kernel_device)), len(found)
+    product = Product(torch.ones((1, 32), device=kernel_device), "model.layers.0.attention.dense", "none", bias=True)
+    ops.begin(replace(ops.inputs))
+    for value in (product, product):
+        ops.add(stream, value)
+    ops.value(product)
+    ops.add(stream, product)
+    assert found[sums:] == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ class DecodeOps:
         self.num_kv_heads = mapping.local_kv_heads(model)
         self.tiles: tuple[torch.Tensor, torch.Tensor] | None = None
         self.inputs: DecodeInputs
+        self._launches = 0  # products and attentions of this step so far
         self._scratch = _Scratch()
         self._rotary: Rotary | None = None
         if not model.learned_positions:
@@ -108,6 +109,7 @@ class DecodeOps:
         """Takes the buffers the next `forward` works on."""
         self.inputs = inputs
         self.tiles = None
+        self._launches = 0
 
     @property
     def _batch_size(self) -> int:
@@ -153,7 +155,7 @@ class DecodeOps:
         if isinstance(x, Stream):
             if x.parts is not None:  # two sums without a norm between them
                 add_norm(x.x, None, None, parts=x.parts, bias=x.bias)
-                x.parts = x.bias = None
+                self._finish(x)
             return x
         return self._embedded(x, None)
 
@@ -166,7 +168,8 @@ class DecodeOps:
         weight, scale, bias = self._weight(product.name, product.bias)
         num_rows, num_columns = _shape(weight)
         if self._batch_size == 1:
-            self._gemv(product.input, weight, stream.x, bias=bias, scale=scale, add_to_out=True)
+            self._gemv(product.input, weight, stream.x, bias=bias, scale=scale, stream=stream)
+            stream.written = self._launches
             return
         h = self._input(product.input)
         if self._takes_library(weight):
@@ -185,6 +188,7 @@ class DecodeOps:
     def _add_sum(self, stream: Stream, part: Sum) -> None:
         """In one kernel where the GPUs share memory."""
         if self.comm.small_sum is not None and self.comm.small_sum(part.value, stream.x, part.bias):
+            stream.written = self._launches
             return
         self.comm.all_reduce(part.value)
         stream.parts, stream.bias = part.value[None], part.bias
@@ -244,6 +248,7 @@ class DecodeOps:
             join=not in_parts,
             next_weight=self.weights.get(f"model.layers.{layer}.mlp.dense_h_to_4h.weight"),
         )
+        self._launches += 1
         if parts is not None and in_parts:
             return Parts(parts, config.num_splits)
         return out
@@ -312,7 +317,7 @@ class DecodeOps:
             return product.prepare(self.value(x))
         if x.value is None:
             x.value = product.prepare(x.stream.x, x.norm, x.stream.parts, x.stream.bias)
-            x.stream.parts = x.stream.bias = None
+            self._finish(x.stream)
         if not isinstance(x.value, QuantizedRows):
             raise TypeError("one norm feeds float and quantised products")
         return x.value
@@ -369,10 +374,11 @@ class DecodeOps:
         scale: torch.Tensor | None,
         activation: str = "none",
         gate: Gate | None = None,
-        add_to_out: bool = False,
+        stream: Stream | None = None,
         num_valid: int | None = None,
     ) -> None:
-        """One row's product, which takes the norm before it along, or the joining of an attention's parts."""
+        """One row's product, which takes the norm before it along, or the joining of an attention's parts.  stream:
+        what `out` belongs to, if the result is added there."""
         packed = weight.dtype == torch.uint8
         num_rows, num_columns = _shape(weight)
         if packed:
@@ -398,12 +404,19 @@ class DecodeOps:
             norm=norm,
             activation=activation,
             gate=gate,
-            add_to_out=add_to_out,
+            add_to_out=stream is not None,
+            settled=stream is not None and stream.written < self._launches,
             tiles=None if num_valid is None else self._make_tiles(num_rows, config.block_n),
             num_valid=num_valid,
             splits=splits,
             head_size=self.model.head_size,
         )
+        self._launches += 1
+
+    def _finish(self, stream: Stream) -> None:
+        """What was to be added to the stream has been."""
+        stream.parts = stream.bias = None
+        stream.written = self._launches
 
     def _input(self, x: Value) -> torch.Tensor:
         """What a product multiplies, [B, E] in the engine's dtype; a pending sum enters the residual stream first."""
@@ -412,7 +425,7 @@ class DecodeOps:
         if x.value is None:
             x.value = self._empty(x.norm.weight.shape[0], self.dtype)
             add_norm(x.stream.x, x.value, x.norm, parts=x.stream.parts, bias=x.stream.bias)
-            x.stream.parts = x.stream.bias = None
+            self._finish(x.stream)
         if isinstance(x.value, QuantizedRows):
             raise TypeError("one norm feeds float and quantised products")
         return x.value

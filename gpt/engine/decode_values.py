@@ -25,9 +25,13 @@ class Places:
 
 @dataclass
 class Stream:
-    """The residual stream x [B, E] float32; `parts` [P, B, E] and `bias` [E] still have to be added to it."""
+    """The residual stream x [B, E] float32; `parts` [P, B, E] and `bias` [E] still have to be added to it.
+
+    written: how many products and attentions the step had launched when x was last written.
+    """
 
     x: torch.Tensor
+    written: int = 0
     parts: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 

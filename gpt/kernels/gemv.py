@@ -2,7 +2,7 @@
 
 At batch 1 a product is a read of its weights: N * K values that nothing else needs.  Each program multiplies BLOCK_N
 whole rows, so that sums stay inside it and their order never depends on the launch; its first weights are on their way
-before the kernel waits for the vector.
+before the kernel waits for the vector, and so is all else that is known by then.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from gpt.kernels.choose import best_of
-from gpt.kernels.launch import activate, launch_options, num_multiprocessors, wait_for_inputs
+from gpt.kernels.launch import activate, launch_options, load_vector, num_multiprocessors, wait_for_inputs
 from gpt.kernels.product import Gate, Norm, check_product
 
 
@@ -50,6 +50,7 @@ def _gemv_kernel(
     HAS_SCALE: tl.constexpr,
     GATED: tl.constexpr,
     ADD_TO_OUT: tl.constexpr,
+    SETTLED: tl.constexpr,
     ARGMAX: tl.constexpr,
     SPLITS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -64,12 +65,17 @@ def _gemv_kernel(
     first = _load_weights(weight_ptr, rows, columns, in_rows, K)
     if GATED:
         first_gate = _load_weights(gate_ptr, rows, columns, in_rows, K)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
-        if GATED:
-            gate_bias = tl.load(gate_bias_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+    bias = load_vector(bias_ptr, rows, in_rows, HAS_BIAS)
+    scale = load_vector(scale_ptr, rows, in_rows, HAS_SCALE)
+    gate_bias = load_vector(gate_bias_ptr, rows, in_rows, GATED and HAS_BIAS)
+    gate_scale = load_vector(gate_scale_ptr, rows, in_rows, GATED and HAS_SCALE)
+    if ADD_TO_OUT and SETTLED:
+        # Around the first-level cache, which may hold what was there before.
+        before = tl.load(out_ptr + rows, mask=in_rows, other=0.0, cache_modifier=".cg").to(tl.float32)
     stretch, shift = load_norm(norm_weight_ptr, norm_bias_ptr, columns, K, NORM)
     wait_for_inputs(DEPENDENT)
+    if ADD_TO_OUT and not SETTLED:
+        before = tl.load(out_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
     mean = 0.0
     inverse = 1.0
     if NORM != "none":
@@ -107,19 +113,19 @@ def _gemv_kernel(
                 gate_sums += _sum_vectors(gates.to(tl.float32) * x[None, :], VECTOR)
     y = tl.sum(sums, 1)
     if HAS_SCALE:
-        y *= tl.load(scale_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+        y *= scale
     if HAS_BIAS:
         y += bias
     y = activate(y, ACTIVATION)
     if GATED:
         gate = tl.sum(gate_sums, 1)
         if HAS_SCALE:
-            gate *= tl.load(gate_scale_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+            gate *= gate_scale
         if HAS_BIAS:
             gate += gate_bias
         y *= gate
     if ADD_TO_OUT:
-        y += tl.load(out_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+        y += before
     tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=in_rows)
     if ARGMAX:
         y = tl.where(rows < num_valid, y, float("-inf"))
@@ -151,13 +157,8 @@ def moments(x, epsilon, K: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def load_norm(norm_weight_ptr, norm_bias_ptr, columns, K: tl.constexpr, NORM: tl.constexpr):
-    inside = columns < K
-    stretch = inside.to(tl.float32)
-    shift = stretch
-    if NORM != "none":
-        stretch = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    if NORM == "layernorm":
-        shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    stretch = load_vector(norm_weight_ptr, columns, columns < K, NORM != "none")
+    shift = load_vector(norm_bias_ptr, columns, columns < K, NORM == "layernorm")
     return stretch, shift
 
 
@@ -205,6 +206,7 @@ def gemv(
     activation: str = "none",
     gate: Gate | None = None,
     add_to_out: bool = False,
+    settled: bool = False,
     tiles: tuple[torch.Tensor, torch.Tensor] | None = None,
     num_valid: int | None = None,
     splits: int = 1,
@@ -216,7 +218,8 @@ def gemv(
     bias [N].  out: N values of any float type.  tiles: where the largest of each BLOCK_N values of the first
     `num_valid` goes, and its index: float32 and int32, cdiv(N, BLOCK_N) of each.  splits: x holds the parts of an
     attention over heads of `head_size` (a power of two), as `decode_attention` leaves them; the block of K must be a
-    multiple of the head.
+    multiple of the head.  settled: what is in `out` was there before the launch before this one began, so that it may
+    be read while that one still runs.
 
     Raises ValueError for shapes that do not fit and weights that are not contiguous.
     """
@@ -254,6 +257,7 @@ def gemv(
         HAS_SCALE=scale is not None,
         GATED=gate is not None,
         ADD_TO_OUT=add_to_out,
+        SETTLED=settled,
         ARGMAX=tiles is not None,
         SPLITS=splits,
         HEAD_SIZE=head_size,

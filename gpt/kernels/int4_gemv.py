@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from gpt.kernels.choose import best_of
-from gpt.kernels.gemv import GemvConfig, add_pairs, load_joined, load_norm
+from gpt.kernels.gemv import GemvConfig, load_joined, load_norm, moments
 from gpt.kernels.int4 import check_int4
-from gpt.kernels.launch import activate, launch_options, num_multiprocessors, wait_for_inputs
+from gpt.kernels.launch import activate, launch_options, load_vector, num_multiprocessors, wait_for_inputs
 from gpt.kernels.product import Gate, Norm
 
 
@@ -43,6 +43,7 @@ def _int4_gemv_kernel(
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
     ADD_TO_OUT: tl.constexpr,
+    SETTLED: tl.constexpr,
     ARGMAX: tl.constexpr,
     SPLITS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -56,18 +57,24 @@ def _int4_gemv_kernel(
     columns = tl.arange(0, BLOCK_K)
     words = tl.arange(0, BLOCK_K // 8)
     first = _load_words(weight_ptr, rows, words, in_rows, K)
+    first_scales = _load_scales(scale_ptr, rows, words, in_rows, K, GROUP)
     if GATED:
         first_gate = _load_words(gate_ptr, rows, words, in_rows, K)
+        first_gate_scales = _load_scales(gate_scale_ptr, rows, words, in_rows, K, GROUP)
+    bias = load_vector(bias_ptr, rows, in_rows, HAS_BIAS)
+    row_scale = load_vector(scale_ptr, rows, in_rows, GROUP == 0)
+    gate_bias = load_vector(gate_bias_ptr, rows, in_rows, GATED and HAS_BIAS)
+    gate_row_scale = load_vector(gate_scale_ptr, rows, in_rows, GATED and GROUP == 0)
+    if ADD_TO_OUT and SETTLED:
+        before = tl.load(out_ptr + rows, mask=in_rows, other=0.0, cache_modifier=".cg").to(tl.float32)
     wait_for_inputs(DEPENDENT)
+    if ADD_TO_OUT and not SETTLED:
+        before = tl.load(out_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
     mean = 0.0
     inverse = 1.0
     if NORM != "none":
         whole = tl.arange(0, PADDED_K)
-        x = tl.load(x_ptr + whole, mask=whole < K, other=0.0).to(tl.float32)
-        total, squares = tl.reduce((x, x * x), 0, add_pairs)
-        if NORM == "layernorm":
-            mean = total / K
-        inverse = tl.rsqrt(squares / K - mean * mean + epsilon)
+        mean, inverse = moments(tl.load(x_ptr + whole, mask=whole < K, other=0.0).to(tl.float32), epsilon, K, NORM)
     sums = tl.zeros((BLOCK_N, BLOCK_K // 8), tl.float32)
     gate_sums = tl.zeros((BLOCK_N, BLOCK_K // 8), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
@@ -75,23 +82,32 @@ def _int4_gemv_kernel(
             x = load_joined(x_ptr, part_sum_ptr, start, K, SPLITS, HEAD_SIZE, BLOCK_K)
         else:
             x = tl.load(x_ptr + start + columns, mask=start + columns < K, other=0.0).to(tl.float32)
+        here = start // 8 + words
+        if start == 0:
+            weights, scales = first, first_scales
+        else:
+            weights = _load_words(weight_ptr, rows, here, in_rows, K)
+            scales = _load_scales(scale_ptr, rows, here, in_rows, K, GROUP)
         if NORM != "none":
+            # Asked for earlier, the norm's vectors would take registers in which more programs hold weights.
             stretch, shift = load_norm(norm_weight_ptr, norm_bias_ptr, start + columns, K, NORM)
             x = (x - mean) * inverse * stretch
             if NORM == "layernorm":
                 x += shift
-        here = start // 8 + words
-        weights = first if start == 0 else _load_words(weight_ptr, rows, here, in_rows, K)
-        sums = _multiply_add(x, weights, sums, scale_ptr, rows, here, in_rows, K, GROUP, BLOCK_K)
+        sums = _multiply_add(x, weights, sums, scales, GROUP, BLOCK_K)
         if GATED:
-            gates = first_gate if start == 0 else _load_words(gate_ptr, rows, here, in_rows, K)
-            gate_sums = _multiply_add(x, gates, gate_sums, gate_scale_ptr, rows, here, in_rows, K, GROUP, BLOCK_K)
-    y = _row_result(sums, scale_ptr, bias_ptr, rows, in_rows, GROUP, HAS_BIAS)
+            if start == 0:
+                gates, gate_scales = first_gate, first_gate_scales
+            else:
+                gates = _load_words(gate_ptr, rows, here, in_rows, K)
+                gate_scales = _load_scales(gate_scale_ptr, rows, here, in_rows, K, GROUP)
+            gate_sums = _multiply_add(x, gates, gate_sums, gate_scales, GROUP, BLOCK_K)
+    y = _row_result(sums, row_scale, bias, GROUP, HAS_BIAS)
     y = activate(y, ACTIVATION)
     if GATED:
-        y *= _row_result(gate_sums, gate_scale_ptr, gate_bias_ptr, rows, in_rows, GROUP, HAS_BIAS)
+        y *= _row_result(gate_sums, gate_row_scale, gate_bias, GROUP, HAS_BIAS)
     if ADD_TO_OUT:
-        y += tl.load(out_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+        y += before
     tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=in_rows)
     if ARGMAX:
         y = tl.where(rows < num_valid, y, float("-inf"))
@@ -108,9 +124,18 @@ def _load_words(ptr, rows, words, in_rows, K: tl.constexpr):
 
 
 @triton.jit
-def _multiply_add(
-    x, words, sums, scale_ptr, rows, places, in_rows, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def _load_scales(ptr, rows, words, in_rows, K: tl.constexpr, GROUP: tl.constexpr):
+    """The scale of each word's group, [BLOCK_N, BLOCK_K / 8] in its own type; a zero where rows have one scale."""
+    if GROUP == 0:
+        return 0.0
+    else:
+        inside = in_rows[:, None] & (words < K // 8)[None, :]
+        starts = rows.to(tl.int64)[:, None] * (K // GROUP)
+        return tl.load(ptr + starts + (words // (GROUP // 8))[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _multiply_add(x, words, sums, scales, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
     """sums [BLOCK_N, BLOCK_K / 8] and the products of x [BLOCK_K] with eight weights in each word."""
     # Column 8w + 4a + 2b + c stands at [w, a, b, c]; a split takes the last axis apart.
     even, odd = tl.split(tl.reshape(x, (BLOCK_K // 8, 2, 2, 2)))
@@ -134,9 +159,6 @@ def _multiply_add(
     if GROUP == 0:
         return products
     else:
-        inside = in_rows[:, None] & (places < K // 8)[None, :]
-        starts = rows.to(tl.int64)[:, None] * (K // GROUP)
-        scales = tl.load(scale_ptr + starts + (places // (GROUP // 8))[None, :], mask=inside, other=0.0)
         return sums + products * scales.to(tl.float32)
 
 
@@ -147,12 +169,12 @@ def _shifted(words):
 
 
 @triton.jit
-def _row_result(sums, scale_ptr, bias_ptr, rows, in_rows, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _row_result(sums, scale, bias, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr):
     y = tl.sum(sums, 1)
     if GROUP == 0:
-        y *= tl.load(scale_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+        y *= scale
     if HAS_BIAS:
-        y += tl.load(bias_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+        y += bias
     return y
 
 
@@ -168,6 +190,7 @@ def int4_gemv(
     activation: str = "none",
     gate: Gate | None = None,
     add_to_out: bool = False,
+    settled: bool = False,
     tiles: tuple[torch.Tensor, torch.Tensor] | None = None,
     num_valid: int | None = None,
     splits: int = 1,
@@ -211,6 +234,7 @@ def int4_gemv(
         HAS_BIAS=bias is not None,
         GATED=gate is not None,
         ADD_TO_OUT=add_to_out,
+        SETTLED=settled,
         ARGMAX=tiles is not None,
         SPLITS=splits,
         HEAD_SIZE=head_size,

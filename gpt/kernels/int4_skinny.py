@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from gpt.kernels.int4 import check_int4
-from gpt.kernels.launch import activate, launch_options, wait_for_inputs
+from gpt.kernels.launch import activate, launch_options, load_vector, wait_for_inputs
 from gpt.kernels.product import Gate
 from gpt.kernels.skinny import SkinnyConfig, finish
 
@@ -44,6 +44,10 @@ def int4_skinny_kernel(
     length: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + SPLIT_K - 1) // SPLIT_K * BLOCK_K
     begin = part * length
     end = tl.minimum(begin + length, K)
+    bias = load_vector(bias_ptr, rows, rows < N, HAS_BIAS)
+    scale = load_vector(scale_ptr, rows, rows < N, GROUP == 0)
+    gate_bias = load_vector(gate_bias_ptr, rows, rows < N, GATED and HAS_BIAS)
+    gate_scale = load_vector(gate_scale_ptr, rows, rows < N, GATED and GROUP == 0)
     wait_for_inputs(DEPENDENT)
     if WEIGHTS_FIRST:
         sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -62,9 +66,9 @@ def int4_skinny_kernel(
     if WEIGHTS_FIRST:
         sums = tl.trans(sums)
         gate_sums = tl.trans(gate_sums)
-    y = activate(finish(sums, scale_ptr, bias_ptr, rows, N, GROUP == 0, HAS_BIAS), ACTIVATION)
+    y = activate(finish(sums, scale, bias, GROUP == 0, HAS_BIAS), ACTIVATION)
     if GATED:
-        y *= finish(gate_sums, gate_scale_ptr, gate_bias_ptr, rows, N, GROUP == 0, HAS_BIAS)
+        y *= finish(gate_sums, gate_scale, gate_bias, GROUP == 0, HAS_BIAS)
     places = (part * M + tokens).to(tl.int64)[:, None] * N + rows[None, :]
     tl.store(out_ptr + places, y.to(out_ptr.dtype.element_ty), mask=(tokens < M)[:, None] & (rows < N)[None, :])
 

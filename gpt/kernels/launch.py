@@ -58,6 +58,17 @@ def wait_for_inputs(DEPENDENT: tl.constexpr):
 
 
 @triton.jit
+def load_vector(ptr, places, inside, PRESENT: tl.constexpr):
+    """A vector, zeros where there is none.  Small as it is, it comes from far: asked for before the kernel waits, it
+    costs nothing; after the sums, all of a trip to the memory.  It stays in its own type, which may take half of the
+    registers, until it meets float32 values."""
+    if PRESENT:
+        return tl.load(ptr + places, mask=inside, other=0.0)
+    else:
+        return tl.zeros(places.shape, tl.float32)
+
+
+@triton.jit
 def prefetch(ptr, offsets, num_bytes: tl.constexpr):
     """Asks for `num_bytes` (a multiple of 16) behind each of `ptr + offsets` to be brought into the L2 cache."""
     addresses = (ptr + offsets).to(tl.int64, bitcast=True)

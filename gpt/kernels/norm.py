@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpt.kernels.launch import cdiv, launch_options, next_power_of_2, wait_for_inputs
+from gpt.kernels.launch import cdiv, launch_options, load_vector, next_power_of_2, wait_for_inputs
 from gpt.kernels.product import Norm
 
 
@@ -122,23 +122,22 @@ def summed_row(
     NORM: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """A row of x, float32, with its parts and bias, which it keeps, and then normalised; the norm's weight is asked for
-    before the kernel waits."""
+    """A row of x, float32, with its parts and bias, which it keeps, and then normalised."""
     inside = columns < E
-    if NORM != "none":
-        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    weight = load_vector(weight_ptr, columns, inside, NORM != "none")
+    norm_bias = load_vector(norm_bias_ptr, columns, inside, NORM == "layernorm")
+    bias = load_vector(bias_ptr, columns, inside, PARTS > 0 and HAS_BIAS)
     wait_for_inputs(DEPENDENT)
     x = tl.load(x_ptr + row * E + columns, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
         for part in tl.static_range(PARTS):
             x += tl.load(parts_ptr + (part * M + row) * E + columns, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            x += bias
         tl.store(x_ptr + row * E + columns, x, mask=inside)
     if NORM == "layernorm":
         centred = tl.where(inside, x - tl.sum(x, 0) / E, 0.0)
-        x = centred * tl.rsqrt(tl.sum(centred * centred, 0) / E + epsilon) * weight
-        x += tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        x = centred * tl.rsqrt(tl.sum(centred * centred, 0) / E + epsilon) * weight + norm_bias
     elif NORM == "rmsnorm":
         x = x * tl.rsqrt(tl.sum(x * x, 0) / E + epsilon) * weight
     return x

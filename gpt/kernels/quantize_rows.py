@@ -44,6 +44,11 @@ def quantize_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, PADDED_K)
     inside = columns < K
+    # Asked for here, before the wait in `summed_row`, they have come when the row has been normalised.
+    if SMOOTHED:
+        smoother = tl.load(smoother_ptr + columns, mask=inside, other=1.0)
+    if STATIC:
+        scale = tl.load(input_scale_ptr)
     x = summed_row(
         x_ptr,
         parts_ptr,
@@ -61,12 +66,10 @@ def quantize_rows_kernel(
         DEPENDENT,
     )
     if SMOOTHED:
-        x = tl.div_rn(x, tl.load(smoother_ptr + columns, mask=inside, other=1.0))
+        x = tl.div_rn(x, smoother)
     infinity: tl.constexpr = float("inf")
     largest = tl.max(tl.where(tl.abs(x) < infinity, tl.abs(x), infinity), 0)
-    if STATIC:
-        scale = tl.load(input_scale_ptr)
-    else:
+    if not STATIC:
         scale = tl.div_rn(tl.maximum(largest, 1e-6), LARGEST)
     tl.store(out_ptr + row * K + columns, to_steps(x * tl.div_rn(1.0, scale), out_ptr), mask=inside)
     # No step tells of an overflow before; the scale does, and makes the whole row's results NaN.

@@ -18,6 +18,7 @@ from gpt.kernels.choose import best_of
 from gpt.kernels.launch import (
     activate,
     launch_options,
+    load_vector,
     num_multiprocessors,
     prefetch,
     supports_dependent_launch,
@@ -97,6 +98,10 @@ def skinny_kernel(
         prefetch(weight_ptr, places, BYTES)
         if GATED:
             prefetch(gate_ptr, places, BYTES)
+    bias = load_vector(bias_ptr, rows, rows < N, HAS_BIAS)
+    scale = load_vector(scale_ptr, rows, rows < N, HAS_SCALE)
+    gate_bias = load_vector(gate_bias_ptr, rows, rows < N, GATED and HAS_BIAS)
+    gate_scale = load_vector(gate_scale_ptr, rows, rows < N, GATED and HAS_SCALE)
     wait_for_inputs(DEPENDENT)
     if WEIGHTS_FIRST:
         sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -116,10 +121,9 @@ def skinny_kernel(
     if WEIGHTS_FIRST:
         sums = tl.trans(sums)
         gate_sums = tl.trans(gate_sums)
-    y = finish(sums, scale_ptr, bias_ptr, rows, N, HAS_SCALE, HAS_BIAS)
-    y = activate(y, ACTIVATION)
+    y = activate(finish(sums, scale, bias, HAS_SCALE, HAS_BIAS), ACTIVATION)
     if GATED:
-        y *= finish(gate_sums, gate_scale_ptr, gate_bias_ptr, rows, N, HAS_SCALE, HAS_BIAS)
+        y *= finish(gate_sums, gate_scale, gate_bias, HAS_SCALE, HAS_BIAS)
     inside = (tokens < M)[:, None] & (rows < N)[None, :]
     places = (part * M + tokens).to(tl.int64)[:, None] * N + rows[None, :]
     tl.store(out_ptr + places, y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -155,11 +159,11 @@ def _load_tile(ptr, rows, columns, num_rows, K: tl.constexpr, WHOLE: tl.constexp
 
 
 @triton.jit
-def finish(y, scale_ptr, bias_ptr, rows, N, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+def finish(y, scale, bias, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
     if HAS_SCALE:
-        y *= tl.load(scale_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[None, :]
+        y *= scale[None, :]
     if HAS_BIAS:
-        y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[None, :]
+        y += bias[None, :]
     return y
 
 
