@@ -232,6 +232,9 @@ def gemv(
     else:
         check_product(x.view(1, -1), weight, out.view(1, -1), bias, scale)
     tile_max, tile_argmax = tiles or (out, out)
+    # Threads that hold 128 weights of a longer row have no register left: with one more value SantaCoder's FC2 took 168
+    # of them instead of 128, and half as many programs would fit.
+    crowded = num_columns > config.block_k and config.block_n * config.block_k >= 128 * 32 * config.num_warps
     grid = (triton.cdiv(num_rows, config.block_n),)
     _gemv_kernel[grid](
         x,
@@ -257,7 +260,7 @@ def gemv(
         HAS_SCALE=scale is not None,
         GATED=gate is not None,
         ADD_TO_OUT=add_to_out,
-        SETTLED=settled,
+        SETTLED=settled and not crowded,
         ARGMAX=tiles is not None,
         SPLITS=splits,
         HEAD_SIZE=head_size,
