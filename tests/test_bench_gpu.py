@@ -265,11 +265,8 @@ def test_time_per_token_leaves_out_the_prompts(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_busy_machine_loses_no_kernel_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """The run of a single token met other work: its kernel took longer than all those of the longer run."""
-    single, all_tokens = (
-        {"norm": (5, 90.0), "gemm": (8, 10.0), "prompt": (1, 4.0)},
-        {"norm": (15, 60.0), "prompt": (1, 9.0)},
-    )
-    runs = iter([single, {**all_tokens, "gemm": (24, 40.0)}])
+    single = {"norm": (5, 90.0), "gemm": (8, 10.0), "prompt": (1, 4.0)}
+    runs = iter([single, {"norm": (15, 60.0), "gemm": (24, 40.0), "prompt": (1, 9.0)}])
     monkeypatch.setattr("gpu_measure.kernels_of", lambda run, device: next(runs))
     kernels = profile_step(Slow(monkeypatch), Shape(1, 4, 3), [[1]], "cpu")
     assert kernels == [KernelTime("gemm", 8, 15.0), KernelTime("norm", 5, 0.0)]

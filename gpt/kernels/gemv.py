@@ -14,7 +14,14 @@ import triton
 import triton.language as tl
 
 from gpt.kernels.choose import best_of
-from gpt.kernels.launch import activate, launch_options, load_vector, num_multiprocessors, wait_for_inputs
+from gpt.kernels.launch import (
+    activate,
+    launch_options,
+    load_epilogue,
+    load_vector,
+    num_multiprocessors,
+    wait_for_inputs,
+)
 from gpt.kernels.product import Gate, Norm, check_product
 
 
@@ -65,10 +72,9 @@ def _gemv_kernel(
     first = _load_weights(weight_ptr, rows, columns, in_rows, K)
     if GATED:
         first_gate = _load_weights(gate_ptr, rows, columns, in_rows, K)
-    bias = load_vector(bias_ptr, rows, in_rows, HAS_BIAS)
-    scale = load_vector(scale_ptr, rows, in_rows, HAS_SCALE)
-    gate_bias = load_vector(gate_bias_ptr, rows, in_rows, GATED and HAS_BIAS)
-    gate_scale = load_vector(gate_scale_ptr, rows, in_rows, GATED and HAS_SCALE)
+    bias, scale = load_epilogue(bias_ptr, scale_ptr, rows, in_rows, HAS_BIAS, HAS_SCALE)
+    if GATED:
+        gate_bias, gate_scale = load_epilogue(gate_bias_ptr, gate_scale_ptr, rows, in_rows, HAS_BIAS, HAS_SCALE)
     if ADD_TO_OUT and SETTLED:
         # Around the first-level cache, which may hold what was there before.
         before = tl.load(out_ptr + rows, mask=in_rows, other=0.0, cache_modifier=".cg").to(tl.float32)
@@ -233,7 +239,7 @@ def gemv(
         check_product(x.view(1, -1), weight, out.view(1, -1), bias, scale)
     tile_max, tile_argmax = tiles or (out, out)
     # Threads that hold 128 weights of a longer row have no register left: with one more value SantaCoder's FC2 took 168
-    # of them instead of 128, and half as many programs would fit.
+    # of them instead of 128 (float16, Triton 3.6, compute capability 9.0), and half as many programs would fit.
     crowded = num_columns > config.block_k and config.block_n * config.block_k >= 128 * 32 * config.num_warps
     grid = (triton.cdiv(num_rows, config.block_n),)
     _gemv_kernel[grid](

@@ -14,7 +14,7 @@ import triton.language as tl
 from gpt.kernels.choose import best_of
 from gpt.kernels.gemv import GemvConfig, load_joined, load_norm, moments
 from gpt.kernels.int4 import check_int4
-from gpt.kernels.launch import activate, launch_options, load_vector, num_multiprocessors, wait_for_inputs
+from gpt.kernels.launch import activate, launch_options, load_epilogue, num_multiprocessors, wait_for_inputs
 from gpt.kernels.product import Gate, Norm
 
 
@@ -61,10 +61,9 @@ def _int4_gemv_kernel(
     if GATED:
         first_gate = _load_words(gate_ptr, rows, words, in_rows, K)
         first_gate_scales = _load_scales(gate_scale_ptr, rows, words, in_rows, K, GROUP)
-    bias = load_vector(bias_ptr, rows, in_rows, HAS_BIAS)
-    row_scale = load_vector(scale_ptr, rows, in_rows, GROUP == 0)
-    gate_bias = load_vector(gate_bias_ptr, rows, in_rows, GATED and HAS_BIAS)
-    gate_row_scale = load_vector(gate_scale_ptr, rows, in_rows, GATED and GROUP == 0)
+    bias, row_scale = load_epilogue(bias_ptr, scale_ptr, rows, in_rows, HAS_BIAS, GROUP == 0)
+    if GATED:
+        gate_bias, gate_row_scale = load_epilogue(gate_bias_ptr, gate_scale_ptr, rows, in_rows, HAS_BIAS, GROUP == 0)
     if ADD_TO_OUT and SETTLED:
         before = tl.load(out_ptr + rows, mask=in_rows, other=0.0, cache_modifier=".cg").to(tl.float32)
     wait_for_inputs(DEPENDENT)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from gpt.kernels.int4 import check_int4
-from gpt.kernels.launch import activate, launch_options, load_vector, wait_for_inputs
+from gpt.kernels.launch import activate, launch_options, load_epilogue, wait_for_inputs
 from gpt.kernels.product import Gate
 from gpt.kernels.skinny import SkinnyConfig, finish
 
@@ -44,10 +44,9 @@ def int4_skinny_kernel(
     length: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + SPLIT_K - 1) // SPLIT_K * BLOCK_K
     begin = part * length
     end = tl.minimum(begin + length, K)
-    bias = load_vector(bias_ptr, rows, rows < N, HAS_BIAS)
-    scale = load_vector(scale_ptr, rows, rows < N, GROUP == 0)
-    gate_bias = load_vector(gate_bias_ptr, rows, rows < N, GATED and HAS_BIAS)
-    gate_scale = load_vector(gate_scale_ptr, rows, rows < N, GATED and GROUP == 0)
+    bias, scale = load_epilogue(bias_ptr, scale_ptr, rows, rows < N, HAS_BIAS, GROUP == 0)
+    if GATED:
+        gate_bias, gate_scale = load_epilogue(gate_bias_ptr, gate_scale_ptr, rows, rows < N, HAS_BIAS, GROUP == 0)
     wait_for_inputs(DEPENDENT)
     if WEIGHTS_FIRST:
         sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)

@@ -58,10 +58,16 @@ def wait_for_inputs(DEPENDENT: tl.constexpr):
 
 
 @triton.jit
+def load_epilogue(bias_ptr, scale_ptr, rows, inside, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """What a product's sums of `rows` will need: bias and scale, [rows] each."""
+    return load_vector(bias_ptr, rows, inside, HAS_BIAS), load_vector(scale_ptr, rows, inside, HAS_SCALE)
+
+
+@triton.jit
 def load_vector(ptr, places, inside, PRESENT: tl.constexpr):
-    """A vector, zeros where there is none.  Small as it is, it comes from far: asked for before the kernel waits, it
-    costs nothing; after the sums, all of a trip to the memory.  It stays in its own type, which may take half of the
-    registers, until it meets float32 values."""
+    """The vector's values at `places`, zeros of float32 where there is no vector.  Small as it is, it comes from far:
+    asked for before the kernel waits, it costs nothing; after the sums, all of a trip to the memory.  It stays in its
+    own type, which may take half of the registers, until it meets float32 values."""
     if PRESENT:
         return tl.load(ptr + places, mask=inside, other=0.0)
     else:

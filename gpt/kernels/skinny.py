@@ -18,7 +18,7 @@ from gpt.kernels.choose import best_of
 from gpt.kernels.launch import (
     activate,
     launch_options,
-    load_vector,
+    load_epilogue,
     num_multiprocessors,
     prefetch,
     supports_dependent_launch,
@@ -98,10 +98,9 @@ def skinny_kernel(
         prefetch(weight_ptr, places, BYTES)
         if GATED:
             prefetch(gate_ptr, places, BYTES)
-    bias = load_vector(bias_ptr, rows, rows < N, HAS_BIAS)
-    scale = load_vector(scale_ptr, rows, rows < N, HAS_SCALE)
-    gate_bias = load_vector(gate_bias_ptr, rows, rows < N, GATED and HAS_BIAS)
-    gate_scale = load_vector(gate_scale_ptr, rows, rows < N, GATED and HAS_SCALE)
+    bias, scale = load_epilogue(bias_ptr, scale_ptr, rows, rows < N, HAS_BIAS, HAS_SCALE)
+    if GATED:
+        gate_bias, gate_scale = load_epilogue(gate_bias_ptr, gate_scale_ptr, rows, rows < N, HAS_BIAS, HAS_SCALE)
     wait_for_inputs(DEPENDENT)
     if WEIGHTS_FIRST:
         sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
