@@ -6,9 +6,9 @@
 
 A row is appended to the CSV file as soon as it is measured, the most important ones first, until --budget is spent.
 Times are of whole calls, prompts as lists in and token ids as lists out: first_token_ms of calls for one token,
-token_ms the difference to calls for all tokens, divided.  The limit is the time in which the weights and the filled
-part of the cache could be read at the speed that a copy reaches in the same call; prompts are compared with a measured
-product.
+token_ms the difference to calls for all tokens, divided (where it is not above zero, both run again).  The limit is the
+time in which the weights and the filled part of the cache could be read at the speed that a copy reaches in the same
+call; prompts are compared with a measured product.
 """
 
 from __future__ import annotations

@@ -146,8 +146,13 @@ class Bench:
     def _time(self, shape: Shape, prompts: list[list[int]], repeat: int) -> Timing:
         from gpu_measure import measure
 
+        def any_rank(disturbed: bool) -> bool:
+            return any(self.comm.gather_objects(disturbed))
+
         # The number of rounds must not depend on a rank's own clock.
-        return measure(self.system, shape, prompts, repeat=repeat, row_seconds=math.inf, base_bytes=None)
+        return measure(
+            self.system, shape, prompts, repeat=repeat, row_seconds=math.inf, base_bytes=None, any_rank=any_rank
+        )
 
     def _sums(self, shape: Shape, prompts: list[list[int]], token_ms: float) -> dict[str, object]:
         """Of one step: the sums' number and size, a step without them, their time alone, and with NCCL for all."""

@@ -14,6 +14,9 @@ import torch
 from gpu_cases import Shape
 from gpu_systems import Prompts, System
 
+# Rounds that other work of the machine may spoil before a measurement is given up.
+MOST_DISTURBED = 20
+
 
 class Budget:
     """Seconds that the whole command may take."""
@@ -53,10 +56,22 @@ class Ceilings:
 
 
 def measure(
-    system: System, shape: Shape, prompts: Prompts, *, repeat: int, row_seconds: float, base_bytes: int | None
+    system: System,
+    shape: Shape,
+    prompts: Prompts,
+    *,
+    repeat: int,
+    row_seconds: float,
+    base_bytes: int | None,
+    any_rank: Callable[[bool], bool] = bool,
 ) -> Timing:
     """At least one round, at most `repeat`; none is begun after `row_seconds`.  base_bytes: allocated before the system
-    was made, None on a CPU."""
+    was made, None on a CPU.
+
+    A round whose run of all tokens took no longer than that of a single one met other work and does not count.
+    any_rank: whether one of several ranks says so, which have to run the same rounds.  Raises RuntimeError after
+    MOST_DISTURBED such rounds.
+    """
     if base_bytes is not None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -65,15 +80,24 @@ def measure(
     tokens = system.generate(prompts, shape.output_len)
     result = Timing(tokens, time.perf_counter() - begin)
     system.generate(prompts, 1)
+    num_disturbed = 0
     begin = time.perf_counter()
     while not result.first_token_ms or (
         len(result.first_token_ms) < repeat and time.perf_counter() - begin < row_seconds
     ):
         short = timed_ms(lambda: system.generate(prompts, 1))
-        result.first_token_ms.append(short)
         if shape.output_len > 1:
             long = timed_ms(lambda: system.generate(prompts, shape.output_len))
+            if any_rank(long <= short):
+                num_disturbed += 1
+                if num_disturbed == MOST_DISTURBED:
+                    raise RuntimeError(
+                        f"in {MOST_DISTURBED} rounds {shape.output_len} tokens took no longer than one: the machine "
+                        "has too much other work, or the model is too small to be timed"
+                    )
+                continue
             result.token_ms.append((long - short) / (shape.output_len - 1))
+        result.first_token_ms.append(short)
     if base_bytes is not None:
         result.peak_bytes = torch.cuda.max_memory_allocated() - base_bytes
     return result

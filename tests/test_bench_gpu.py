@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_columns_say_what_they_should(result: Result) -> None:
         assert (row["token_ms"] == "") == (row["kind"] == "prefill")
         if row["token_ms"]:
             token_ms, copy = float(row["token_ms"]), float(row["copy_gb_per_s"])
-            assert float(row["token_ms_min"]) <= token_ms <= float(row["token_ms_max"])
+            assert 0 < float(row["token_ms_min"]) <= token_ms <= float(row["token_ms_max"])
             # Printed with four digits behind the point, and a copy's speed with one.
             assert float(row["limit_ms"]) == pytest.approx(int(row["step_bytes"]) / copy / 1e6, rel=0.1, abs=1e-4)
 
@@ -261,6 +262,44 @@ def test_time_per_token_leaves_out_the_prompts(monkeypatch: pytest.MonkeyPatch) 
     system = Slow(monkeypatch)
     timing = measure(system, Shape(1, 4, 3), [[1]], repeat=9, row_seconds=12.0, base_bytes=None)
     assert timing == Timing([[5] * 3], 10.5, [1500.0] * 3, [1000.0] * 3)
+
+
+class Disturbed(Slow):
+    """Its first runs of a single token in a round, `num_rounds` of them, take as long as three."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, num_rounds: int):
+        super().__init__(monkeypatch)
+        self.lengths: list[int] = []
+        self.num_rounds = num_rounds
+
+    def generate(self, prompts: object, num_tokens: int) -> list[list[int]]:
+        self.lengths.append(num_tokens)
+        if num_tokens == 1 and 1 < self.lengths.count(1) <= 1 + self.num_rounds:
+            self.now += 2.0
+        return super().generate(prompts, num_tokens)
+
+
+def test_rounds_that_met_other_work_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"repeat": 2, "row_seconds": 3600.0, "base_bytes": None}
+    timing = measure(Disturbed(monkeypatch, 3), Shape(1, 4, 3), [[1]], **settings)
+    assert timing == Timing([[5] * 3], 10.5, [1500.0] * 2, [1000.0] * 2)
+    with pytest.raises(RuntimeError, match="in 20 rounds 3 tokens took no longer than one"):
+        measure(Disturbed(monkeypatch, 20), Shape(1, 4, 3), [[1]], **settings)
+
+
+def test_ranks_run_the_same_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another rank met spoils this one's round too."""
+    elsewhere = iter([True, False, True, True, False])
+    system, told = Disturbed(monkeypatch, 0), []
+
+    def any_rank(disturbed: bool) -> bool:
+        told.append(disturbed)
+        return disturbed or next(elsewhere)
+
+    settings: dict[str, Any] = {"repeat": 2, "row_seconds": 3600.0, "base_bytes": None}
+    timing = measure(system, Shape(1, 4, 3), [[1]], any_rank=any_rank, **settings)
+    assert (told, timing.token_ms) == ([False] * 5, [1000.0] * 2)
+    assert system.lengths == [3, 1, *[1, 3] * 5]
 
 
 def test_a_busy_machine_loses_no_kernel_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_a_row_for_every_batch_and_number_of_ranks(folder: Path) -> None:
     rows = read_rows(folder)
     assert [(row["ranks"], row["batch_size"]) for row in rows] == [("1", "1"), ("1", "3"), ("2", "1"), ("2", "3")]
     for row in rows:
-        assert float(row["token_ms_min"]) <= float(row["token_ms"]) <= float(row["token_ms_max"])
+        assert 0 < float(row["token_ms_min"]) <= float(row["token_ms"]) <= float(row["token_ms_max"])
         assert float(row["limit_ms"]) * float(row["times_limit"]) == pytest.approx(float(row["token_ms"]), rel=0.1)
         assert int(row["predicted_bytes"]) > int(row["weight_bytes"]) + int(row["cache_bytes"])
         if row["ranks"] == "2":
