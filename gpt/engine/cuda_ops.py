@@ -171,7 +171,7 @@ class DecodeOps:
             self._gemv(product.input, weight, stream.x, bias=bias, scale=scale, stream=stream)
             stream.written = self._launches
             return
-        h = self._input(product.input)
+        h = self._input(product.input, weight)
         if self._takes_library(weight):
             stream.parts, stream.bias = wide_linear(h, weight)[None], bias
             return
@@ -342,7 +342,7 @@ class DecodeOps:
         if self._batch_size == 1:
             self._gemv(x, weight, out, bias=bias, scale=scale, activation=activation, gate=gate, num_valid=num_valid)
         elif self._takes_library(weight):
-            h = self._input(x)
+            h = self._input(x, weight)
             if num_valid is not None:
                 out.copy_(wide_linear(h, weight))
                 return
@@ -358,7 +358,7 @@ class DecodeOps:
             if num_valid is not None:
                 options |= {"tiles": self._make_tiles(num_rows, skinny_config.block_n), "num_valid": num_valid}
             multiply: Any = int4_skinny if weight.dtype == torch.uint8 else skinny
-            multiply(self._input(x), weight, out, config=skinny_config, **options)
+            multiply(self._input(x, weight), weight, out, config=skinny_config, **options)
 
     def _takes_library(self, weight: torch.Tensor) -> bool:
         """Libraries choose by the number of rows how they add."""
@@ -392,7 +392,7 @@ class DecodeOps:
         elif isinstance(x, Normed) and x.value is None and x.stream.parts is None:
             h, norm = x.stream.x, x.norm
         else:
-            h = self._input(x)
+            h = self._input(x, weight)
         multiply: Any = int4_gemv.int4_gemv if packed else gemv
         multiply(
             h,
@@ -418,13 +418,16 @@ class DecodeOps:
         stream.parts = stream.bias = None
         stream.written = self._launches
 
-    def _input(self, x: Value) -> torch.Tensor:
-        """What a product multiplies, [B, E] in the engine's dtype; a pending sum enters the residual stream first."""
+    def _input(self, x: Value, weight: torch.Tensor) -> torch.Tensor:
+        """What a product with `weight` multiplies, [B, E] in the engine's dtype; a pending sum enters the residual
+        stream first."""
         if not isinstance(x, Normed):
             return self.value(x)
         if x.value is None:
             x.value = self._empty(x.norm.weight.shape[0], self.dtype)
-            add_norm(x.stream.x, x.value, x.norm, parts=x.stream.parts, bias=x.stream.bias)
+            # A wider product keeps the memory busy for longer than its input is awaited.
+            ahead = weight if self._batch_size <= 32 and _shape(weight)[1] <= 1024 else None
+            add_norm(x.stream.x, x.value, x.norm, parts=x.stream.parts, bias=x.stream.bias, next_weight=ahead)
             self._finish(x.stream)
         if isinstance(x.value, QuantizedRows):
             raise TypeError("one norm feeds float and quantised products")

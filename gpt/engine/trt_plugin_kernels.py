@@ -101,14 +101,16 @@ class Norm(Plugin):
             add_norm_kernel,
             self.parameter_types(types, ("out",)),
             {
-                **without("parts_ptr", "bias_ptr"),
-                "M": 0,  # rows are counted for parts alone
+                **without("parts_ptr", "bias_ptr", "next_weight_ptr"),
+                "M": 0,  # rows are counted for parts and fetching alone
+                "next_lines": 0,
                 "epsilon": self.epsilon,
                 "E": self.width,
                 "PARTS": 0,
                 "HAS_BIAS": False,
                 "NORM": self.kind,
                 "PADDED_E": _power_of_2(self.width),
+                "NEXT_SHARE": 0,
                 "DEPENDENT": False,
             },
             4 if self.width <= 4096 else 8,

@@ -15,17 +15,8 @@ import triton
 import triton.language as tl
 
 from gpt.kernels.attention_blocks import Rotary, attend, rotate_heads, rotated, stored
-from gpt.kernels.launch import (
-    launch_options,
-    num_multiprocessors,
-    prefetch,
-    supports_dependent_launch,
-    wait_for_inputs,
-)
+from gpt.kernels.launch import fetch_before, fetch_share, launch_options, num_multiprocessors, wait_for_inputs
 from gpt.quant import to_fp8, to_int8
-
-# Values of next weights that one thread asks for: 1 KB in half precision.
-_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -51,6 +42,7 @@ def _attention_kernel(
     scale,
     table_width,
     next_weight_ptr,  # what the kernels after this one will read
+    next_lines,
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -62,16 +54,14 @@ def _attention_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    NEXT_CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    NEXT_SHARE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     split = tl.program_id(0)
-    if split >= NUM_SPLITS:
-        # Attention leaves the memory idle: these programs fetch weights meanwhile, a row of CHUNK values per thread.
+    if NEXT_SHARE > 0 and split >= NUM_SPLITS:
+        # Attention leaves the memory idle: these programs fetch weights meanwhile.
         program = (split - NUM_SPLITS) * tl.num_programs(1) + tl.program_id(1)
-        chunks = program * 128 + tl.arange(0, 128)
-        prefetch(next_weight_ptr, tl.minimum(chunks, NEXT_CHUNKS - 1).to(tl.int64) * CHUNK, 2 * CHUNK)
+        fetch_share(next_weight_ptr, next_lines, program, NEXT_SHARE)
         return
     group = tl.program_id(1)
     row = tl.program_id(2)
@@ -260,8 +250,8 @@ def decode_attention(
     cache blocks of each sequence.  keys, values [num_blocks, G, tokens_per_block, D], in qkv's dtype, or int8 or
     float8_e4m3fn with kv_scale [2]: the value of one step in K and in V.  out [B, H, D].  parts: float32 scratch of
     `scratch_size` values where the past is divided; with `join` off they are the result, for a product that joins them
-    itself (gpt.kernels.gemv).  next_weight: half-precision weights of a kernel to come, fetched into the L2 cache on
-    the way.
+    itself (gpt.kernels.gemv).  next_weight: what a kernel to come will read; some of it is fetched into the L2 cache
+    meanwhile.
 
     Raises ValueError for shapes that do not fit.
     """
@@ -282,9 +272,9 @@ def decode_attention(
         part_out, part_sum = parts[: num_parts * head_size], parts[num_parts * head_size :]
     per_group = num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_size))
-    num_chunks = next_weight.numel() // _CHUNK if next_weight is not None and _can_prefetch(next_weight) else 0
-    helpers = triton.cdiv(triton.cdiv(num_chunks, 128), num_kv_heads) if batch_size == 1 else 0
-    _attention_kernel[(config.num_splits + helpers, num_kv_heads, batch_size)](
+    # The pasts of several sequences leave the memory no time.
+    fetch = fetch_before(next_weight if batch_size == 1 else None, qkv, multiple=num_kv_heads)
+    _attention_kernel[(config.num_splits + fetch.num_programs // num_kv_heads, num_kv_heads, batch_size)](
         qkv,
         positions,
         table,
@@ -298,7 +288,8 @@ def decode_attention(
         part_sum,
         scale,
         table.shape[1],
-        next_weight if next_weight is not None else qkv,
+        fetch.weight,
+        fetch.num_lines,
         H=num_heads,
         G=num_kv_heads,
         D=head_size,
@@ -310,8 +301,7 @@ def decode_attention(
         BLOCK_H=1 if per_group == 1 else max(16, triton.next_power_of_2(per_group)),
         BLOCK_T=config.block_t,
         BLOCK_D=block_d,
-        NEXT_CHUNKS=num_chunks,
-        CHUNK=_CHUNK,
+        NEXT_SHARE=fetch.share,
         num_warps=config.num_warps,
         **launch_options(qkv.device),
     )
@@ -327,10 +317,6 @@ def decode_attention(
             num_warps=1,
             **launch_options(qkv.device),
         )
-
-
-def _can_prefetch(weight: torch.Tensor) -> bool:
-    return weight.itemsize == 2 and supports_dependent_launch(weight.device)
 
 
 def scratch_size(batch_size: int, num_heads: int, head_size: int, config: AttentionConfig) -> int:
@@ -349,6 +335,8 @@ def default_config(
     else:
         block_t, num_warps = 64, 2
     wanted = triton.cdiv(2 * num_multiprocessors(device), batch_size * num_kv_heads)
+    if batch_size == 1 and num_heads == num_kv_heads and wanted >= 16 and num_slots <= 256:
+        block_t, num_warps = 16, 1  # few heads and a short past: small parts, without a wait among warps
     num_splits = triton.next_power_of_2(max(1, min(wanted, num_slots // block_t, 16)))
     return AttentionConfig(block_t, num_splits, num_warps)
 

@@ -296,7 +296,8 @@ def default_config(num_rows: int, num_columns: int, device: torch.device, itemsi
     elif wide:
         block_n, block_k, per_thread = (8, 1024, 64) if num_columns <= 2048 else (8, 2048, 128)
     elif num_rows == num_columns:
-        block_n, block_k, per_thread = 16, 1024, 64
+        # All of a row at once, where two blocks would leave half of the second empty.
+        block_n, block_k, per_thread = (16, 1024, 64) if num_columns % 1024 == 0 else (4, min(block_k, 2048), 64)
     elif num_columns % 4096 == 0:
         block_n, block_k, per_thread = 8, 4096, 128
     else:

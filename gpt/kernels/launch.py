@@ -9,6 +9,7 @@ kernels ago may be read before waiting.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -20,6 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 TRITON_VERSION: str = triton.__version__
 # Good to 11 bits, by one slow instruction instead of two; an interpreter does not have it.
 APPROXIMATIONS = {} if INTERPRETED else {"gelu_tanh": "gelu_tanh_approximate"}
+_LINE = 128  # bytes that a request brings into the L2 cache
 OutOfResources = triton.runtime.errors.OutOfResources  # a launch that asks for more than the card has
 
 
@@ -75,17 +77,45 @@ def load_vector(ptr, places, inside, PRESENT: tl.constexpr):
 
 
 @triton.jit
-def prefetch(ptr, offsets, num_bytes: tl.constexpr):
-    """Asks for `num_bytes` (a multiple of 16) behind each of `ptr + offsets` to be brought into the L2 cache."""
-    addresses = (ptr + offsets).to(tl.int64, bitcast=True)
+def fetch_lines(ptr, offsets):
+    """Asks for the 128-byte lines at `offsets` (int64, in bytes) behind `ptr` to be brought into the L2 cache: one
+    instruction for all lanes of a warp, where the bulk copy engine's takes a turn for each."""
+    addresses = ptr.to(tl.int64, bitcast=True) + offsets
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [addresses, num_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def fetch_share(ptr, num_lines, program, SHARE: tl.constexpr):
+    """A program's part in fetching `num_lines` lines from `ptr` on: SHARE of them, a power of two."""
+    lines = program * SHARE + tl.arange(0, SHARE)
+    fetch_lines(ptr, tl.minimum(lines, num_lines - 1).to(tl.int64) * 128)
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """What programs beside a kernel's own bring into the L2 cache while the memory has nothing else to do."""
+
+    weight: torch.Tensor
+    num_lines: int
+    num_programs: int
+    share: int
+
+
+def fetch_before(weight: torch.Tensor | None, spare: torch.Tensor, *, multiple: int = 1) -> Fetch:
+    """The end of what a kernel to come will read, since its first programs fetch their own weights.  weight: None for
+    nothing, with `spare` as the address.  multiple: of how many programs there have to be.
+
+    5 MB were best on an H100 for one row of every model (docs/performance.md): more keeps the memory from what the
+    products between ask for.
+    """
+    if weight is None or weight.nbytes < _LINE or not supports_dependent_launch(weight.device):
+        return Fetch(spare, 0, 0, 0)
+    num_lines = min(weight.nbytes, 5 << 20) // _LINE
+    end = weight.view(-1).view(torch.uint8)[-num_lines * _LINE :]
+    num_programs = cdiv(cdiv(num_lines, 1024), multiple) * multiple
+    return Fetch(end, num_lines, num_programs, next_power_of_2(cdiv(num_lines, num_programs)))
 
 
 @triton.jit

@@ -9,7 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
-from gpt.kernels.launch import cdiv, launch_options, load_vector, next_power_of_2, wait_for_inputs
+from gpt.kernels.launch import (
+    cdiv,
+    fetch_before,
+    fetch_share,
+    launch_options,
+    load_vector,
+    next_power_of_2,
+    wait_for_inputs,
+)
 from gpt.kernels.product import Norm
 
 
@@ -74,16 +82,22 @@ def add_norm_kernel(
     weight_ptr,  # [E]
     norm_bias_ptr,  # [E]
     out_ptr,  # [M, E]
+    next_weight_ptr,  # what the product after this will read
     M,
+    next_lines,
     epsilon,
     E: tl.constexpr,
     PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NORM: tl.constexpr,
     PADDED_E: tl.constexpr,
+    NEXT_SHARE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if NEXT_SHARE > 0 and row >= M:
+        fetch_share(next_weight_ptr, next_lines, tl.program_id(0) - M, NEXT_SHARE)
+        return
     columns = tl.arange(0, PADDED_E)
     y = summed_row(
         x_ptr,
@@ -163,11 +177,13 @@ def add_norm(
     *,
     parts: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    next_weight: torch.Tensor | None = None,
 ) -> None:
     """x += sum of parts (+ bias); out = norm(x).
 
     x [M, E] float32.  parts [PARTS, M, E] of any float type, added in their order; bias [E], only with parts.  out
-    [M, E] of any float type, or None with `norm` None.
+    [M, E] of any float type, or None with `norm` None.  next_weight: what the product of `out` will read; some of it is
+    fetched into the L2 cache meanwhile.
 
     Raises ValueError for shapes that do not fit.
     """
@@ -175,20 +191,24 @@ def add_norm(
     check_rows(x, norm, parts, bias)
     if out is not None and (out.shape != x.shape or not out.is_contiguous()):
         raise ValueError(f"out: found {tuple(out.shape)}, expected {tuple(x.shape)}, contiguous")
-    add_norm_kernel[(num_rows,)](
+    fetch = fetch_before(next_weight, x)
+    add_norm_kernel[(num_rows + fetch.num_programs,)](
         x,
         parts if parts is not None else x,
         bias if bias is not None else x,
         norm.weight if norm else x,
         norm.bias if norm and norm.bias is not None else x,
         out if out is not None else x,
+        fetch.weight,
         num_rows,
+        fetch.num_lines,
         norm.epsilon if norm else 0.0,
         E=width,
         PARTS=0 if parts is None else len(parts),
         HAS_BIAS=bias is not None,
         NORM="none" if norm is None else "rmsnorm" if norm.bias is None else "layernorm",
         PADDED_E=next_power_of_2(width),
+        NEXT_SHARE=fetch.share,
         num_warps=4 if width <= 4096 else 8,
         **launch_options(x.device),
     )

@@ -17,10 +17,10 @@ import triton.language as tl
 from gpt.kernels.choose import best_of
 from gpt.kernels.launch import (
     activate,
+    fetch_lines,
     launch_options,
     load_epilogue,
     num_multiprocessors,
-    prefetch,
     supports_dependent_launch,
     wait_for_inputs,
 )
@@ -91,13 +91,12 @@ def skinny_kernel(
     begin = part * length
     end = tl.minimum(begin + length, K)
     if AHEAD:
-        blocks: tl.constexpr = triton.next_power_of_2(length // BLOCK_K)
-        starts = tl.minimum(begin + tl.arange(0, blocks) * BLOCK_K, K - BLOCK_K)
-        places = tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K + starts[None, :]
-        BYTES: tl.constexpr = BLOCK_K * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        prefetch(weight_ptr, places, BYTES)
+        SIZE: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+        lines = begin * SIZE + 128 * tl.arange(0, triton.next_power_of_2((length * SIZE + 127) // 128))
+        places = tl.minimum(rows, N - 1).to(tl.int64)[:, None] * (K * SIZE) + tl.minimum(lines, end * SIZE - 1)[None, :]
+        fetch_lines(weight_ptr, places)
         if GATED:
-            prefetch(gate_ptr, places, BYTES)
+            fetch_lines(gate_ptr, places)
     bias, scale = load_epilogue(bias_ptr, scale_ptr, rows, rows < N, HAS_BIAS, HAS_SCALE)
     if GATED:
         gate_bias, gate_scale = load_epilogue(gate_bias_ptr, gate_scale_ptr, rows, rows < N, HAS_BIAS, HAS_SCALE)
@@ -216,7 +215,7 @@ def skinny(
         GATED=gate is not None,
         ARGMAX=tiles is not None,
         WEIGHTS_FIRST=config.weights_first,
-        AHEAD=config.ahead and _can_prefetch(weight, config.block_k),
+        AHEAD=config.ahead and supports_dependent_launch(weight.device),
         SPLIT_K=config.split_k,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
@@ -226,13 +225,6 @@ def skinny(
         num_stages=config.num_stages,
         **launch_options(x.device),
     )
-
-
-def _can_prefetch(weight: torch.Tensor, block_k: int) -> bool:
-    """Whole multiples of 16 bytes, inside the matrix."""
-    num_columns = weight.shape[1]
-    aligned = num_columns * weight.itemsize % 16 == 0 and block_k * weight.itemsize % 16 == 0
-    return aligned and num_columns >= block_k and supports_dependent_launch(weight.device)
 
 
 def default_config(
