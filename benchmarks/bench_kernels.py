@@ -31,8 +31,8 @@ NUM_SLOTS = 256
 _PER_BLOCK = 64  # slots of a paged cache
 COLD_BYTES = 160 << 20  # more than any card's second-level cache
 PROMPT_TOKENS = 8192
-# int4_gemv's block_n, block_k, warps.
-INT4_TILES = ((4, 2048, 4), (8, 2048, 4), (4, 1024, 2), (8, 1024, 2), (2, 4096, 4))
+# integer_gemv's block_n, pieces, warps.
+INTEGER_TILES = ((4, 8, 1), (8, 8, 1), (8, 8, 2), (16, 8, 2), (8, 8, 4), (16, 8, 4))
 
 Launch = Callable[[int], object]  # of the copy to work on
 
@@ -138,7 +138,7 @@ def weight_products(model: str, product: str, num_tokens: int) -> Iterator[Case]
 def weight_launches(
     name: str, num_tokens: int, num_rows: int, num_columns: int, copies: int
 ) -> tuple[int, dict[str, Launch]]:
-    from gpt.kernels import gemv, int4_gemv, int4_skinny, skinny
+    from gpt.kernels import gemv, int4_skinny, integer_gemv, skinny
 
     device = torch.device("cuda")
     x, out = half(num_tokens, num_columns), half(num_tokens, num_rows)
@@ -157,12 +157,12 @@ def weight_launches(
     if num_tokens > 1:
         configs = [skinny.default_config(num_tokens, num_rows, num_columns, device, splits=False)]
         multiply: Any = int4_skinny.int4_skinny if name == "int4" else skinny.skinny
-    elif name == "int4":
-        configs = [int4_gemv.default_config(num_rows, num_columns, device)]
-        configs += [gemv.GemvConfig(*tile) for tile in INT4_TILES]
-        multiply = int4_gemv.int4_gemv
+    elif scale is not None:
+        configs = [integer_gemv.default_config(num_rows, num_columns, 4 if name == "int4" else 8, device)]
+        configs += [integer_gemv.IntegerGemvConfig(*tile) for tile in INTEGER_TILES]
+        multiply = integer_gemv.integer_gemv
     else:
-        configs = [gemv.default_config(num_rows, num_columns, device, itemsize=weights.itemsize)]
+        configs = [gemv.default_config(num_rows, num_columns, device)]
         multiply = gemv.gemv
 
     def bind(config: object) -> Launch:

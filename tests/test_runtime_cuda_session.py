@@ -122,7 +122,7 @@ def test_the_stream_is_read_early_where_the_launch_before_left_it_alone(
         return call
 
     monkeypatch.setattr(cuda_ops, "gemv", spy(cuda_ops.gemv))
-    monkeypatch.setattr(cuda_ops.int4_gemv, "int4_gemv", spy(cuda_ops.int4_gemv.int4_gemv))
+    monkeypatch.setattr(cuda_ops.integer_gemv, "integer_gemv", spy(cuda_ops.integer_gemv.integer_gemv))
     build = make_build("float32")
     if weights == "int4":
         build = replace(build, quant=QuantConfig(weights="int4"))

@@ -25,7 +25,7 @@ from gpt.engine.linear import library_linear, wide_linear
 from gpt.engine.quant_linear import QuantizedRows
 from gpt.engine.torch_executor import rotary_tables
 from gpt.engine.tuning import Tuning
-from gpt.kernels import int4_gemv
+from gpt.kernels import integer_gemv
 from gpt.kernels.attention import decode_attention, scratch_size
 from gpt.kernels.attention_blocks import Rotary
 from gpt.kernels.gemv import config_for_parts, gemv
@@ -231,7 +231,7 @@ class DecodeOps:
         config = self.tuning.attention(self._batch_size, self.num_heads, self.num_kv_heads, num_slots)
         parts = self._scratch.get(scratch_size(self._batch_size, self.num_heads, head_size, config), self.device)
         takes_parts = self._batch_size == 1 and not self.products
-        in_parts = parts is not None and takes_parts and head_size & (head_size - 1) == 0
+        in_parts = parts is not None and takes_parts and head_size >= 4 and head_size & (head_size - 1) == 0
         out = self._empty(self.num_heads * head_size, self.dtype)
         decode_attention(
             self.value(qkv).view(self._batch_size, -1, head_size),
@@ -379,38 +379,37 @@ class DecodeOps:
     ) -> None:
         """One row's product, which takes the norm before it along, or the joining of an attention's parts.  stream:
         what `out` belongs to, if the result is added there."""
-        packed = weight.dtype == torch.uint8
         num_rows, num_columns = _shape(weight)
-        if packed:
-            config = int4_gemv.default_config(num_rows, num_columns, self.device)
-        else:
-            config = self.tuning.gemv(num_rows, num_columns, itemsize=weight.itemsize)
         norm, splits = None, 1
         if isinstance(x, Parts):
             h, splits = x.parts, x.num_splits
-            config = config_for_parts(config, splits, self.model.head_size)
         elif isinstance(x, Normed) and x.value is None and x.stream.parts is None:
             h, norm = x.stream.x, x.norm
         else:
             h = self._input(x, weight)
-        multiply: Any = int4_gemv.int4_gemv if packed else gemv
-        multiply(
-            h,
-            weight,
-            out,
-            config=config,
-            bias=bias,
-            scale=scale,
-            norm=norm,
-            activation=activation,
-            gate=gate,
-            add_to_out=stream is not None,
-            settled=stream is not None and stream.written < self._launches,
-            tiles=None if num_valid is None else self._make_tiles(num_rows, config.block_n),
-            num_valid=num_valid,
-            splits=splits,
-            head_size=self.model.head_size,
-        )
+        options: dict[str, Any] = {
+            "bias": bias,
+            "scale": scale,
+            "norm": norm,
+            "activation": activation,
+            "gate": gate,
+            "add_to_out": stream is not None,
+            "settled": stream is not None and stream.written < self._launches,
+            "splits": splits,
+            "head_size": self.model.head_size,
+        }
+        # Whole words of weights; a head has float weights.
+        if scale is not None and num_columns % 4 == 0:
+            bits = 4 if weight.dtype == torch.uint8 else 8
+            integer_config = integer_gemv.default_config(num_rows, num_columns, bits, self.device)
+            integer_gemv.integer_gemv(h, weight, out, config=integer_config, **options)
+        else:
+            config = self.tuning.gemv(num_rows, num_columns, itemsize=weight.itemsize)
+            if splits > 1:
+                config = config_for_parts(config, splits, self.model.head_size)
+            if num_valid is not None:
+                options |= {"tiles": self._make_tiles(num_rows, config.block_n), "num_valid": num_valid}
+            gemv(h, weight, out, config=config, **options)
         self._launches += 1
 
     def _finish(self, stream: Stream) -> None:

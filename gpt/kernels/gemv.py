@@ -155,6 +155,12 @@ def add_pairs(a, b, more_a, more_b):
 def moments(x, epsilon, K: tl.constexpr, NORM: tl.constexpr):
     """Mean and inverse deviation of K values, the rest of `x` zeros, in one reduction over the program."""
     total, squares = tl.reduce((x, x * x), 0, add_pairs)
+    return mean_and_inverse(total, squares, epsilon, K, NORM)
+
+
+@triton.jit
+def mean_and_inverse(total, squares, epsilon, K: tl.constexpr, NORM: tl.constexpr):
+    """`moments` from the sums of K values and of their squares."""
     mean = 0.0
     if NORM == "layernorm":
         mean = total / K

@@ -1,4 +1,4 @@
-"""Packed 4-bit weights, as the kernels int4_gemv.py (one row) and int4_skinny.py (several) read them.
+"""Packed 4-bit weights, as the kernels integer_gemv.py (one row) and int4_skinny.py (several) read them.
 
 A byte holds two neighbours of a row, the even column in its low four bits, in two's complement; a scale is the value of
 one step, of a whole row or of each group of its columns.  See gpt.quant.

@@ -120,8 +120,8 @@ def int4_skinny(
 ) -> None:
     """`gpt.kernels.skinny.skinny` with weight [N, K / 2] uint8 and scale [N] or [N, K / group] of a float type.
 
-    x [M, K] float16, bfloat16 or float32.  Blocks longer than a group are cut to it.  Raises ValueError as `int4_gemv`
-    does.
+    x [M, K] float16, bfloat16 or float32.  Blocks longer than a group are cut to it.  Raises ValueError as
+    `integer_gemv` does.
     """
     num_tokens = x.shape[0]
     num_rows, num_columns = len(weight), 2 * weight.shape[1]

@@ -1,0 +1,550 @@
+"""One token's product with int8 or packed 4-bit weights (gpt.kernels.int4): what gpt.kernels.gemv does for floats.
+
+Half or a quarter of the bytes leave no time to turn each weight into a float.  Instead the input becomes integers of 16
+bits in two planes of bytes, and an instruction adds four products of bytes (dp4a).  A step of these integers is the
+largest input of the columns that one thread multiplies, over 32767: below a float16's rounding of that input, and a
+large value costs no accuracy but in its thread's columns.
+
+All is thread-local along the row: thread t of T has the words t, T + t, 2T + t, ... of each of the program's rows and
+the inputs that belong to them, from the loads to one sum over the threads at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from gpt.kernels.gemv import add_pairs, mean_and_inverse
+from gpt.kernels.int4 import check_int4
+from gpt.kernels.launch import (
+    INTERPRETED,
+    activate,
+    cdiv,
+    launch_options,
+    load_epilogue,
+    next_power_of_2,
+    num_multiprocessors,
+    wait_for_inputs,
+)
+from gpt.kernels.product import Gate, Norm, check_product
+
+# An interpreter knows no instructions.
+_DP4A = tl.constexpr(not INTERPRETED)
+
+
+@dataclass(frozen=True)
+class IntegerGemvConfig:
+    """block_n: rows of a program.  num_pieces: words of a row, four bytes each, that a thread asks for at once."""
+
+    block_n: int
+    num_pieces: int
+    num_warps: int
+
+
+@triton.jit
+def _integer_gemv_kernel(
+    x_ptr,  # [K], or with SPLITS an attention's parts: [K / HEAD_SIZE, SPLITS, HEAD_SIZE] float32
+    part_sum_ptr,  # [2, K / HEAD_SIZE, SPLITS] float32
+    norm_weight_ptr,  # [K]
+    norm_bias_ptr,  # [K]
+    weight_ptr,  # [N, K * BITS / 32] int32
+    gate_ptr,  # the same
+    scale_ptr,  # [N] or [N, K / GROUP]
+    gate_scale_ptr,  # the same
+    bias_ptr,  # [N]
+    gate_bias_ptr,  # [N]
+    out_ptr,  # [N]
+    N,
+    epsilon,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    ADD_TO_OUT: tl.constexpr,
+    SETTLED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    THREADS: tl.constexpr,
+    STRETCH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    WORDS: tl.constexpr = K * BITS // 32
+    # The last program begins early enough to be whole, so that all rows lie at fixed distances from its first one; what
+    # belongs to the program before it, it leaves alone.
+    own = tl.program_id(0) * BLOCK_N
+    first_row = tl.minimum(own, N - BLOCK_N)
+    rows = first_row + tl.arange(0, BLOCK_N)
+    in_rows = rows >= own
+    weight_ptr += first_row.to(tl.int64) * WORDS
+    gate_ptr += first_row.to(tl.int64) * WORDS
+    if GROUP > 0:
+        scale_ptr += first_row.to(tl.int64) * (K // GROUP)
+        gate_scale_ptr += first_row.to(tl.int64) * (K // GROUP)
+    words, scales = _load_weights(weight_ptr, scale_ptr, 0, K, BITS, GROUP, BLOCK_N, THREADS, STRETCH)
+    if GATED:
+        gates, gate_scales = _load_weights(gate_ptr, gate_scale_ptr, 0, K, BITS, GROUP, BLOCK_N, THREADS, STRETCH)
+    bias, row_scale = load_epilogue(bias_ptr, scale_ptr, rows, in_rows, HAS_BIAS, GROUP == 0)
+    if GATED:
+        gate_bias, gate_row_scale = load_epilogue(gate_bias_ptr, gate_scale_ptr, rows, in_rows, HAS_BIAS, GROUP == 0)
+    if ADD_TO_OUT and SETTLED:
+        # Around the first-level cache, which may hold what was there before.
+        before = tl.load(out_ptr + rows, mask=in_rows, other=0.0, cache_modifier=".cg").to(tl.float32)
+    factors, shifts = _load_norm(norm_weight_ptr, norm_bias_ptr, 0, K, BITS, NORM, THREADS, STRETCH)
+    wait_for_inputs(DEPENDENT)
+    if ADD_TO_OUT and not SETTLED:
+        before = tl.load(out_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+    x = _load_inputs(x_ptr, part_sum_ptr, 0, K, BITS, SPLITS, HEAD_SIZE, THREADS, STRETCH)
+    mean = 0.0
+    inverse = 1.0
+    if NORM != "none":
+        total, squares = _sums_and_squares(x)
+        for start in tl.static_range(STRETCH, WORDS, STRETCH):
+            more = _sums_and_squares(_load_values(x_ptr, start, K, BITS, THREADS, STRETCH))
+            total, squares = add_pairs(total, squares, more[0], more[1])
+        total, squares = tl.reduce((total, squares), 0, add_pairs)
+        mean, inverse = mean_and_inverse(total, squares, epsilon, K, NORM)
+    sums = tl.zeros((BLOCK_N, THREADS), tl.float32)
+    gate_sums = tl.zeros((BLOCK_N, THREADS), tl.float32)
+    for start in tl.static_range(STRETCH, WORDS + STRETCH, STRETCH):
+        # The next stretch is on its way while this one is multiplied.
+        if start < WORDS:
+            next_words, next_scales = _load_weights(
+                weight_ptr, scale_ptr, start, K, BITS, GROUP, BLOCK_N, THREADS, STRETCH
+            )
+            if GATED:
+                next_gates, next_gate_scales = _load_weights(
+                    gate_ptr, gate_scale_ptr, start, K, BITS, GROUP, BLOCK_N, THREADS, STRETCH
+                )
+            next_x = _load_inputs(x_ptr, part_sum_ptr, start, K, BITS, SPLITS, HEAD_SIZE, THREADS, STRETCH)
+            next_factors, next_shifts = _load_norm(
+                norm_weight_ptr, norm_bias_ptr, start, K, BITS, NORM, THREADS, STRETCH
+            )
+        if NORM != "none":
+            x = _normalize(x, mean, inverse, factors, shifts, NORM)
+        step, high, low = _to_planes(x, BITS)
+        sums += _multiply(words, scales, high, low, BITS, GROUP) * step[None, :]
+        if GATED:
+            gate_sums += _multiply(gates, gate_scales, high, low, BITS, GROUP) * step[None, :]
+        if start < WORDS:
+            words, scales, x, factors, shifts = next_words, next_scales, next_x, next_factors, next_shifts
+            if GATED:
+                gates, gate_scales = next_gates, next_gate_scales
+    y = activate(_row_result(sums, row_scale, bias, GROUP, HAS_BIAS, BLOCK_N, THREADS), ACTIVATION)
+    if GATED:
+        y *= _row_result(gate_sums, gate_row_scale, gate_bias, GROUP, HAS_BIAS, BLOCK_N, THREADS)
+    if ADD_TO_OUT:
+        y += before
+    tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=in_rows)
+
+
+@triton.jit
+def _nothing():
+    """A tuple for tensors to be added to."""
+    return ()
+
+
+@triton.jit
+def _load_weights(
+    ptr,
+    scale_ptr,
+    start: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    THREADS: tl.constexpr,
+    STRETCH: tl.constexpr,
+):
+    """Of each row the words from `start` on, at most STRETCH: for each THREADS of them an int32 [BLOCK_N, THREADS], and
+    with groups the scales of their groups, in their own type."""
+    WORDS: tl.constexpr = K * BITS // 32
+    STOP: tl.constexpr = min(start + STRETCH, WORDS)
+    words, scales = _nothing(), _nothing()
+    for first in tl.static_range(start, STOP, THREADS):
+        columns = first + tl.arange(0, THREADS)
+        # Triton shall not count on aligned rows: it would give a thread four neighbours of one row, not one of each.
+        places = tl.multiple_of(tl.arange(0, BLOCK_N)[:, None] * WORDS + columns[None, :], [1, 1])
+        # What lies past the row's end meets a zero.
+        loaded = tl.load(ptr + places, mask=(columns < WORDS)[None, :], eviction_policy="evict_first")
+        words = words + (loaded,)
+        if GROUP > 0:
+            # Threads first, or Triton gives neighbouring threads the rows.
+            places = (columns // (GROUP // 8))[:, None] + tl.arange(0, BLOCK_N)[None, :] * (K // GROUP)
+            loaded_scales = tl.load(scale_ptr + places, mask=(columns < WORDS)[:, None], other=0.0)
+            scales = scales + (tl.trans(loaded_scales),)
+    return words, scales
+
+
+@triton.jit
+def _load_values(
+    ptr, start: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, THREADS: tl.constexpr, STRETCH: tl.constexpr
+):
+    """What belongs to the columns of `_load_weights`: for each four a [THREADS, 4] in its type."""
+    STOP: tl.constexpr = min(start + STRETCH, K * BITS // 32)
+    values = _nothing()
+    for first in tl.static_range(start, STOP, THREADS):
+        for quad in tl.static_range(8 // BITS):
+            columns = _quads(first, quad, BITS, THREADS)[:, None] + tl.arange(0, 4)[None, :]
+            values = values + (tl.load(ptr + columns, mask=columns < K, other=0.0),)
+    return values
+
+
+@triton.jit
+def _quads(first, quad, BITS: tl.constexpr, THREADS: tl.constexpr):
+    """The first column of each word from `first` on, with quad 1 the fifth of its eight."""
+    return (first + tl.arange(0, THREADS)) * (32 // BITS) + 4 * quad
+
+
+@triton.jit
+def _load_inputs(
+    x_ptr,
+    part_sum_ptr,
+    start: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    THREADS: tl.constexpr,
+    STRETCH: tl.constexpr,
+):
+    """`_load_values` of x; with SPLITS, of an attention's output from its parts and their softmax sums."""
+    if SPLITS == 1:
+        return _load_values(x_ptr, start, K, BITS, THREADS, STRETCH)
+    else:
+        STOP: tl.constexpr = min(start + STRETCH, K * BITS // 32)
+        values = _nothing()
+        for first in tl.static_range(start, STOP, THREADS):
+            for quad in tl.static_range(8 // BITS):
+                quads = _quads(first, quad, BITS, THREADS)
+                values = values + (_join(x_ptr, part_sum_ptr, quads, K, SPLITS, HEAD_SIZE),)
+        return values
+
+
+@triton.jit
+def _join(parts_ptr, part_sum_ptr, quads, K: tl.constexpr, SPLITS: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    """Four columns from each of `quads` on, all of one head."""
+    inside = quads < K
+    places = quads // HEAD_SIZE * SPLITS
+    maxima = _nothing()
+    for split in tl.static_range(SPLITS):
+        maxima = maxima + (tl.load(part_sum_ptr + places + split, mask=inside, other=0.0),)
+    largest = maxima[0]
+    for split in tl.static_range(1, SPLITS):
+        largest = tl.maximum(largest, maxima[split])
+    total = tl.zeros_like(largest)
+    joined = tl.zeros((quads.shape[0], 4), tl.float32)
+    for split in tl.static_range(SPLITS):
+        share = tl.exp2(maxima[split] - largest)
+        total += share * tl.load(part_sum_ptr + K // HEAD_SIZE * SPLITS + places + split, mask=inside, other=1.0)
+        starts = (places + split) * HEAD_SIZE + quads % HEAD_SIZE
+        part = tl.load(parts_ptr + starts[:, None] + tl.arange(0, 4)[None, :], mask=inside[:, None], other=0.0)
+        joined += share[:, None] * part
+    return joined * (1.0 / total)[:, None]
+
+
+@triton.jit
+def _sums_and_squares(values):
+    """Of each thread's values the sum and the sum of their squares."""
+    total = values[0].to(tl.float32)
+    squares = total * total
+    for i in tl.static_range(1, len(values)):
+        value = values[i].to(tl.float32)
+        total += value
+        squares += value * value
+    return tl.sum(total, 1), tl.sum(squares, 1)
+
+
+@triton.jit
+def _load_norm(
+    norm_weight_ptr,
+    norm_bias_ptr,
+    start: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    NORM: tl.constexpr,
+    THREADS: tl.constexpr,
+    STRETCH: tl.constexpr,
+):
+    """`_load_values` of the norm's vectors, as far as there are any."""
+    factors, shifts = _nothing(), _nothing()
+    if NORM != "none":
+        factors = _load_values(norm_weight_ptr, start, K, BITS, THREADS, STRETCH)
+    if NORM == "layernorm":
+        shifts = _load_values(norm_bias_ptr, start, K, BITS, THREADS, STRETCH)
+    return factors, shifts
+
+
+@triton.jit
+def _normalize(values, mean, inverse, factors, shifts, NORM: tl.constexpr):
+    normed = _nothing()
+    for i in tl.static_range(len(values)):
+        value = (values[i].to(tl.float32) * inverse - mean * inverse) * factors[i].to(tl.float32)
+        if NORM == "layernorm":
+            value += shifts[i].to(tl.float32)
+        normed = normed + (value,)
+    return normed
+
+
+@triton.jit
+def _to_planes(values, BITS: tl.constexpr):
+    """The value of a step for each thread, [THREADS], and of its inputs the high and the low bytes, a word of four for
+    each word of four weights (BITS 4: even columns, odd columns, even ...): value = step * (256 * high + low), high
+    with a sign."""
+    largest = tl.abs(values[0].to(tl.float32))
+    for i in tl.static_range(1, len(values)):
+        largest = _larger(largest, tl.abs(values[i].to(tl.float32)))
+    a, b, c, d = _split_quads(largest)
+    # Zeros are no steps of any size; a number that small is none to divide by.
+    largest = _larger(_larger(_larger(a, b), _larger(c, d)), 1e-30)
+    inverse = (32767.0 / largest)[:, None]
+    high, low = _nothing(), _nothing()
+    for i in tl.static_range(0, len(values), 8 // BITS):
+        a, b, c, d = _to_integers(values[i], inverse)
+        if BITS == 8:
+            upper, lower = _pack(a, b, c, d)
+        else:
+            e, f, g, h = _to_integers(values[i + 1], inverse)
+            upper, lower = _pack(a, c, e, g)
+            high, low = high + (upper,), low + (lower,)
+            upper, lower = _pack(b, d, f, h)
+        high, low = high + (upper,), low + (lower,)
+    # Weights of four bits are multiplied by 16 where they are.
+    return largest * (1.0 / 32767.0 if BITS == 8 else 1.0 / (16 * 32767.0)), high, low
+
+
+@triton.jit
+def _larger(a, b):
+    """Not a number if one of them is not."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _to_integers(x, inverse):
+    """[THREADS, 4] -> the four columns times `inverse`, rounded, in the lower 16 bits of int32."""
+    # Adding 1.5 * 2^23 rounds to an integer, which the lower bits of the sum then are, without a conversion.
+    return _split_quads((x.to(tl.float32) * inverse + 12582912.0).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _split_quads(x):
+    """[THREADS, 4] -> its columns"""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _pack(a, b, c, d):
+    """The second bytes of four integers as a word, and the first ones."""
+    if _DP4A:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 ab, cd;
+            prmt.b32 ab, $2, $3, 0x5410;
+            prmt.b32 cd, $4, $5, 0x5410;
+            prmt.b32 $0, ab, cd, 0x7531;
+            prmt.b32 $1, ab, cd, 0x6420;
+            }""",
+            "=&r,=r,r,r,r,r",
+            [a, b, c, d],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        high = (a >> 8 & 255) | (b >> 8 & 255) << 8 | (c >> 8 & 255) << 16 | (d >> 8 & 255) << 24
+        return high, (a & 255) | (b & 255) << 8 | (c & 255) << 16 | (d & 255) << 24
+
+
+@triton.jit
+def _add_products(a, b, sums, SIGNED: tl.constexpr):
+    """sums + the products of the four bytes of `a`, signed, with those of `b`."""
+    if _DP4A:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;" if SIGNED else "dp4a.s32.u32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [a, b, sums],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        for i in tl.static_range(4):
+            byte = b << (24 - 8 * i) >> 24
+            sums += (a << (24 - 8 * i) >> 24) * (byte if SIGNED else byte & 255)
+        return sums
+
+
+@triton.jit
+def _multiply(words, scales, high, low, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """[rows, THREADS]: each thread's sum of products, float32, in steps of the input (BITS 4: 16 times as much)."""
+    # A product is at most 2^15 * 2^7, and a thread adds 4 or 8 for each word: 64 words stay below 2^31.
+    integers = tl.zeros_like(words[0])
+    if BITS == 8:
+        for i in tl.static_range(len(words)):
+            integers = _add_products(words[i], high[i][None, :], integers, True)
+        integers *= 256
+        for i in tl.static_range(len(words)):
+            integers = _add_products(words[i], low[i][None, :], integers, False)
+        return integers.to(tl.float32)
+    elif GROUP == 0:
+        for i in tl.static_range(len(words)):
+            integers = _add_nibbles(words[i], high, 2 * i, integers, True)
+        integers *= 256
+        for i in tl.static_range(len(words)):
+            integers = _add_nibbles(words[i], low, 2 * i, integers, False)
+        return integers.to(tl.float32)
+    else:
+        sums = tl.zeros(words[0].shape, tl.float32)
+        for i in tl.static_range(len(words)):
+            integers = _add_nibbles(words[i], high, 2 * i, tl.zeros_like(words[0]), True)
+            integers = _add_nibbles(words[i], low, 2 * i, integers * 256, False)
+            sums += integers.to(tl.float32) * scales[i].to(tl.float32)
+        return sums
+
+
+@triton.jit
+def _add_nibbles(words, inputs, i: tl.constexpr, sums, SIGNED: tl.constexpr):
+    # A byte's upper four bits with zeros below are 16 times the weight with its sign.
+    sums = _add_products(words << 4 & -0x0F0F0F10, inputs[i][None, :], sums, SIGNED)
+    return _add_products(words & -0x0F0F0F10, inputs[i + 1][None, :], sums, SIGNED)
+
+
+@triton.jit
+def _sum_threads(sums, BLOCK_N: tl.constexpr, THREADS: tl.constexpr):
+    """[BLOCK_N, THREADS] -> [BLOCK_N]
+
+    Neighbours exchange halves of their rows, then of what is left: BLOCK_N - 1 shuffles where a sum for each row would
+    take 5 * BLOCK_N.
+    """
+    lanes = tl.arange(0, 32)[None, None, :]
+    sums = tl.reshape(sums, (BLOCK_N, THREADS // 32, 32))
+    for level in tl.static_range(5):
+        if BLOCK_N >> level > 1:
+            pairs = tl.reshape(sums, (BLOCK_N >> level + 1, 2, THREADS // 32, 32))
+            even, odd = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
+            upper = (lanes >> level & 1) == 1
+            others = tl.broadcast_to(lanes ^ 1 << level, even.shape)
+            sums = tl.where(upper, odd, even) + tl.gather(tl.where(upper, even, odd), others, 2)
+    # Row r is now with the threads t of t % BLOCK_N = r.
+    return tl.sum(tl.reshape(sums, (THREADS // BLOCK_N, BLOCK_N)), 0)
+
+
+@triton.jit
+def _row_result(
+    sums, scale, bias, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr
+):
+    y = _sum_threads(sums, BLOCK_N, THREADS)
+    if GROUP == 0:
+        y *= scale
+    if HAS_BIAS:
+        y += bias
+    return y
+
+
+def integer_gemv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    config: IntegerGemvConfig,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm: Norm | None = None,
+    activation: str = "none",
+    gate: Gate | None = None,
+    add_to_out: bool = False,
+    settled: bool = False,
+    splits: int = 1,
+    head_size: int = 0,
+) -> None:
+    """`gpt.kernels.gemv.gemv` with weight [N, K] int8 and scale [N], or weight [N, K / 2] uint8 (packed) and scale [N]
+    or [N, K / group].
+
+    The gate's weight and scale have the same shapes.  Raises ValueError for shapes that do not fit, for K that is no
+    multiple of 4 (packed: 8), for heads of no multiple of 4, and for groups that are no power of two or below 32.
+    """
+    bits = 4 if weight.dtype == torch.uint8 else 8
+    num_rows, num_columns = len(weight), weight.shape[1] * 8 // bits
+    inputs, part_sum = x, x
+    if splits > 1:
+        if head_size % 4:
+            raise ValueError(f"head_size: found {head_size}, expected a multiple of 4")
+        parts = num_columns * splits
+        x, part_sum = x[:parts], x[parts : parts + 2 * num_columns // head_size * splits]
+        inputs = x[:num_columns]
+    group = _check(inputs.view(1, -1), weight, out.view(1, -1), bias, scale, gate)
+    block_n = min(config.block_n, next_power_of_2(num_rows + 1) // 2)
+    _integer_gemv_kernel[(cdiv(num_rows, block_n),)](
+        x,
+        part_sum,
+        norm.weight if norm else x,
+        norm.bias if norm and norm.bias is not None else x,
+        weight.view(torch.int32),
+        gate.weight.view(torch.int32) if gate else weight.view(torch.int32),
+        scale,
+        gate.scale if gate else scale,
+        bias if bias is not None else x,
+        gate.bias if gate and gate.bias is not None else x,
+        out,
+        num_rows,
+        norm.epsilon if norm else 0.0,
+        K=num_columns,
+        BITS=bits,
+        GROUP=group,
+        NORM="none" if norm is None else "rmsnorm" if norm.bias is None else "layernorm",
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        GATED=gate is not None,
+        ADD_TO_OUT=add_to_out,
+        SETTLED=settled,
+        SPLITS=splits,
+        HEAD_SIZE=head_size,
+        BLOCK_N=block_n,
+        THREADS=32 * config.num_warps,
+        STRETCH=min(config.num_pieces, cdiv(num_columns * bits // 32, 32 * config.num_warps)) * 32 * config.num_warps,
+        num_warps=config.num_warps,
+        **launch_options(x.device),
+    )
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    gate: Gate | None,
+) -> int:
+    """The columns that share a scale, 0 for all of them; ValueError names what does not fit."""
+    if weight.dtype == torch.uint8:
+        return check_int4(x, weight, out, bias, scale, gate)
+    if weight.dtype != torch.int8 or weight.shape[1] % 4:
+        raise ValueError(
+            f"weight: found {weight.dtype} {tuple(weight.shape)}, expected int8 [N, K], K a multiple of 4, or uint8"
+        )
+    check_product(x, weight, out, bias, scale)
+    if gate is not None:
+        if (gate.bias is None) != (bias is None):
+            raise ValueError("gate: expected a bias where the first product has one")
+        check_product(x, gate.weight, out, gate.bias, gate.scale)
+    return 0
+
+
+def default_config(num_rows: int, num_columns: int, bits: int, device: torch.device) -> IntegerGemvConfig:
+    """num_rows, num_columns: N and K.  At most 64 registers of a thread wait for weights and their groups' scales, and
+    there are programs for every multiprocessor."""
+    num_pieces = bits
+    num_warps = next_power_of_2(cdiv(num_columns * bits, 32 * 32 * num_pieces))
+    block_n = 8
+    while block_n > 1 and cdiv(num_rows, block_n) < 3 * num_multiprocessors(device) // 4:
+        block_n //= 2
+    return IntegerGemvConfig(block_n, num_pieces, min(8, num_warps))
