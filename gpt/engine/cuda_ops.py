@@ -37,6 +37,8 @@ from gpt.mapping import Mapping, Split
 
 # From so many rows on, products belong to the libraries: the kernels would fetch each weight once per 64 rows.
 LIBRARY_ROWS = 128
+# Larger attentions join their parts in a launch of their own.
+MOST_IN_PARTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -230,9 +232,14 @@ class DecodeOps:
         num_slots = self.inputs.table.shape[1] * cache.tokens_per_block
         config = self.tuning.attention(self._batch_size, self.num_heads, self.num_kv_heads, num_slots)
         parts = self._scratch.get(scratch_size(self._batch_size, self.num_heads, head_size, config), self.device)
-        takes_parts = self._batch_size == 1 and not self.products
-        in_parts = parts is not None and takes_parts and head_size >= 4 and head_size & (head_size - 1) == 0
+        in_parts = self._batch_size == 1 and not self.products and config.num_splits > 1
+        in_parts = in_parts and head_size >= 4 and head_size & (head_size - 1) == 0
+        # Every program of the product that takes them reads all of them.
+        in_parts = in_parts and self.num_heads * head_size * config.num_splits <= MOST_IN_PARTS
         out = self._empty(self.num_heads * head_size, self.dtype)
+        next_weight = self.weights.get(f"model.layers.{layer}.mlp.dense_h_to_4h.weight")
+        if next_weight is not None and next_weight.dtype != self.dtype:
+            next_weight = None  # integer weights are few enough for their own kernel to ask for in time
         decode_attention(
             self.value(qkv).view(self._batch_size, -1, head_size),
             self.inputs.positions,
@@ -246,10 +253,10 @@ class DecodeOps:
             kv_scale=None if cache.scales is None else cache.scales[layer],
             parts=parts,
             join=not in_parts,
-            next_weight=self.weights.get(f"model.layers.{layer}.mlp.dense_h_to_4h.weight"),
+            next_weight=next_weight,
         )
         self._launches += 1
-        if parts is not None and in_parts:
+        if in_parts and parts is not None:
             return Parts(parts, config.num_splits)
         return out
 
@@ -401,7 +408,9 @@ class DecodeOps:
         # Whole words of weights; a head has float weights.
         if scale is not None and num_columns % 4 == 0:
             bits = 4 if weight.dtype == torch.uint8 else 8
-            integer_config = integer_gemv.default_config(num_rows, num_columns, bits, self.device)
+            integer_config = integer_gemv.default_config(
+                num_rows, num_columns, bits, self.device, gated=gate is not None
+            )
             integer_gemv.integer_gemv(h, weight, out, config=integer_config, **options)
         else:
             config = self.tuning.gemv(num_rows, num_columns, itemsize=weight.itemsize)

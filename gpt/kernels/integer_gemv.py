@@ -357,12 +357,22 @@ def _check(
     return 0
 
 
-def default_config(num_rows: int, num_columns: int, bits: int, device: torch.device) -> IntegerGemvConfig:
-    """num_rows, num_columns: N and K.  At most 64 registers of a thread wait for weights and their groups' scales, and
-    there are programs for every multiprocessor."""
-    num_pieces = bits
-    num_warps = next_power_of_2(cdiv(num_columns * bits, 32 * 32 * num_pieces))
-    block_n = 8
+def default_config(
+    num_rows: int, num_columns: int, bits: int, device: torch.device, *, gated: bool = False
+) -> IntegerGemvConfig:
+    """What was fastest on an H100 for the shapes of GPT-2 and SantaCoder (docs/performance.md).  num_rows, num_columns:
+    N and K.
+
+    What a thread does for each of its columns costs as much as several rows' products, so that programs have many rows
+    where there are many; where there are few, many threads share a row.  A thread's words, with the scales of their
+    groups, have at most 128 registers, and there are programs for every multiprocessor.
+    """
+    wide = num_rows > num_columns
+    block_n = (32 if wide else 16 if num_rows == num_columns else 8) // (2 if gated else 1)
     while block_n > 1 and cdiv(num_rows, block_n) < 3 * num_multiprocessors(device) // 4:
         block_n //= 2
-    return IntegerGemvConfig(block_n, num_pieces, min(8, num_warps))
+    num_warps = 4 if wide and num_columns <= 2048 else 8
+    # Not more threads than a row has words.
+    num_warps = min(num_warps, next_power_of_2(cdiv(num_columns * bits, 32 * 32)))
+    registers = 64 if gated else 128
+    return IntegerGemvConfig(block_n, min(bits, max(1, registers * bits // 8 // block_n)), num_warps)
