@@ -64,6 +64,8 @@ def _gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PADDED_K: tl.constexpr,
+    THREADS: tl.constexpr,
+    CROWDED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -75,12 +77,12 @@ def _gemv_kernel(
     bias, scale = load_epilogue(bias_ptr, scale_ptr, rows, in_rows, HAS_BIAS, HAS_SCALE)
     if GATED:
         gate_bias, gate_scale = load_epilogue(gate_bias_ptr, gate_scale_ptr, rows, in_rows, HAS_BIAS, HAS_SCALE)
-    if ADD_TO_OUT and SETTLED:
+    if ADD_TO_OUT and SETTLED and not CROWDED:
         # Around the first-level cache, which may hold what was there before.
         before = tl.load(out_ptr + rows, mask=in_rows, other=0.0, cache_modifier=".cg").to(tl.float32)
     stretch, shift = load_norm(norm_weight_ptr, norm_bias_ptr, columns, K, NORM)
     wait_for_inputs(DEPENDENT)
-    if ADD_TO_OUT and not SETTLED:
+    if ADD_TO_OUT and (CROWDED or not SETTLED):
         before = tl.load(out_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
     mean = 0.0
     inverse = 1.0
@@ -117,14 +119,14 @@ def _gemv_kernel(
                 else:
                     gates = _load_weights(gate_ptr, rows, start + columns, in_rows, K)
                 gate_sums += _sum_vectors(gates.to(tl.float32) * x[None, :], VECTOR)
-    y = tl.sum(sums, 1)
+    y = _sum_rows(sums, BLOCK_N, BLOCK_K // VECTOR, THREADS, CROWDED)
     if HAS_SCALE:
         y *= scale
     if HAS_BIAS:
         y += bias
     y = activate(y, ACTIVATION)
     if GATED:
-        gate = tl.sum(gate_sums, 1)
+        gate = _sum_rows(gate_sums, BLOCK_N, BLOCK_K // VECTOR, THREADS, CROWDED)
         if HAS_SCALE:
             gate *= gate_scale
         if HAS_BIAS:
@@ -144,6 +146,36 @@ def _gemv_kernel(
 def _sum_vectors(x, VECTOR: tl.constexpr):
     """[N, K] -> [N, K / VECTOR]"""
     return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // VECTOR, VECTOR)), 2)
+
+
+@triton.jit
+def _sum_rows(sums, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr, CROWDED: tl.constexpr):
+    """[BLOCK_N, WIDTH] -> [BLOCK_N]"""
+    # With fewer columns than threads, some of them have some of the rows; of more rows a lane would have several.
+    if CROWDED or WIDTH < THREADS or BLOCK_N > 32:
+        return tl.sum(sums, 1)
+    else:
+        return sum_threads(tl.sum(tl.reshape(sums, (BLOCK_N, WIDTH // THREADS, THREADS)), 1), BLOCK_N, THREADS)
+
+
+@triton.jit
+def sum_threads(sums, BLOCK_N: tl.constexpr, THREADS: tl.constexpr):
+    """[BLOCK_N, THREADS] -> [BLOCK_N], for sums of which each thread has one of every row.
+
+    Neighbours exchange halves of their rows, then of what is left: BLOCK_N - 1 shuffles where a sum for each row would
+    take 5 * BLOCK_N, and at the end a row's lane alone has its sum to work on.
+    """
+    lanes = tl.arange(0, 32)[None, None, :]
+    sums = tl.reshape(sums, (BLOCK_N, THREADS // 32, 32))
+    for level in tl.static_range(5):
+        if BLOCK_N >> level > 1:
+            pairs = tl.reshape(sums, (BLOCK_N >> level + 1, 2, THREADS // 32, 32))
+            even, odd = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
+            upper = (lanes >> level & 1) == 1
+            others = tl.broadcast_to(lanes ^ 1 << level, even.shape)
+            sums = tl.where(upper, odd, even) + tl.gather(tl.where(upper, even, odd), others, 2)
+    # Row r is now with the threads t of t % BLOCK_N = r.
+    return tl.sum(tl.reshape(sums, (THREADS // BLOCK_N, BLOCK_N)), 0)
 
 
 @triton.jit
@@ -244,8 +276,9 @@ def gemv(
     else:
         check_product(x.view(1, -1), weight, out.view(1, -1), bias, scale)
     tile_max, tile_argmax = tiles or (out, out)
-    # Threads that hold 128 weights of a longer row have no register left: with one more value SantaCoder's FC2 took 168
-    # of them instead of 128 (float16, Triton 3.6, compute capability 9.0), and half as many programs would fit.
+    # Threads that hold 128 weights of a longer row have no register left: with one more value, or to exchange sums,
+    # SantaCoder's FC2 takes more than 128 of them (float16, Triton 3.6, compute capability 9.0), and half as many
+    # programs would fit.
     crowded = num_columns > config.block_k and config.block_n * config.block_k >= 128 * 32 * config.num_warps
     grid = (triton.cdiv(num_rows, config.block_n),)
     _gemv_kernel[grid](
@@ -272,13 +305,15 @@ def gemv(
         HAS_SCALE=scale is not None,
         GATED=gate is not None,
         ADD_TO_OUT=add_to_out,
-        SETTLED=settled and not crowded,
+        SETTLED=settled,
         ARGMAX=tiles is not None,
         SPLITS=splits,
         HEAD_SIZE=head_size,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         PADDED_K=triton.next_power_of_2(num_columns),
+        THREADS=32 * config.num_warps,
+        CROWDED=crowded,
         num_warps=config.num_warps,
         **launch_options(x.device),
     )

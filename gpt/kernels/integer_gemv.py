@@ -27,7 +27,7 @@ from gpt.kernels.fixed_point import (
     sums_and_squares,
     to_planes,
 )
-from gpt.kernels.gemv import add_pairs, mean_and_inverse
+from gpt.kernels.gemv import add_pairs, mean_and_inverse, sum_threads
 from gpt.kernels.int4 import check_int4
 from gpt.kernels.launch import (
     activate,
@@ -237,30 +237,10 @@ def _add_nibbles(words, inputs, i: tl.constexpr, sums, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _sum_threads(sums, BLOCK_N: tl.constexpr, THREADS: tl.constexpr):
-    """[BLOCK_N, THREADS] -> [BLOCK_N]
-
-    Neighbours exchange halves of their rows, then of what is left: BLOCK_N - 1 shuffles where a sum for each row would
-    take 5 * BLOCK_N.
-    """
-    lanes = tl.arange(0, 32)[None, None, :]
-    sums = tl.reshape(sums, (BLOCK_N, THREADS // 32, 32))
-    for level in tl.static_range(5):
-        if BLOCK_N >> level > 1:
-            pairs = tl.reshape(sums, (BLOCK_N >> level + 1, 2, THREADS // 32, 32))
-            even, odd = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
-            upper = (lanes >> level & 1) == 1
-            others = tl.broadcast_to(lanes ^ 1 << level, even.shape)
-            sums = tl.where(upper, odd, even) + tl.gather(tl.where(upper, even, odd), others, 2)
-    # Row r is now with the threads t of t % BLOCK_N = r.
-    return tl.sum(tl.reshape(sums, (THREADS // BLOCK_N, BLOCK_N)), 0)
-
-
-@triton.jit
 def _row_result(
     sums, scale, bias, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr
 ):
-    y = _sum_threads(sums, BLOCK_N, THREADS)
+    y = sum_threads(sums, BLOCK_N, THREADS)
     if GROUP == 0:
         y *= scale
     if HAS_BIAS:
