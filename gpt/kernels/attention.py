@@ -15,18 +15,8 @@ import triton
 import triton.language as tl
 
 from gpt.kernels.attention_blocks import Rotary, attend, rotate_heads, rotated, stored
-from gpt.kernels.launch import (
-    fetch_before,
-    fetch_lines,
-    fetch_share,
-    launch_options,
-    num_multiprocessors,
-    supports_dependent_launch,
-    wait_for_inputs,
-)
+from gpt.kernels.launch import fetch_before, fetch_share, launch_options, num_multiprocessors, wait_for_inputs
 from gpt.quant import to_fp8, to_int8
-
-FETCH_PAST = True
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,6 @@ def _attention_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PAST_LINES: tl.constexpr,
     NEXT_SHARE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -104,14 +93,6 @@ def _attention_kernel(
         BLOCK_T,
         BLOCK_D,
     )
-    if PAST_LINES > 0:
-        # The blocks after the first, while there is nothing to multiply them with.
-        SIZE: tl.constexpr = keys_ptr.dtype.element_ty.primitive_bitwidth // 8
-        sequence = (tl.load(table_ptr + row).to(tl.int64) * G + group) * TOKENS_PER_BLOCK
-        lines = (begin + BLOCK_T) * D * SIZE + 128 * tl.arange(0, PAST_LINES)
-        lines = sequence * D * SIZE + tl.maximum(tl.minimum(lines, end * D * SIZE - 1), 0)
-        fetch_lines(keys_ptr, lines)
-        fetch_lines(values_ptr, lines)
     wait_for_inputs(DEPENDENT)
     heads = tl.arange(0, BLOCK_H)
     in_group = heads < heads_per_group
@@ -291,10 +272,6 @@ def decode_attention(
         part_out, part_sum = parts[: num_parts * head_size], parts[num_parts * head_size :]
     per_group = num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_size))
-    past_lines = 0
-    if FETCH_PAST and batch_size > 1 and table.shape[1] == 1 and supports_dependent_launch(qkv.device):
-        left = min(tokens_per_block, 512) // config.num_splits - config.block_t
-        past_lines = triton.next_power_of_2(left * head_size * keys.itemsize // 128) if left > 0 else 0
     # The pasts of several sequences leave the memory no time.
     fetch = fetch_before(next_weight if batch_size == 1 else None, qkv, multiple=num_kv_heads)
     _attention_kernel[(config.num_splits + fetch.num_programs // num_kv_heads, num_kv_heads, batch_size)](
@@ -324,7 +301,6 @@ def decode_attention(
         BLOCK_H=1 if per_group == 1 else max(16, triton.next_power_of_2(per_group)),
         BLOCK_T=config.block_t,
         BLOCK_D=block_d,
-        PAST_LINES=past_lines,
         NEXT_SHARE=fetch.share,
         num_warps=config.num_warps,
         **launch_options(qkv.device),
