@@ -33,6 +33,15 @@ def tile_maxima(logits: torch.Tensor, width: int = 64) -> torch.Tensor:
     return tiles.unflatten(1, (-1, width)).amax(-1)
 
 
+def differs_by_rounding(scores: torch.Tensor, uniform: torch.Tensor, token: int) -> bool:
+    """Whether another order of sums may have found `token`: the mass that is looked for, at 0 the whole of it, lies as
+    close to the end of a token's share as sums of float64 are exact."""
+    sums = scores.double().softmax(-1).cumsum(-1)
+    wanted = (1 - uniform) * sums[-1]
+    before = sums[token - 1] if token else sums.new_zeros(())
+    return bool(scores[token] > -math.inf and before <= wanted + 1e-12 and sums[token] >= wanted - 1e-12)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("name", FILTERS)
@@ -51,8 +60,10 @@ def test_tokens_are_those_of_the_plain_form(name: str, tiles: bool, size: int, k
         best, token = draw_tokens(logits, filters, numbers, positions, first, tile_maxima(logits) if tiles else None)
         assert torch.equal(best[:, 0], logits.amax(-1))
         drawn = numbers[steps, torch.arange(3)]
-        expected = logits.argmax(-1) if config is None else draw(keep_likely(logits, config), drawn)
-        assert token[:, 0].tolist() == expected.tolist()
+        scores = logits if config is None else keep_likely(logits, config)
+        expected = logits.argmax(-1) if config is None else draw(scores, drawn)
+        for row in (token[:, 0] != expected).nonzero()[:, 0].tolist():
+            assert config is not None and differs_by_rounding(scores[row], drawn[row], int(token[row]))
 
 
 def test_equal_logits_stay_together(kernel_device: torch.device) -> None:
