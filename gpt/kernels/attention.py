@@ -335,7 +335,7 @@ def default_config(
     else:
         block_t, num_warps = 64, 2
     wanted = triton.cdiv(2 * num_multiprocessors(device), batch_size * num_kv_heads)
-    if batch_size == 1 and num_heads == num_kv_heads and wanted >= 16 and num_slots <= 256:
+    if batch_size == 1 and num_heads == num_kv_heads and wanted >= 20 and num_slots <= 256:
         block_t, num_warps = 16, 1  # few heads and a short past: small parts, without a wait among warps
     num_splits = triton.next_power_of_2(max(1, min(wanted, num_slots // block_t, 16)))
     return AttentionConfig(block_t, num_splits, num_warps)

@@ -59,6 +59,7 @@ def choose_greedy(
     """
     tile_max, tile_argmax = tiles
     num_rows, num_tiles = tile_max.shape
+    padded_tiles = triton.next_power_of_2(num_tiles)
     _choose_kernel[(num_rows,)](
         tile_max,
         tile_argmax,
@@ -67,7 +68,7 @@ def choose_greedy(
         first,
         tokens,
         num_tiles,
-        PADDED_TILES=triton.next_power_of_2(num_tiles),
-        num_warps=4,
+        PADDED_TILES=padded_tiles,
+        num_warps=max(4, min(16, padded_tiles // 256)),
         **launch_options(ids.device),
     )

@@ -324,28 +324,27 @@ def default_config(num_rows: int, num_columns: int, device: torch.device, itemsi
     num_columns: N and K.  itemsize: bytes of a weight.
 
     Blocks of several rows, since each program reads the vector and the norm's anew: at most 128 values per thread are
-    in flight, and there are programs for every multiprocessor.
+    in flight, and there are programs for most multiprocessors.
     """
-    block_k = triton.next_power_of_2(num_columns)
-    wide = num_rows > num_columns
-    if num_columns <= 768 or (num_columns <= 1024 and itemsize == 1):
-        block_n, per_thread = 4, 128
-    elif num_columns <= 1024:
-        block_n, per_thread = (16, 128) if wide else (4, 64)
-    elif num_rows >= num_columns and itemsize == 1:
-        block_n, block_k, per_thread = 8, min(block_k, 2048), 128
-    elif wide:
-        block_n, block_k, per_thread = (8, 1024, 64) if num_columns <= 2048 else (8, 2048, 128)
+    processors = num_multiprocessors(device)
+    many = num_rows >= 20 * processors
+    if num_columns <= 1024:
+        wide = num_rows > num_columns
+        block_n, block_k = (16 if many else 8) if wide else 4, 1024
+        per_thread = 128 if many or (num_columns <= 768 and not wide) else 64
+    elif num_rows > num_columns:
+        block_n, block_k = 8, 1024 if num_columns <= 2048 and many else 2048
+        per_thread = 64 if num_columns <= 2048 and many else 128
     elif num_rows == num_columns:
-        # All of a row at once, where two blocks would leave half of the second empty.
-        block_n, block_k, per_thread = (16, 1024, 64) if num_columns % 1024 == 0 else (4, min(block_k, 2048), 64)
-    elif num_columns % 4096 == 0:
+        block_n, block_k, per_thread = (4, 2048, 128) if num_columns <= 2048 else (16, 1024, 64)
+    elif num_columns <= 4096 or num_columns % 4096 == 0:
         block_n, block_k, per_thread = 8, 4096, 128
     else:
-        block_n, block_k, per_thread = 8 if num_columns > 4096 else 4, min(block_k, 2048), 64
+        block_n, block_k, per_thread = 4, 2048, 64
+    block_k = min(block_k, triton.next_power_of_2(num_columns))
     if itemsize == 4:
         block_n, per_thread = block_n // 2, 64
-    while block_n > 1 and triton.cdiv(num_rows, block_n) < 3 * num_multiprocessors(device) // 4:
+    while block_n > 1 and triton.cdiv(num_rows, block_n) < 2 * processors // 3:
         block_n //= 2
     return GemvConfig(block_n, block_k, min(8, max(1, block_n * block_k // (32 * per_thread))))
 
