@@ -156,6 +156,28 @@ def test_logits(name: str, dtype: str, batch: str, kernel_device: torch.device) 
     check_generation(oracle, session, ids, BOUNDS[dtype])
 
 
+@pytest.mark.parametrize("most", [0, cuda_ops.MOST_IN_PARTS])
+def test_parts_of_large_attentions_are_joined_by_themselves(
+    most: int, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+) -> None:
+    """The product of a small one takes its parts along."""
+    splits: list[int] = []
+    multiply = cuda_ops.gemv
+
+    def listen(*args: Any, **options: Any) -> None:
+        splits.append(options["splits"])
+        multiply(*args, **options)
+
+    monkeypatch.setattr(cuda_ops, "gemv", listen)
+    monkeypatch.setattr(cuda_ops, "MOST_IN_PARTS", most)
+    oracle, session = make_pair(MODEL, "float32", kernel_device)
+    prompts = random_prompts(BATCHES["one"], MODEL.vocab_size)
+    ids = begin(oracle, prompts).argmax(-1)
+    begin(session, prompts)
+    check_generation(oracle, session, ids, BOUNDS["float32"])
+    assert (max(splits) > 1) == (most > 0)
+
+
 @pytest.mark.parametrize("name", ["learned", "rope gated"])
 def test_products_of_large_batches_by_libraries(
     name: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
