@@ -41,6 +41,9 @@ from gpt.kernels.launch import (
 from gpt.kernels.product import Gate, Norm, check_product
 
 
+MOST_PIECES = 64  # more of a thread's products might not fit an int32
+
+
 @dataclass(frozen=True)
 class IntegerGemvConfig:
     """block_n: rows of a program.  num_pieces: words of a row, four bytes each, that a thread asks for at once."""
@@ -268,8 +271,11 @@ def integer_gemv(
     or [N, K / group].
 
     The gate's weight and scale have the same shapes.  Raises ValueError for shapes that do not fit, for K that is no
-    multiple of 4 (packed: 8), for heads of no multiple of 4, and for groups that are no power of two or below 32.
+    multiple of 4 (packed: 8), for heads of no multiple of 4, for groups that are no power of two or below 32, and for more
+    than MOST_PIECES.
     """
+    if config.num_pieces > MOST_PIECES:
+        raise ValueError(f"num_pieces: found {config.num_pieces}, expected at most {MOST_PIECES}")
     bits = 4 if weight.dtype == torch.uint8 else 8
     num_rows, num_columns = len(weight), weight.shape[1] * 8 // bits
     inputs, part_sum = x, x
