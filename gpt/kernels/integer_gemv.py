@@ -40,7 +40,6 @@ from gpt.kernels.launch import (
 )
 from gpt.kernels.product import Gate, Norm, check_product
 
-
 MOST_PIECES = 64  # more of a thread's products might not fit an int32
 
 
