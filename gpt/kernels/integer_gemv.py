@@ -270,8 +270,8 @@ def integer_gemv(
     or [N, K / group].
 
     The gate's weight and scale have the same shapes.  Raises ValueError for shapes that do not fit, for K that is no
-    multiple of 4 (packed: 8), for heads of no multiple of 4, for groups that are no power of two or below 32, and for more
-    than MOST_PIECES.
+    multiple of 4 (packed: 8), for heads of no multiple of 4, for groups that are no power of two or below 32, and for
+    more pieces than MOST_PIECES.
     """
     if config.num_pieces > MOST_PIECES:
         raise ValueError(f"num_pieces: found {config.num_pieces}, expected at most {MOST_PIECES}")
