@@ -89,6 +89,8 @@ def all_cases(models: Iterable[str], products: Iterable[str], batch_sizes: Itera
         for batch_size in batch_sizes:
             yield attention_case(model, batch_size)
             yield from plugin_attention_cases(model, batch_size)
+    for model, product in shapes:
+        yield from widening_cases(model, product)
 
 
 def product_shape(model: str, product: str) -> tuple[int, int]:
@@ -114,19 +116,31 @@ def random_int8(*shape: int) -> torch.Tensor:
     return torch.randint(-127, 128, shape, device="cuda", dtype=torch.int8)
 
 
-def weight_products(model: str, product: str, num_tokens: int) -> Iterator[Case]:
-    """A decode step's products with float16, int8 and int4 weights, and PyTorch's with float16 weights."""
-    num_rows, num_columns = product_shape(model, product)
-    operations = 2 * num_tokens * num_rows * num_columns
-    others = 2 * num_tokens * (num_rows + num_columns)
-    sizes = {
+def weight_bytes(num_rows: int, num_columns: int) -> dict[str, int]:
+    """With scales."""
+    return {
         "float16": 2 * num_rows * num_columns,
         "int8": num_rows * num_columns + 2 * num_rows,
         "int4": num_rows * num_columns // 2 + 2 * num_rows * num_columns // GROUP_SIZE,
         "torch": 2 * num_rows * num_columns,
     }
+
+
+def integer_weights(name: str, copies: int, num_rows: int, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 or packed int4 [copies, N, K or K / 2], and scales of one."""
+    if name == "int8":
+        return random_int8(copies, num_rows, num_columns), half(num_rows)
+    packed = random_int8(copies, num_rows, num_columns // 2).view(torch.uint8)
+    return packed, half(num_rows, num_columns // GROUP_SIZE)
+
+
+def weight_products(model: str, product: str, num_tokens: int) -> Iterator[Case]:
+    """A decode step's products with float16, int8 and int4 weights, and PyTorch's with float16 weights."""
+    num_rows, num_columns = product_shape(model, product)
+    operations = 2 * num_tokens * num_rows * num_columns
+    others = 2 * num_tokens * (num_rows + num_columns)
     kind = "gemv" if num_tokens == 1 else "skinny"
-    for name, size in sizes.items():
+    for name, size in weight_bytes(num_rows, num_columns).items():
 
         def make(name: str = name, size: int = size) -> tuple[int, dict[str, Launch]]:
             return weight_launches(name, num_tokens, num_rows, num_columns, num_copies(size))
@@ -145,14 +159,10 @@ def weight_launches(
     if name == "torch":
         matrices = half(copies, num_rows, num_columns)
         return copies, {"": lambda copy: torch.mm(x, matrices[copy].t(), out=out)}
-    weights, scale = {
-        "float16": lambda: (half(copies, num_rows, num_columns), None),
-        "int8": lambda: (random_int8(copies, num_rows, num_columns), half(num_rows)),
-        "int4": lambda: (
-            random_int8(copies, num_rows, num_columns // 2).view(torch.uint8),
-            half(num_rows, num_columns // GROUP_SIZE),
-        ),
-    }[name]()
+    if name == "float16":
+        weights, scale = half(copies, num_rows, num_columns), None
+    else:
+        weights, scale = integer_weights(name, copies, num_rows, num_columns)
     configs: list[Any]
     if num_tokens > 1:
         configs = [skinny.default_config(num_tokens, num_rows, num_columns, device, splits=False)]
@@ -169,6 +179,24 @@ def weight_launches(
         return lambda copy: multiply(x, weights[copy], out, config=config, scale=scale)
 
     return copies, {parameters(config): bind(config) for config in configs}
+
+
+def widening_cases(model: str, product: str) -> Iterator[Case]:
+    """Weights made float16 for a prompt's product, whatever its tokens."""
+    num_rows, num_columns = product_shape(model, product)
+    sizes = weight_bytes(num_rows, num_columns)
+
+    def make(name: str) -> tuple[int, dict[str, Launch]]:
+        from gpt.kernels.widen import widen
+
+        copies = num_copies(sizes[name])
+        weights, scale = integer_weights(name, copies, num_rows, num_columns)
+        out = half(num_rows, num_columns)
+        return copies, {"": lambda copy: widen(weights[copy], scale, out)}
+
+    for name in ("int8", "int4"):
+        num_bytes = sizes[name] + 2 * num_rows * num_columns
+        yield Case(f"widen {name}", model, product, 0, num_bytes, 0, partial(make, name))
 
 
 def integer_product(model: str, product: str, num_tokens: int) -> Case:

@@ -21,6 +21,8 @@ def test_bytes_and_operations() -> None:
     assert cases["skinny float16"].num_bytes == cases["torch float16"].num_bytes == 2 * weights + vectors
     assert cases["skinny int8"].num_bytes == weights + 2 * 4096 + vectors
     assert cases["skinny int4"].num_bytes == weights // 2 + 2 * 4096 * 16 + vectors
+    widening = {case.kernel: case.num_bytes for case in bench_kernels.widening_cases("gpt2-medium", "fc1")}
+    assert widening == {"widen int8": 3 * weights + 2 * 4096, "widen int4": weights // 2 * 5 + 2 * 4096 * 16}
 
 
 def test_every_kernel_at_every_size() -> None:
@@ -32,6 +34,7 @@ def test_every_kernel_at_every_size() -> None:
         kernels += ["torch float16", "w8a8", "add_norm", "quantize_rows", "attention"]
         kernels += ["cached_attention", "paged_attention", "torch attention"]
         assert {(kernel, batch_size) for kernel in kernels} <= found
+    assert {("widen int8", 0), ("widen int4", 0)} <= found
 
 
 def test_no_gpu_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

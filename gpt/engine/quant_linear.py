@@ -127,17 +127,21 @@ def _packs_int4(num_out: int, num_in: int, group_size: int) -> bool:
 
 
 class WidenedWeights:
-    """Weight-only on a GPU, written plainly: weights widened to the engine's dtype at each product."""
+    """Weight-only on a GPU: at each product a kernel widens the weights to the engine's dtype, for a library's."""
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype):
-        self._weight, self._scale, self._dtype = weight, scale, dtype
+        from gpt.kernels.widen import widen  # Triton comes with PyTorch for CUDA
+
+        self._weight, self._scale, self._dtype, self._widen = weight, scale, dtype, widen
 
     def prepare(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self._dtype)
 
     def multiply(self, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        steps = unpack_int4(self._weight) if self._weight.dtype == torch.uint8 else self._weight
-        return _with_bias(F.linear(_floats(x), dequantize_weight(steps, self._scale).to(self._dtype)), bias)
+        x = _floats(x)
+        wide = torch.empty((len(self._weight), x.shape[1]), dtype=self._dtype, device=x.device)
+        self._widen(self._weight, self._scale, wide)
+        return _with_bias(F.linear(x, wide), bias)
 
 
 class SmoothQuantLinear:
