@@ -89,7 +89,8 @@ def test_columns_say_what_they_should(result: Result) -> None:
     assert list(result.rows[0]) == ["date", *COLUMNS, "command"]
     for row in result.rows:
         assert row["device"]
-        assert f"torch {torch.__version__}" in row["versions"]
+        # A package's metadata may leave out what its build is called, as in 2.13.0+cu130.
+        assert "torch " + torch.__version__.partition("+")[0] in row["versions"]
         if row["kind"] == "load":
             assert float(row["load_s_min"]) <= float(row["load_s"]) <= float(row["load_s_max"])
             stages = [float(row[f"load_{name}_s"]) for name in STAGES]
