@@ -30,7 +30,8 @@ class Decoder:
     tokens.  Without, its kernels are launched one by one.
 
     first: [B] int32, the positions at which generating began.  tokens: [T, 2, B] int32: per step since then the chosen
-    tokens and the bits of the largest logits.  uniforms: [T, B] float64, the random numbers of these steps.
+    tokens and the bits of the largest logits.  uniforms: [T, B] float64, the random numbers of these steps.  copies:
+    the stream that brings tokens to the host, None without a GPU.
     """
 
     def __init__(self, ops: DecodeOps, recorder: Recorder | None, num_rows: int, table_width: int, cache: KvCache):
@@ -46,6 +47,7 @@ class Decoder:
         num_steps = table_width * cache.tokens_per_block + 1
         self.tokens = zeros(num_steps, 2, num_rows)
         self.uniforms = zeros(num_steps, num_rows).double()
+        self.copies = torch.cuda.Stream(ops.device) if ops.device.type == "cuda" else None
         self._ops = ops
         self._recorder = recorder
         self._recorded: dict[Filters | None, _Recorded] = {}
@@ -102,7 +104,10 @@ class HostTokens:
         """waits: whether they arrive later than they are sent, as on a GPU."""
         self._host = torch.empty((num_steps, *decoder.tokens.shape[1:]), dtype=torch.int32, pin_memory=waits)
         # Between two steps a copy would take a twentieth of a small model's step.
-        self._stream = torch.cuda.Stream(decoder.tokens.device) if waits else None
+        self._stream = decoder.copies if waits else None
+        if self._stream is not None:
+            # What an earlier request sent and nobody read may still be on its way from where new tokens will stand.
+            torch.cuda.current_stream(decoder.tokens.device).wait_stream(self._stream)
         self._sent: list[torch.cuda.Event] = []
 
     def send(self, step: int, tokens: torch.Tensor) -> None:
