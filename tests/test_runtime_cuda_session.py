@@ -21,6 +21,7 @@ from gpt.engine.decode_values import Product, Stream
 from gpt.engine.kv_cache import batch_bucket
 from gpt.engine.step import AheadStep
 from gpt.engine.weights import engine_tensors
+from gpt.kernels import gemv
 from gpt.kernels.launch import INTERPRETED
 from gpt.mapping import Mapping
 from gpt.quant import ACTIVATION_SCALES, QuantConfig, dequantize_weight, unpack_int4
@@ -156,7 +157,7 @@ def test_logits(name: str, dtype: str, batch: str, kernel_device: torch.device) 
     check_generation(oracle, session, ids, BOUNDS[dtype])
 
 
-@pytest.mark.parametrize("most", [0, cuda_ops.MOST_IN_PARTS])
+@pytest.mark.parametrize("most", [0, gemv.MOST_IN_PARTS])
 def test_parts_of_large_attentions_are_joined_by_themselves(
     most: int, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
 ) -> None:
@@ -169,7 +170,7 @@ def test_parts_of_large_attentions_are_joined_by_themselves(
         multiply(*args, **options)
 
     monkeypatch.setattr(cuda_ops, "gemv", listen)
-    monkeypatch.setattr(cuda_ops, "MOST_IN_PARTS", most)
+    monkeypatch.setattr(gemv, "MOST_IN_PARTS", most)
     oracle, session = make_pair(MODEL, "float32", kernel_device)
     prompts = random_prompts(BATCHES["one"], MODEL.vocab_size)
     ids = begin(oracle, prompts).argmax(-1)

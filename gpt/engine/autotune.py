@@ -140,10 +140,10 @@ def _attention_launcher(
     width = num_heads * head_size
     weight = torch.randn((width, width), device=device).to(dtype)
     stream = torch.zeros(width, device=device)
-    joins = batch_size == 1 and head_size & (head_size - 1) == 0
 
     def launch(config: attention.AttentionConfig, copy: int) -> None:
         keys, values = caches[copy]
+        in_parts = batch_size == 1 and gemv.takes_parts(num_heads, head_size, config.num_splits)
         attention.decode_attention(
             qkv,
             positions,
@@ -154,11 +154,13 @@ def _attention_launcher(
             scale=0.1,
             config=config,
             parts=scratch if config.num_splits > 1 else None,
-            join=not joins,
+            join=not in_parts,
         )
-        if joins:
-            x, splits = (scratch, config.num_splits) if config.num_splits > 1 else (out.view(-1), 1)
-            product = gemv.config_for_parts(tuning.gemv(width, width), splits, head_size)
+        if batch_size == 1:
+            x, splits = (scratch, config.num_splits) if in_parts else (out.view(-1), 1)
+            product = tuning.gemv(width, width)
+            if in_parts:
+                product = gemv.config_for_parts(product, splits, head_size)
             gemv.gemv(x, weight, stream, config=product, add_to_out=True, splits=splits, head_size=head_size)
 
     return launch, copies

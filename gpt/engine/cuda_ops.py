@@ -28,7 +28,7 @@ from gpt.engine.tuning import Tuning
 from gpt.kernels import integer_gemv
 from gpt.kernels.attention import decode_attention, scratch_size
 from gpt.kernels.attention_blocks import Rotary
-from gpt.kernels.gemv import config_for_parts, gemv
+from gpt.kernels.gemv import config_for_parts, gemv, takes_parts
 from gpt.kernels.int4_skinny import int4_skinny
 from gpt.kernels.norm import add_norm, embed
 from gpt.kernels.product import Gate, Norm
@@ -37,8 +37,6 @@ from gpt.mapping import Mapping, Split
 
 # From so many rows on, products belong to the libraries: the kernels would fetch each weight once per 64 rows.
 LIBRARY_ROWS = 128
-# Larger attentions join their parts in a launch of their own.
-MOST_IN_PARTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -232,10 +230,8 @@ class DecodeOps:
         num_slots = self.inputs.table.shape[1] * cache.tokens_per_block
         config = self.tuning.attention(self._batch_size, self.num_heads, self.num_kv_heads, num_slots)
         parts = self._scratch.get(scratch_size(self._batch_size, self.num_heads, head_size, config), self.device)
-        in_parts = self._batch_size == 1 and not self.products and config.num_splits > 1
-        in_parts = in_parts and head_size >= 4 and head_size & (head_size - 1) == 0
-        # Every program of the product that takes them reads all of them.
-        in_parts = in_parts and self.num_heads * head_size * config.num_splits <= MOST_IN_PARTS
+        in_parts = self._batch_size == 1 and not self.products
+        in_parts = in_parts and takes_parts(self.num_heads, head_size, config.num_splits)
         out = self._empty(self.num_heads * head_size, self.dtype)
         next_weight = self.weights.get(f"model.layers.{layer}.mlp.dense_h_to_4h.weight")
         if next_weight is not None and next_weight.dtype != self.dtype:

@@ -24,6 +24,8 @@ from gpt.kernels.launch import (
 )
 from gpt.kernels.product import Gate, Norm, check_product
 
+MOST_IN_PARTS = 1 << 16  # values
+
 
 @dataclass(frozen=True)
 class GemvConfig:
@@ -347,6 +349,13 @@ def default_config(num_rows: int, num_columns: int, device: torch.device, itemsi
     while block_n > 1 and triton.cdiv(num_rows, block_n) < 2 * processors // 3:
         block_n //= 2
     return GemvConfig(block_n, block_k, min(8, max(1, block_n * block_k // (32 * per_thread))))
+
+
+def takes_parts(num_heads: int, head_size: int, num_splits: int) -> bool:
+    """Whether a product shall join an attention's parts itself.  All of its programs read all parts, so that of large
+    attentions a launch of its own joins them sooner."""
+    is_power_of_2 = head_size & (head_size - 1) == 0
+    return num_splits > 1 and head_size >= 4 and is_power_of_2 and num_heads * head_size * num_splits <= MOST_IN_PARTS
 
 
 def config_for_parts(config: GemvConfig, splits: int, head_size: int) -> GemvConfig:
