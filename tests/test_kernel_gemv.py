@@ -52,6 +52,21 @@ def test_everything_fused(
     assert tiles[0][best] == out[:num_valid].max()
 
 
+@pytest.mark.parametrize("block_n", [1, 4, 16, 32, 64])
+@pytest.mark.parametrize(("block_k", "num_warps"), [(256, 1), (1024, 1), (1024, 4), (2048, 4), (512, 4)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_every_way_to_add_up(
+    block_n: int, block_k: int, num_warps: int, dtype: torch.dtype, kernel_device: torch.device
+) -> None:
+    """Rows exchanged among a warp's threads, as many as these have columns and more; threads without a column of every
+    row; threads whose registers are full."""
+    x, weight = normal(1000, device=kernel_device), normal(70, 1000, device=kernel_device, dtype=dtype)
+    gate = Gate(normal(70, 1000, device=kernel_device, dtype=dtype))
+    out = torch.full((70,), math.nan, device=kernel_device)
+    gemv(x, weight, out, config=GemvConfig(block_n, block_k, num_warps), gate=gate)
+    assert relative_error(out, reference(x[None], weight, gate=gate)[0]) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_dtypes(dtype: torch.dtype, kernel_device: torch.device) -> None:
     weight = normal(50, 160, device=kernel_device, dtype=dtype)
