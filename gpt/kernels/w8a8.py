@@ -18,17 +18,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gpt.kernels.launch import (
     APPROXIMATIONS,
     INTERPRETED,
-    activate,
     cdiv,
     launch_options,
+    load_vector,
     next_power_of_2,
     num_multiprocessors,
     supports_dependent_launch,
-    to_steps,
     wait_for_inputs,
 )
 from gpt.kernels.product import ACTIVATION_FUNCTIONS, expect
 from gpt.kernels.quantize_rows import LARGEST
+from gpt.kernels.w8a8_epilogue import finish_tile
 
 # Tiles of neighbouring rows that run at the same time share the weights they read.
 GROUP_M = 8
@@ -111,8 +111,7 @@ def w8a8_kernel(
     # Asked for here, the vectors have come when the sums are done.
     row_scale = tl.load(row_scale_ptr + tokens, mask=in_tokens, other=0.0)
     col_scale = tl.load(col_scale_ptr + rows, mask=in_rows, other=0.0)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + rows, mask=in_rows, other=0.0)
+    bias = load_vector(bias_ptr, rows, in_rows, HAS_BIAS)
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype)
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         if DESCRIPTORS:
@@ -126,21 +125,25 @@ def w8a8_kernel(
             a = tl.load(x_ptr + x_places + start, mask=inside_k, other=0.0)
             b = tl.load(weight_ptr + weight_places + start, mask=inside_k, other=0.0)
         sums = tl.dot(a, tl.trans(b), sums, out_dtype=dtype)
-    y = sums.to(tl.float32) * col_scale[None, :] * row_scale[:, None]
-    if HAS_BIAS:
-        y += bias.to(tl.float32)[None, :]
-    y = activate(y, ACTIVATION)
-    places = (tl.program_id(1) * M + tokens).to(tl.int64)[:, None] * N + rows[None, :]
-    inside = in_tokens[:, None] & in_rows[None, :]
-    if QUANTIZES:
-        scale = tl.load(next_scale_ptr)
-        if SMOOTHED:
-            y = tl.div_rn(y, tl.load(smoother_ptr + rows, mask=in_rows, other=1.0)[None, :])
-        tl.store(out_ptr + places, to_steps(y * tl.div_rn(1.0, scale), out_ptr), mask=inside)
-        next_row_scale = tl.where(row_scale == row_scale, scale, row_scale)
-        tl.store(next_row_scale_ptr + tokens, next_row_scale, mask=in_tokens & (first_row == 0))
-    else:
-        tl.store(out_ptr + places, y.to(out_ptr.dtype.element_ty), mask=inside)
+    finish_tile(
+        sums,
+        row_scale,
+        col_scale,
+        bias,
+        tl.program_id(1),
+        first_token,
+        first_row,
+        next_scale_ptr,
+        smoother_ptr,
+        M,
+        N,
+        out_ptr,
+        next_row_scale_ptr,
+        ACTIVATION,
+        HAS_BIAS,
+        QUANTIZES,
+        SMOOTHED,
+    )
 
 
 def w8a8(
