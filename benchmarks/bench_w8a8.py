@@ -113,7 +113,8 @@ def config_of(tile: tuple[int, ...]) -> W8a8Config:
 def our_launches(
     operands: Operands, tiles: Sequence[tuple[int, ...]], activation: str = "none", quantizes: bool = False
 ) -> Iterator[tuple[str, Launch]]:
-    from gpt.kernels.w8a8 import NextInput, w8a8
+    from gpt.kernels.w8a8 import w8a8
+    from gpt.kernels.w8a8_epilogue import NextInput
 
     x, weights = operands.x, operands.weights
     out = torch.empty((len(x), weights.shape[1]), dtype=x.dtype if quantizes else torch.float16, device="cuda")
@@ -188,7 +189,7 @@ def row_launches(num_tokens: int, width: int) -> Iterator[tuple[str, str, Launch
     from gpt.kernels.norm import add_norm
     from gpt.kernels.product import Norm
     from gpt.kernels.quantize_rows import quantize_rows
-    from gpt.kernels.store_cache import store_cache
+    from gpt.kernels.store_cache import CacheSlots, store_cache
 
     stream, part = torch.zeros((num_tokens, width), device="cuda"), half(1, num_tokens, width)
     norm = Norm(torch.ones(width, device="cuda"), torch.zeros(width, device="cuda"), 1e-5)
@@ -205,8 +206,8 @@ def row_launches(num_tokens: int, width: int) -> Iterator[tuple[str, str, Launch
     yield "int8 of attention", "", lambda copy: quantize_rows(out, steps, row_scale), 0
     yield "int8 of gelu", "", lambda copy: quantize_rows(inner, inner_steps, row_scale), 0
     heads, blocks = half(num_tokens, 3 * width // 64, 64), half(2, 8, width // 64, num_tokens // 8, 64)
-    places = torch.arange(num_tokens, dtype=torch.int32, device="cuda")
-    yield "keys and values to the cache", "", lambda copy: store_cache(heads, places, blocks), 0
+    slots = CacheSlots(torch.arange(num_tokens, dtype=torch.int32, device="cuda"), blocks)
+    yield "keys and values to the cache", "", lambda copy: store_cache(heads, slots), 0
 
 
 def measure(

@@ -25,6 +25,17 @@ def int8_weight(num_rows: int, num_columns: int, device: torch.device) -> tuple[
     return steps, (torch.rand(num_rows, device=device) * 0.01 + 0.001).half()
 
 
+def operands(
+    num_tokens: int, num_rows: int, num_columns: int, device: torch.device, steps: torch.dtype = torch.int8
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [M, K], row_scale [M], weight [N, K] and col_scale [N] of a product of `steps`."""
+    x, weight = (
+        torch.randint(-128, 128, (size, num_columns), device=device).float().to(steps)
+        for size in (num_tokens, num_rows)
+    )
+    return x, torch.rand(num_tokens, device=device) + 0.1, weight, torch.rand(num_rows, device=device) + 0.1
+
+
 def tiles_of(num_rows: int, block_n: int, *shape: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     size = (*shape, -(-num_rows // block_n))
     return torch.zeros(size, device=device), torch.full(size, -1, dtype=torch.int32, device=device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_inputs import normal
 
-from gpt.kernels.store_cache import store_cache
+from gpt.kernels.store_cache import CacheSlots, store_cache
 from gpt.quant import to_fp8, to_int8
 
 FORMULAS = {None: lambda x, _: x, torch.int8: to_int8, torch.float8_e4m3fn: to_fp8}
@@ -36,7 +36,7 @@ def test_each_token_goes_to_its_place(
     whole = torch.zeros(2, BLOCKS + 2, *blocks.shape[2:]).to(device=kernel_device, dtype=blocks.dtype)
     found = whole[:, 1:-1]
     on_device = torch.tensor(places, dtype=torch.int32, device=kernel_device)
-    store_cache(heads, on_device, found, scales.to(kernel_device) if stored else None)
+    store_cache(heads, CacheSlots(on_device, found, scales.to(kernel_device) if stored else None))
     assert torch.equal(found.float().cpu(), expected)
     assert not whole[:, [0, -1]].float().any()
 
@@ -46,10 +46,10 @@ def test_what_does_not_fit_is_refused(change: str, kernel_device: torch.device) 
     def zeros(*shape: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=kernel_device)
 
+    slots = CacheSlots(
+        zeros(1 if change == "places" else 2, dtype=torch.int32),
+        zeros(2, 1, 1, 4, 8 if change == "blocks" else 16),
+        zeros(1 if change == "scales" else 2, dtype=torch.float32),
+    )
     with pytest.raises(ValueError, match="expected"):
-        store_cache(
-            zeros(2, 3, 16, dtype=torch.float32),
-            zeros(1 if change == "places" else 2, dtype=torch.int32),
-            zeros(2, 1, 1, 4, 8 if change == "blocks" else 16),
-            zeros(1 if change == "scales" else 2, dtype=torch.float32),
-        )
+        store_cache(zeros(2, 3, 16, dtype=torch.float32), slots)

@@ -7,22 +7,12 @@ import math
 import pytest
 import torch
 from engines import relative_error
-from kernel_inputs import TOLERANCE, normal
+from kernel_inputs import TOLERANCE, normal, operands
 
 from gpt.kernels.quantize_rows import LARGEST
-from gpt.kernels.w8a8 import NextInput, W8a8Config, default_config, reference, w8a8
+from gpt.kernels.w8a8 import W8a8Config, default_config, reference, w8a8
+from gpt.kernels.w8a8_epilogue import NextInput
 from gpt.quant import to_fp8, to_int8
-
-
-def operands(
-    num_tokens: int, num_rows: int, num_columns: int, device: torch.device, steps: torch.dtype = torch.int8
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    x, weight = (
-        torch.randint(-128, 128, (size, num_columns), device=device).float().to(steps)
-        for size in (num_tokens, num_rows)
-    )
-    return x, torch.rand(num_tokens, device=device) + 0.1, weight, torch.rand(num_rows, device=device) + 0.1
-
 
 # Decode and prompts; whole blocks of nothing, and of everything; more tiles of tokens than share a group.
 SHAPES = {

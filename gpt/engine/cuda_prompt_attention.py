@@ -1,4 +1,5 @@
-"""Attention of prompts on a GPU, over a cache of either kind: two launches per layer whatever their lengths."""
+"""Attention of prompts on a GPU, over a cache of either kind: two launches per layer whatever their lengths, one where
+the product before has put K and V into the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from gpt.engine.kv_cache import KvCache
 from gpt.engine.step import ContextStep, PagedStep, Step
 from gpt.engine.torch_attention import TorchAttention
 from gpt.kernels.paged_attention import PagedAttentionConfig, default_config, paged_attention, query_tiles
-from gpt.kernels.store_cache import store_cache
+from gpt.kernels.store_cache import CacheSlots, store_cache
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,16 @@ class _Plan:
 
 class PromptAttention(TorchAttention):
     """TorchAttention that writes K and V by one kernel per layer and attends to sequences of several lengths by
-    another.  Prompts of one length, and without `fused` all prompts over a contiguous cache, attend by PyTorch."""
+    another.  Prompts of one length, and without `fused` all prompts over a contiguous cache, attend by PyTorch.
+
+    A product may write K and V itself: to `slots`, before `attend_to_stored`.
+    """
+
+    _places: torch.Tensor | None
 
     def begin(self, step: Step, cache: KvCache) -> None:
         self._plan: _Plan | None = None
+        self._places = None
         if isinstance(step, PagedStep):
             self.step, self.cache = step, cache
             self._plan = self._make_plan(step.num_new, step.num_past, step.block_table)
@@ -67,12 +74,33 @@ class PromptAttention(TorchAttention):
         rows = rows.repeat_interleave(plan.sequences[:, 1], output_size=len(positions))  # a size that is known: no wait
         return plan.table[rows, positions // per_block] * per_block + positions % per_block
 
+    def slots(self, layer: int) -> CacheSlots | None:
+        """Where this step's K and V of a layer go; None for a step of one token per sequence."""
+        if self._places is None:
+            return None
+        scales = self.cache.scales
+        return CacheSlots(self._places, self.cache.blocks[layer], None if scales is None else scales[layer])
+
+    @property
+    def reads_stored(self) -> bool:
+        """Whether K and V of this step's tokens are read from the cache once they are there, and so nowhere else."""
+        padded = isinstance(self.step, ContextStep) and self.step.padded
+        return self.cache.scales is None and (self._plan is not None or padded)
+
     def __call__(self, heads: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
-        plan = self._plan
-        if plan is None:
+        slots = self.slots(layer)
+        if slots is None:
             return super().__call__(heads, layer, scale)
-        self._store(heads, layer)
+        store_cache(heads, slots)
+        return self.attend_to_stored(heads, layer, scale)
+
+    def attend_to_stored(self, heads: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
+        """What `__call__` gives, of K and V that are in the cache: heads [N, H + 2G, D], or with `reads_stored` queries
+        alone [N, H, D]."""
+        plan = self._plan
         keys, values = self.cache.blocks[layer]
+        if plan is None:
+            return self._whole_prompts(heads, keys, values, scale)
         out = heads.new_empty((len(heads), self.num_heads, heads.shape[2]))
         paged_attention(
             heads,
@@ -88,9 +116,17 @@ class PromptAttention(TorchAttention):
         )
         return out.flatten(1)
 
-    def _keep(self, step: ContextStep, heads: torch.Tensor, layer: int) -> None:
-        self._store(heads, layer)
-
-    def _store(self, heads: torch.Tensor, layer: int) -> None:
-        scales = self.cache.scales
-        store_cache(heads, self._places, self.cache.blocks[layer], None if scales is None else scales[layer])
+    def _whole_prompts(
+        self, heads: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attention by PyTorch, over the cache only where `heads` has no K and V."""
+        step = self.step
+        if not isinstance(step, ContextStep):
+            raise TypeError(f"{type(step).__name__} is no step of whole prompts")
+        if heads.shape[1] > self.num_heads:
+            q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+            return self._context(step, q, k, v, scale)
+        batch_size = len(step.lengths)
+        q = heads.unflatten(0, (batch_size, -1)).transpose(1, 2)  # [B, H, S, D]
+        k, v = (part[:batch_size, :, : q.shape[2]] for part in (keys, values))  # [B, G, S, D]
+        return self._rows(q, k, v, scale)

@@ -9,7 +9,9 @@ import torch
 from gpt.engine.quant_linear import LinearWeights, QuantizedRows, prepared_rows, quantized_names
 from gpt.kernels.product import Norm
 from gpt.kernels.quantize_rows import quantize_rows
-from gpt.kernels.w8a8 import NextInput, W8a8Config, default_config, w8a8
+from gpt.kernels.store_cache import CacheSlots
+from gpt.kernels.w8a8 import W8a8Config, default_config, w8a8
+from gpt.kernels.w8a8_epilogue import NextInput
 
 
 class W8a8Linear:
@@ -53,6 +55,21 @@ class W8a8Linear:
         self._launch(rows, out, bias=bias, activation=activation)
         return out
 
+    def multiply_into(self, stream: torch.Tensor, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None) -> None:
+        """stream [N, out] float32 += x @ weight.T + bias."""
+        self._launch(prepared_rows(x), stream, bias=bias, add_to_out=True)
+
+    def multiply_into_cache(
+        self, cache: CacheSlots, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None, *, queries_alone: bool
+    ) -> torch.Tensor:
+        """x @ weight.T + bias, of which K and V, the last columns, go to the cache: the queries [N, H * D], or with the
+        other columns beside them [N, out]."""
+        rows = prepared_rows(x)
+        width = len(self.weight) - (cache.num_columns if queries_alone else 0)
+        out = torch.empty((len(rows.values), width), dtype=self.dtype, device=self.weight.device)
+        self._launch(rows, out, bias=bias, cache=cache)
+        return out
+
     def multiply_for(
         self, following: W8a8Linear, x: QuantizedRows | torch.Tensor, bias: torch.Tensor | None, activation: str
     ) -> QuantizedRows | torch.Tensor:
@@ -79,8 +96,10 @@ class W8a8Linear:
         out: torch.Tensor,
         *,
         bias: torch.Tensor | None,
-        activation: str,
+        activation: str = "none",
         next_input: NextInput | None = None,
+        add_to_out: bool = False,
+        cache: CacheSlots | None = None,
     ) -> None:
         w8a8(
             rows.values,
@@ -92,6 +111,8 @@ class W8a8Linear:
             bias=bias,
             activation=activation,
             next_input=next_input,
+            add_to_out=add_to_out,
+            cache=cache,
         )
 
     def _empty_rows(self, num_rows: int, width: int) -> QuantizedRows:

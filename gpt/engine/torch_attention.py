@@ -79,14 +79,17 @@ class TorchAttention:
         """Prompts attend to themselves, unquantised; the cache is not read.  q [N, H, D], k and v [N, G, D] ->
         [N, H*D]."""
         if step.padded:
-            batch_size = len(step.lengths)
-            q, k, v = (t.unflatten(0, (batch_size, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, S, D]
-            return self.attend(q, k, v, scale, None, causal=True).transpose(1, 2).flatten(2).flatten(0, 1)
+            q, k, v = (t.unflatten(0, (len(step.lengths), -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, S, D]
+            return self._rows(q, k, v, scale)
         outputs = []
         for part in zip(*(t.split(step.lengths) for t in (q, k, v)), strict=True):
             q_row, k_row, v_row = (t.transpose(0, 1)[None] for t in part)  # [1, heads, P, D]
             outputs.append(self.attend(q_row, k_row, v_row, scale, None, causal=True)[0].transpose(0, 1).flatten(1))
         return torch.cat(outputs)
+
+    def _rows(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Prompts of one length: q [B, H, S, D], k and v [B, G, S, D] -> [B*S, H*D]."""
+        return self.attend(q, k, v, scale, None, causal=True).transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _generation(self, step: GenerationStep, heads: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
         """One token per sequence attends to its cache, itself included: heads [B, H + 2G, D] -> [B, H*D]."""

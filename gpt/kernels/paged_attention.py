@@ -29,7 +29,7 @@ class PagedAttentionConfig:
 
 @triton.jit(do_not_specialize=["table_width"])  # which is another one from step to step
 def _paged_attention_kernel(
-    qkv_ptr,  # [N, H + 2G, D]
+    qkv_ptr,  # [N, WIDTH]
     tiles_ptr,  # [tiles, 2] int32: sequence, first query
     sequences_ptr,  # [B, 3] int32: first token, new tokens, tokens of the past
     table_ptr,  # [B, table_width] int32
@@ -42,6 +42,7 @@ def _paged_attention_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
+    WIDTH: tl.constexpr,
     TOKENS_PER_BLOCK: tl.constexpr,
     QUANTIZED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -53,7 +54,6 @@ def _paged_attention_kernel(
     tile = tl.program_id(0)
     group = tl.program_id(1)
     SHARED: tl.constexpr = H // G
-    WIDTH: tl.constexpr = (H + 2 * G) * D
     wait_for_inputs(DEPENDENT)
     row = tl.load(tiles_ptr + 2 * tile)
     first_query = tl.load(tiles_ptr + 2 * tile + 1)
@@ -163,16 +163,19 @@ def paged_attention(
 ) -> None:
     """Attends causally to each sequence's past and its new tokens, whose K and V are in the cache by now.
 
-    qkv [N, H + 2G, D], sequence after sequence.  tiles [tiles, 2] int32: what `query_tiles` lists, each once.
-    sequences [B, 3] int32: first token of N, new tokens (at least one), tokens of the past.  table [B, blocks] int32:
-    each one's cache blocks.  keys, values [num_blocks, G, tokens_per_block, D], in qkv's dtype, or int8 or
-    float8_e4m3fn with kv_scale [2] float32: the value of one step in K and in V.  out [N, H, D].
+    qkv [N, H + 2G, D], sequence after sequence; without kv_scale queries alone [N, H, D] are enough.  tiles [tiles, 2]
+    int32: what `query_tiles` lists, each once.  sequences [B, 3] int32: first token of N, new tokens (at least one),
+    tokens of the past.  table [B, blocks] int32: each one's cache blocks.  keys, values [num_blocks, G,
+    tokens_per_block, D], in qkv's dtype, or int8 or float8_e4m3fn with kv_scale [2] float32: the value of one step in K
+    and in V.  out [N, H, D].
 
     Raises ValueError for shapes and types that do not fit.
     """
     num_tokens, num_all_heads, head_size = qkv.shape
     num_blocks, num_kv_heads, tokens_per_block, _ = keys.shape
-    num_heads = num_all_heads - 2 * num_kv_heads
+    num_heads = out.shape[1]
+    if kv_scale is not None or num_all_heads != num_heads:
+        num_all_heads = num_heads + 2 * num_kv_heads
     cache = (num_blocks, num_kv_heads, tokens_per_block, head_size)
     expect("qkv", qkv, (num_tokens, num_all_heads, head_size), qkv.dtype)
     expect("tiles", tiles, (len(tiles), 2), torch.int32)
@@ -197,6 +200,7 @@ def paged_attention(
         H=num_heads,
         G=num_kv_heads,
         D=head_size,
+        WIDTH=num_all_heads * head_size,
         TOKENS_PER_BLOCK=tokens_per_block,
         QUANTIZED=kv_scale is not None,
         BLOCK_M=config.block_m,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,34 @@ from gpt.kernels.launch import cdiv, launch_options, next_power_of_2, to_steps, 
 from gpt.kernels.product import expect
 
 _VALUES = 1024  # per program
+
+
+@dataclass(frozen=True)
+class CacheSlots:
+    """Where the keys and values of N tokens go.
+
+    places [N] int32: block * T + slot.  blocks [2, B, G, T, D], K before V, of the values' type, or int8 or
+    float8_e4m3fn with scales [2] float32, the value of one step of K and of V; each of the two contiguous, as in the
+    part of a cache that one sequence has.
+    """
+
+    places: torch.Tensor
+    blocks: torch.Tensor
+    scales: torch.Tensor | None = None
+
+    @property
+    def num_columns(self) -> int:
+        """Of a token's keys and values."""
+        _, _, groups, _, head_size = self.blocks.shape
+        return 2 * groups * head_size
+
+    def check(self, num_tokens: int, dtype: torch.dtype) -> None:
+        """Raises ValueError naming what does not fit."""
+        expect("places", self.places, (num_tokens,), torch.int32)
+        for name, part in zip(("K's blocks", "V's blocks"), self.blocks, strict=True):
+            expect(name, part, tuple(self.blocks.shape[1:]), dtype if self.scales is None else part.dtype)
+        if self.scales is not None:
+            expect("scales", self.scales, (2,), torch.float32)
 
 
 @triton.jit
@@ -47,39 +77,28 @@ def _store_cache_kernel(
         tl.store(blocks_ptr + target, x, mask=inside)
 
 
-def store_cache(
-    heads: torch.Tensor, places: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor | None = None
-) -> None:
-    """Writes the K and V of each token to its place.
-
-    heads [N, H + 2G, D], queries first.  places [N] int32: block * T + slot.  blocks [2, B, G, T, D], K before V, of
-    heads' type, or int8 or float8_e4m3fn with scales [2] float32, the value of one step of K and of V; each of the two
-    contiguous, as in the part of a cache that one sequence has.
+def store_cache(heads: torch.Tensor, slots: CacheSlots) -> None:
+    """Writes the K and V of each token to its place.  heads [N, H + 2G, D], queries first.
 
     Raises ValueError for shapes and types that do not fit.
     """
-    num_tokens, num_heads, head_size = heads.shape
-    _, num_blocks, groups, tokens_per_block, _ = blocks.shape
-    stored = heads.dtype if scales is None else blocks.dtype
+    num_tokens, num_heads, _ = heads.shape
+    _, _, groups, tokens_per_block, head_size = slots.blocks.shape
     expect("heads", heads, (num_tokens, num_heads, head_size), heads.dtype)
-    expect("places", places, (num_tokens,), torch.int32)
-    for name, part in zip(("K's blocks", "V's blocks"), blocks, strict=True):
-        expect(name, part, (num_blocks, groups, tokens_per_block, head_size), stored)
-    if scales is not None:
-        expect("scales", scales, (2,), torch.float32)
+    slots.check(num_tokens, heads.dtype)
     padded = next_power_of_2(head_size)
     rows = min(max(1, _VALUES // padded), next_power_of_2(2 * groups))
     _store_cache_kernel[(num_tokens, cdiv(2 * groups, rows))](
         heads,
-        places,
-        scales if scales is not None else places,
-        blocks,
-        blocks.stride(0),
+        slots.places,
+        slots.scales if slots.scales is not None else slots.places,
+        slots.blocks,
+        slots.blocks.stride(0),
         NUM_HEADS=num_heads - 2 * groups,
         GROUPS=groups,
         HEAD_SIZE=head_size,
         TOKENS_PER_BLOCK=tokens_per_block,
-        QUANTIZES=scales is not None,
+        QUANTIZES=slots.scales is not None,
         ROWS=rows,
         PADDED_SIZE=padded,
         num_warps=max(1, rows * padded // 256),

@@ -28,7 +28,8 @@ from gpt.kernels.launch import (
 )
 from gpt.kernels.product import ACTIVATION_FUNCTIONS, expect
 from gpt.kernels.quantize_rows import LARGEST
-from gpt.kernels.w8a8_epilogue import finish_tile
+from gpt.kernels.store_cache import CacheSlots
+from gpt.kernels.w8a8_epilogue import NextInput, finish_tile
 
 # Tiles of neighbouring rows that run at the same time share the weights they read.
 GROUP_M = 8
@@ -36,7 +37,8 @@ GROUP_M = 8
 
 @dataclass(frozen=True)
 class W8a8Config:
-    """descriptors: tiles are fetched through tensor descriptors, which need K to be a multiple of 16."""
+    """descriptors: tiles are fetched through tensor descriptors, which need K to be a multiple of 16.  reduces: what is
+    added to a result goes to the L2 cache, which adds it; else the result is read, added to and written."""
 
     block_m: int
     block_n: int
@@ -45,18 +47,7 @@ class W8a8Config:
     num_stages: int
     split_k: int = 1
     descriptors: bool = False
-
-
-@dataclass(frozen=True)
-class NextInput:
-    """The next product's input, as which a result is stored: steps of result (/ smoother) of the size scale [].
-
-    row_scale [M] float32: where `scale` goes once per row, NaN for rows that have none now.  smoother [N] float32.
-    """
-
-    scale: torch.Tensor
-    row_scale: torch.Tensor
-    smoother: torch.Tensor | None = None
+    reduces: bool = False
 
 
 @triton.jit
@@ -70,14 +61,25 @@ def w8a8_kernel(
     smoother_ptr,  # [N] float32
     M,
     N,
-    out_ptr,  # [SPLIT_K, M, N]
+    out_ptr,  # [SPLIT_K, M, N]; what of it there is, see `finish_tile`
     next_row_scale_ptr,  # [M] float32
+    places_ptr,  # [M] int32
+    blocks_ptr,  # [2, B, G, tokens_per_block, D]
+    kv_scales_ptr,  # [2] float32
+    part_stride,
+    tokens_per_block,
     K: tl.constexpr,
     INTEGER: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     QUANTIZES: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    ADD_TO_OUT: tl.constexpr,
+    REDUCES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    QUERIES_ALONE: tl.constexpr,
+    QUANTIZES_CACHE: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -139,10 +141,21 @@ def w8a8_kernel(
         N,
         out_ptr,
         next_row_scale_ptr,
+        places_ptr,
+        blocks_ptr,
+        kv_scales_ptr,
+        part_stride,
+        tokens_per_block,
         ACTIVATION,
         HAS_BIAS,
         QUANTIZES,
         SMOOTHED,
+        ADD_TO_OUT,
+        REDUCES,
+        GROUPS,
+        HEAD_SIZE,
+        QUERIES_ALONE,
+        QUANTIZES_CACHE,
     )
 
 
@@ -157,12 +170,15 @@ def w8a8(
     bias: torch.Tensor | None = None,
     activation: str = "none",
     next_input: NextInput | None = None,
+    add_to_out: bool = False,
+    cache: CacheSlots | None = None,
 ) -> None:
     """out = activation(row_scale * col_scale * (x @ weight.T) + bias), int8 products in int32, the rest in float32.
 
     x [M, K] int8 or float8_e4m3fn, row_scale [M] float32, as `quantize_rows` leaves them.  weight [N, K] of x's type,
-    col_scale [N] float32.  out: [M, N] of any float type; [M, N] of x's type with `next_input`; or [split_k, M, N] of
-    partial sums, which take neither bias nor activation.
+    col_scale [N] float32.  out: [M, N] of any float type; [M, N] of x's type with `next_input`; [M, N] float32, which
+    the result is added to, with `add_to_out`; or [split_k, M, N] of partial sums, which take neither bias nor
+    activation.  cache: takes the last 2 * G * D columns, keys and values, which `out` may do without: [M, N - 2*G*D].
 
     Raises ValueError for shapes and types that do not fit, and for K at which int32 could overflow.
     """
@@ -175,16 +191,21 @@ def w8a8(
     expect("weight", weight, (num_rows, num_columns), x.dtype)
     expect("col_scale", col_scale, (num_rows,), torch.float32)
     parts = (config.split_k,) if config.split_k > 1 or out.dim() == 3 else ()
-    expect("out", out, (*parts, num_tokens, num_rows), x.dtype if next_input else out.dtype)
+    num_kept = num_rows
+    if cache is not None and out.shape[-1] != num_rows:
+        num_kept -= cache.num_columns
+    dtype = x.dtype if next_input else torch.float32 if add_to_out else out.dtype
+    expect("out", out, (*parts, num_tokens, num_kept), dtype)
     if bias is not None:
         expect("bias", bias, (num_rows,), bias.dtype)
     if next_input is not None:
-        expect("next scale", next_input.scale, (), torch.float32)
-        expect("next row_scale", next_input.row_scale, (num_tokens,), torch.float32)
-        if next_input.smoother is not None:
-            expect("smoother", next_input.smoother, (num_rows,), torch.float32)
-    if config.split_k > 1 and (bias is not None or activation != "none" or next_input is not None):
-        raise ValueError("found a bias, an activation or a next input, expected none with partial sums")
+        next_input.check(num_tokens, num_rows)
+    if cache is not None:
+        cache.check(num_tokens, out.dtype)
+    if sum((next_input is not None, add_to_out, cache is not None, config.split_k > 1)) > 1:
+        raise ValueError("found several of next_input, add_to_out, cache and partial sums, expected one of them")
+    if config.split_k > 1 and (bias is not None or activation != "none"):
+        raise ValueError("found a bias or an activation, expected none with partial sums")
     if num_columns >= 1 << 17:
         raise ValueError(f"x: found {num_columns} columns, expected less than {1 << 17}: the sums are 32 bits wide")
     if config.descriptors and num_columns % 16:
@@ -207,12 +228,23 @@ def w8a8(
         num_rows,
         out,
         next_input.row_scale if next_input else col_scale,
+        cache.places if cache else col_scale,
+        cache.blocks if cache else col_scale,
+        cache.scales if cache and cache.scales is not None else col_scale,
+        cache.blocks.stride(0) if cache else 0,
+        cache.blocks.shape[3] if cache else 0,
         K=num_columns,
         INTEGER=x.dtype == torch.int8,
         ACTIVATION=activation if out.dtype == torch.float32 else APPROXIMATIONS.get(activation, activation),
         HAS_BIAS=bias is not None,
         QUANTIZES=next_input is not None,
         SMOOTHED=smoother is not None,
+        ADD_TO_OUT=add_to_out,
+        REDUCES=config.reduces,
+        GROUPS=cache.blocks.shape[2] if cache else 0,
+        HEAD_SIZE=cache.blocks.shape[4] if cache else 0,
+        QUERIES_ALONE=num_kept < num_rows,
+        QUANTIZES_CACHE=cache is not None and cache.scales is not None,
         SPLIT_K=config.split_k,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
