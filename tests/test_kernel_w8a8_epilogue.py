@@ -17,6 +17,7 @@ CONFIGS = {
     "narrow": W8a8Config(16, 32, 64, 4, 2),
     "wide": W8a8Config(32, 128, 64, 4, 2),
     "descriptors": W8a8Config(64, 64, 32, 4, 2, descriptors=True),
+    "fetched": W8a8Config(32, 64, 64, 4, 2, fetches=True),
     "reduced": W8a8Config(32, 64, 64, 4, 2, reduces=True),
 }
 

@@ -217,6 +217,7 @@ class Int8Gemm(Product):
                 "SMOOTHED": False,
                 "ADD_TO_OUT": False,
                 "REDUCES": False,
+                "FETCHES": False,
                 "GROUPS": 0,
                 "HEAD_SIZE": 0,
                 "QUERIES_ALONE": False,

@@ -67,13 +67,16 @@ def quantize_rows_kernel(
     )
     if SMOOTHED:
         x = tl.div_rn(x, smoother)
-    infinity: tl.constexpr = float("inf")
-    largest = tl.max(tl.where(tl.abs(x) < infinity, tl.abs(x), infinity), 0)
-    if not STATIC:
-        scale = tl.div_rn(tl.maximum(largest, 1e-6), LARGEST)
-    tl.store(out_ptr + row * K + columns, to_steps(x * tl.div_rn(1.0, scale), out_ptr), mask=inside)
     # No step tells of an overflow before; the scale does, and makes the whole row's results NaN.
-    tl.store(row_scale_ptr + row, tl.where(largest < infinity, scale, float("nan")))
+    if STATIC:
+        row_scale = scale + tl.sum(x * 0.0, 0)  # of zeros, or of what is no number
+    else:
+        infinity: tl.constexpr = float("inf")
+        largest = tl.max(tl.where(tl.abs(x) < infinity, tl.abs(x), infinity), 0)
+        scale = tl.div_rn(tl.maximum(largest, 1e-6), LARGEST)
+        row_scale = tl.where(largest < infinity, scale, float("nan"))
+    tl.store(out_ptr + row * K + columns, to_steps(x * tl.div_rn(1.0, scale), out_ptr), mask=inside)
+    tl.store(row_scale_ptr + row, row_scale)
 
 
 def quantize_rows(
@@ -86,12 +89,14 @@ def quantize_rows(
     smoother: torch.Tensor | None = None,
     parts: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    num_warps: int | None = None,
 ) -> None:
     """x += sum of parts (+ bias); out = steps of norm(x) (/ smoother), row_scale = the value of one, in one pass.
 
     x [M, K] of any float type; float32 where `parts` [PARTS, M, K] are added to it (`bias` [K] only with them).  out
     [M, K] int8 or float8_e4m3fn.  row_scale [M] float32: input_scale [] float32 where it is given, else the largest
-    magnitude of the row over 127 or 448; NaN for rows that hold NaN or infinity.  smoother [K] float32.
+    magnitude of the row over 127 or 448; NaN for rows that hold NaN or infinity.  smoother [K] float32.  num_warps: of
+    a row, where launch parameters are measured.
 
     Raises ValueError for shapes and types that do not fit.
     """
@@ -128,6 +133,12 @@ def quantize_rows(
         STATIC=input_scale is not None,
         LARGEST=LARGEST[out.dtype],
         PADDED_K=padded,
-        num_warps=max(1, min(16, padded // 512)),
+        num_warps=num_warps or _num_warps(num_rows, padded),
         **launch_options(x.device),
     )
+
+
+def _num_warps(num_rows: int, padded: int) -> int:
+    """Many rows keep the card busy whatever each one's length: fewer threads with more values each then spend fewer
+    instructions on what all of a row's threads do alike."""
+    return max(1, min(16, padded // (512 if num_rows < 1024 else 1024)))

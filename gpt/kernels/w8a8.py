@@ -29,7 +29,7 @@ from gpt.kernels.launch import (
 from gpt.kernels.product import ACTIVATION_FUNCTIONS, expect
 from gpt.kernels.quantize_rows import LARGEST
 from gpt.kernels.store_cache import CacheSlots
-from gpt.kernels.w8a8_epilogue import NextInput, finish_tile
+from gpt.kernels.w8a8_epilogue import NextInput, fetch_tile, finish_tile
 
 # Tiles of neighbouring rows that run at the same time share the weights they read.
 GROUP_M = 8
@@ -38,7 +38,8 @@ GROUP_M = 8
 @dataclass(frozen=True)
 class W8a8Config:
     """descriptors: tiles are fetched through tensor descriptors, which need K to be a multiple of 16.  reduces: what is
-    added to a result goes to the L2 cache, which adds it; else the result is read, added to and written."""
+    added to `out` goes to the L2 cache, which adds it; else `out` is read, added to and written.  fetches: it is asked
+    for before the sums, to be in the L2 cache behind them."""
 
     block_m: int
     block_n: int
@@ -48,6 +49,7 @@ class W8a8Config:
     split_k: int = 1
     descriptors: bool = False
     reduces: bool = False
+    fetches: bool = False
 
 
 @triton.jit
@@ -76,6 +78,7 @@ def w8a8_kernel(
     SMOOTHED: tl.constexpr,
     ADD_TO_OUT: tl.constexpr,
     REDUCES: tl.constexpr,
+    FETCHES: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     QUERIES_ALONE: tl.constexpr,
@@ -114,6 +117,8 @@ def w8a8_kernel(
     row_scale = tl.load(row_scale_ptr + tokens, mask=in_tokens, other=0.0)
     col_scale = tl.load(col_scale_ptr + rows, mask=in_rows, other=0.0)
     bias = load_vector(bias_ptr, rows, in_rows, HAS_BIAS)
+    if FETCHES:
+        fetch_tile(out_ptr, first_token, first_row, M, N, BLOCK_M, BLOCK_N)
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype)
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         if DESCRIPTORS:
@@ -241,6 +246,7 @@ def w8a8(
         SMOOTHED=smoother is not None,
         ADD_TO_OUT=add_to_out,
         REDUCES=config.reduces,
+        FETCHES=add_to_out and config.fetches and not INTERPRETED,
         GROUPS=cache.blocks.shape[2] if cache else 0,
         HEAD_SIZE=cache.blocks.shape[4] if cache else 0,
         QUERIES_ALONE=num_kept < num_rows,

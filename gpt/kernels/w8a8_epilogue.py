@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpt.kernels.launch import activate, to_steps
+from gpt.kernels.launch import activate, fetch_lines, to_steps
 from gpt.kernels.product import expect
 
 
@@ -29,6 +29,14 @@ class NextInput:
         expect("next row_scale", self.row_scale, (num_tokens,), torch.float32)
         if self.smoother is not None:
             expect("smoother", self.smoother, (num_rows,), torch.float32)
+
+
+@triton.jit
+def fetch_tile(out_ptr, first_token, first_row, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Asks for the float32 values that a tile's sums will be added to."""
+    tokens = tl.minimum(first_token + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+    rows = tl.minimum(first_row + tl.arange(0, BLOCK_N // 32) * 32, N - 1)
+    fetch_lines(out_ptr, (tokens[:, None] * N + rows[None, :]) * 4)
 
 
 @triton.jit
