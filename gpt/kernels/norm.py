@@ -150,10 +150,10 @@ def summed_row(
             x += bias
         tl.store(x_ptr + row * E + columns, x, mask=inside)
     if NORM == "layernorm":
-        centred = tl.where(inside, x - tl.sum(x, 0) / E, 0.0)
-        x = centred * tl.rsqrt(tl.sum(centred * centred, 0) / E + epsilon) * weight + norm_bias
+        centred = tl.where(inside, x - tl.sum(x) / E, 0.0)
+        x = centred * tl.rsqrt(tl.sum(centred * centred) / E + epsilon) * weight + norm_bias
     elif NORM == "rmsnorm":
-        x = x * tl.rsqrt(tl.sum(x * x, 0) / E + epsilon) * weight
+        x = x * tl.rsqrt(tl.sum(x * x) / E + epsilon) * weight
     return x
 
 
