@@ -12,8 +12,11 @@ from engines import random_prompts, relative_error
 from pages import Pages
 from test_runtime_cuda_session import BOUNDS, MODELS, ROUNDS, begin, check_generation, make_build, make_weights, to
 
+from gpt.checkpoint.random_weights import RandomWeights
+from gpt.comm import NullCommunicator
 from gpt.config import BuildConfig, ModelConfig
 from gpt.engine import cuda_prompt_attention, cuda_w8a8
+from gpt.engine.weights import engine_tensors
 from gpt.kernels.launch import INTERPRETED
 from gpt.mapping import Mapping
 from gpt.quant import QuantConfig
@@ -136,6 +139,30 @@ def test_rotation_stands_between_product_and_cache(kernel_device: torch.device, 
     expected, logits = begin(oracle, prompts), begin(session, prompts)
     assert relative_error(logits, expected) < BOUND
     assert +launches == {"stream": 2 * model.n_layer, "store_cache": model.n_layer}
+
+
+def test_partial_sums_are_exchanged_before_they_are_added(kernel_device: torch.device, launches: Counter[str]) -> None:
+    class Other(NullCommunicator):
+        """A second rank that has nothing to add."""
+
+        def all_reduce(self, tensor: torch.Tensor) -> None:
+            launches["exchanged"] += tensor.shape == (10, MODELS["learned"].n_embd)
+
+        def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+            return torch.cat([tensor, tensor], dim)
+
+    model, mapping = replace(MODELS["learned"], inter_size=64), Mapping(2, 0)
+    build = replace(make_build("float32"), quant=QUANTS["int8"])
+    random = RandomWeights(model, 1, torch.device("cpu"))
+    weights = dict(engine_tensors(model, build, mapping, random))
+    oracle = TorchSession(model, build, mapping, weights, torch.device("cpu"), Other())
+    session = CudaSession(model, build, mapping, to(kernel_device, weights), kernel_device, Other())
+    prompts = random_prompts([5, 5], model.vocab_size)
+    expected = begin(oracle, prompts)
+    launches.clear()
+    assert relative_error(begin(session, prompts), expected) < BOUND
+    # Of the last layer two rows are left behind its attention.
+    assert +launches == {"exchanged": 2 * (model.n_layer - 1), "cache, queries alone": model.n_layer, "parts": 4}
 
 
 @pytest.mark.parametrize("others", [[5], [2, 9]])
