@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 
 from gpt.kernels.attention_blocks import Rotary, attend, rotate_heads, rotated, stored
-from gpt.kernels.launch import fetch_before, fetch_share, launch_options, num_multiprocessors, wait_for_inputs
+from gpt.kernels.launch import (
+    fetch_before,
+    fetch_share,
+    launch_options,
+    num_multiprocessors,
+    start_dependents,
+    wait,
+    wait_for_inputs,
+)
 from gpt.quant import to_fp8, to_int8
 
 
@@ -55,8 +63,11 @@ def _attention_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NEXT_SHARE: tl.constexpr,
+    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    if EARLY:
+        start_dependents(DEPENDENT)
     split = tl.program_id(0)
     if NEXT_SHARE > 0 and split >= NUM_SPLITS:
         # Attention leaves the memory idle: these programs fetch weights meanwhile.
@@ -93,7 +104,10 @@ def _attention_kernel(
         BLOCK_T,
         BLOCK_D,
     )
-    wait_for_inputs(DEPENDENT)
+    if EARLY:
+        wait(DEPENDENT)
+    else:
+        wait_for_inputs(DEPENDENT)
     heads = tl.arange(0, BLOCK_H)
     in_group = heads < heads_per_group
     qkv_row = qkv_ptr + row.to(tl.int64) * (H + 2 * G) * D
@@ -243,6 +257,7 @@ def decode_attention(
     parts: torch.Tensor | None = None,
     join: bool = True,
     next_weight: torch.Tensor | None = None,
+    early: bool = False,
 ) -> None:
     """Stores the new K and V in the cache and attends to the past and them.
 
@@ -251,7 +266,7 @@ def decode_attention(
     float8_e4m3fn with kv_scale [2]: the value of one step in K and in V.  out [B, H, D].  parts: float32 scratch of
     `scratch_size` values where the past is divided; with `join` off they are the result, for a product that joins them
     itself (gpt.kernels.gemv).  next_weight: what a kernel to come will read; some of it is fetched into the L2 cache
-    meanwhile.
+    meanwhile.  early: the next kernel may start at once, see gpt.kernels.launch.
 
     Raises ValueError for shapes that do not fit.
     """
@@ -302,6 +317,7 @@ def decode_attention(
         BLOCK_T=config.block_t,
         BLOCK_D=block_d,
         NEXT_SHARE=fetch.share,
+        EARLY=early,
         num_warps=config.num_warps,
         **launch_options(qkv.device),
     )
