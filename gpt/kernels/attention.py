@@ -3,7 +3,7 @@
 A program takes the heads that share one key/value head (one with multi-head, all with multi-query attention, so that K
 and V are read once) and a part of the past; parts are joined by their softmax sums (flash-decoding, Dao et al. 2023).
 The past is requested before the kernel waits for the query: older steps wrote it.  The new token never makes the trip
-through the cache: the first part takes it from the projection and stores it for later steps.
+through the cache: the last part takes it from the projection and stores it for later steps.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def _attention_kernel(
     in_query = in_group[:, None] & in_head[None, :]
     q = rotated(query, dims[None, :], in_query, past, cos_ptr, sin_ptr, ROTARY_DIM)  # [BLOCK_H, BLOCK_D]
     q *= scale * 1.4426950408889634  # exponentials are taken to base 2
-    if split == 0:
+    # The last part is the shortest one.
+    if split == NUM_SPLITS - 1:
         new_key = qkv_row + (H + group) * D
         new_value = new_key + G * D
         k_new = rotated(new_key, dims, in_head, past, cos_ptr, sin_ptr, ROTARY_DIM)  # [BLOCK_D]

@@ -355,7 +355,7 @@ def default_config(
     block_n = (32 if wide else 16 if num_rows == num_columns else 8) // (2 if gated else 1)
     while block_n > 1 and cdiv(num_rows, block_n) < 3 * num_multiprocessors(device) // 4:
         block_n //= 2
-    num_warps = 4 if wide and num_columns <= 2048 else 8
+    num_warps = 4 if num_columns <= 2048 else 8
     # Not more threads than a row has words.
     num_warps = min(num_warps, next_power_of_2(cdiv(num_columns * bits, 32 * 32)))
     registers = 64 if gated else 128
