@@ -138,12 +138,18 @@ def test_the_stream_is_read_early_where_the_launch_before_left_it_alone(
     assert found[sums:] == [False, False, True]
 
 
+# A layer's products are 3 * 32 * 32 + 32 * 32 + 2 * 32 * 62 weights.
+@pytest.mark.parametrize("early_bytes", [8064, 8065])
 @pytest.mark.parametrize("weights", [None, "int8"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_kernels_that_start_early_read_nothing_that_a_step_writes(
-    weights: str | None, batch: int, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+    weights: str | None,
+    batch: int,
+    early_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel_device: torch.device,
 ) -> None:
-    """A row's integer products let what follows start at once, so attention does, and the product of FC2, whose rows
+    """A row's integer products, if large enough, let what follows start at once, so attention does, and the product of FC2, whose rows
     are no whole words and which `gemv` multiplies, leaves the stream alone until it has waited."""
     settled: list[bool | None] = []
     early: list[bool | None] = []
@@ -155,16 +161,17 @@ def test_kernels_that_start_early_read_nothing_that_a_step_writes(
 
         return call
 
+    monkeypatch.setattr(cuda_ops, "EARLY_BYTES", early_bytes)
     monkeypatch.setattr(cuda_ops, "gemv", spy(cuda_ops.gemv, "settled", settled))
     monkeypatch.setattr(cuda_ops, "decode_attention", spy(cuda_ops.decode_attention, "early", early))
     model = replace(MODEL, inter_size=62)
     build = replace(make_build("float32"), quant=QuantConfig(weights=weights))
     session = CudaSession(model, build, Mapping(), to(kernel_device, make_weights(model, build)), kernel_device)
     session.generation(begin(session, [[1, 2, 3]] * batch).argmax(-1).to(kernel_device))
-    integer_row = weights is not None and batch == 1
-    assert early == [integer_row] * model.n_layer
-    assert (True in settled) == (weights is None and batch == 1)
-    assert (False in settled) == integer_row
+    starts_early = weights is not None and batch == 1 and early_bytes == 8064
+    assert early == [starts_early] * model.n_layer
+    assert (True in settled) == (batch == 1 and not starts_early)
+    assert (False in settled) == starts_early
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,9 @@ from gpt.mapping import Mapping, Split
 
 # From so many rows on, products belong to the libraries: the kernels would fetch each weight once per 64 rows.
 LIBRARY_ROWS = 128
+# A layer of so many bytes of integer weights gains when several kernels have theirs on the way: on an H100 gpt2-xl (31
+# MB of int8, 15 of int4) and SantaCoder, while gpt2-medium's 13 MB lose 4 % (docs/performance.md).
+EARLY_BYTES = 14_000_000
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class DecodeOps:
         self.device = weights["model.wte"].device
         self.num_heads = mapping.local_heads(model)
         self.num_kv_heads = mapping.local_kv_heads(model)
-        self._has_integers = not self.products and any(name.endswith(".weight_scale") for name in weights)
+        self._integer_bytes = 0 if self.products else _integer_bytes(weights, model.n_layer)
         self.tiles: tuple[torch.Tensor, torch.Tensor] | None = None
         self.inputs: DecodeInputs
         self._launches = 0  # products and attentions of this step so far
@@ -118,8 +121,8 @@ class DecodeOps:
 
     @property
     def _starts_early(self) -> bool:
-        """Whether kernels start before the one two before them has ended, as they do behind `integer_gemv`."""
-        return self._batch_size == 1 and self._has_integers
+        """Whether integer products and attentions of a step may start before what is two launches before them ended."""
+        return self._batch_size == 1 and self._integer_bytes >= EARLY_BYTES
 
     def embedding(self, table: str) -> Value:
         if self.mapping.embedding is Split.NONE:
@@ -234,12 +237,16 @@ class DecodeOps:
         cache = self.inputs.cache
         head_size = self.model.head_size
         num_slots = self.inputs.table.shape[1] * cache.tokens_per_block
-        config = self.tuning.attention(self._batch_size, self.num_heads, self.num_kv_heads, num_slots)
+        integers = self._batch_size == 1 and self._integer_bytes > 0
+        config = self.tuning.attention(
+            self._batch_size, self.num_heads, self.num_kv_heads, num_slots, integers=integers
+        )
         parts = self._scratch.get(scratch_size(self._batch_size, self.num_heads, head_size, config), self.device)
         in_parts = self._batch_size == 1 and not self.products
         in_parts = in_parts and takes_parts(self.num_heads, head_size, config.num_splits)
         out = self._empty(self.num_heads * head_size, self.dtype)
-        next_weight = self.weights.get(f"model.layers.{layer}.mlp.dense_h_to_4h.weight")
+        # Integers are few enough for their own kernel to ask for in time.
+        next_weight = None if integers else self.weights.get(f"model.layers.{layer}.mlp.dense_h_to_4h.weight")
         decode_attention(
             self.value(qkv).view(self._batch_size, -1, head_size),
             self.inputs.positions,
@@ -253,7 +260,7 @@ class DecodeOps:
             kv_scale=None if cache.scales is None else cache.scales[layer],
             parts=parts,
             join=not in_parts,
-            next_weight=None if self._starts_early else next_weight,  # its own kernel asks for it in time
+            next_weight=next_weight,
             early=self._starts_early,
         )
         self._launches += 1
@@ -411,7 +418,7 @@ class DecodeOps:
             integer_config = integer_gemv.default_config(
                 num_rows, num_columns, bits, self.device, gated=gate is not None
             )
-            integer_gemv.integer_gemv(h, weight, out, config=integer_config, **options)
+            integer_gemv.integer_gemv(h, weight, out, config=integer_config, early=self._starts_early, **options)
         else:
             config = self.tuning.gemv(num_rows, num_columns, itemsize=weight.itemsize)
             if splits > 1:
@@ -461,6 +468,12 @@ class DecodeOps:
 
     def _empty(self, width: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty((self._batch_size, width), dtype=dtype, device=self.device)
+
+
+def _integer_bytes(weights: Dict[str, torch.Tensor], num_layers: int) -> int:
+    """Of a layer."""
+    names = (name.removesuffix("_scale") for name in weights if name.endswith(".weight_scale"))
+    return sum(weights[name].nbytes for name in names) // num_layers
 
 
 def _shape(weight: torch.Tensor) -> tuple[int, int]:

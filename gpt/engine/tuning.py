@@ -51,15 +51,17 @@ class Tuning:
         return dataclasses.replace(config, block_m=bucket) if self.batch_invariant else config
 
     def attention(
-        self, batch_size: int, num_heads: int, num_kv_heads: int, num_slots: int
+        self, batch_size: int, num_heads: int, num_kv_heads: int, num_slots: int, *, integers: bool = False
     ) -> attention.AttentionConfig:
         """What was measured for the smallest cache that is no smaller: a session's is as long as its request, the one
-        measured as long as the engine allows."""
+        measured as long as the engine allows.  integers: whether integer weights follow."""
         if self.batch_invariant:
             return attention.invariant_config(num_heads, num_kv_heads)
         key = (batch_size, num_heads, num_kv_heads, num_slots)
         measured = [other for other in self.attentions if other[:3] == key[:3] and other[3] >= num_slots]
-        return self.attentions[min(measured)] if measured else attention.default_config(*key, self.device)
+        if measured:
+            return self.attentions[min(measured)]
+        return attention.default_config(*key, self.device, integers=integers)
 
     def save(self, path: Path) -> None:
         """Writes what was measured, with the device and the compiler it holds for."""

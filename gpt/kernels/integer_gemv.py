@@ -5,8 +5,8 @@ bits in two planes of bytes, and an instruction adds four products of bytes (dp4
 largest input of the columns that one thread multiplies, over 32767: below a float16's rounding of that input, and a
 large value costs no accuracy but in its thread's columns.
 
-So few bytes also leave the memory idle while a layer's kernels wait for each other.  A kernel therefore lets the next
-one start at once: weights of as many kernels are on their way as the multiprocessors have registers for.
+So few bytes also leave the memory idle while a layer's kernels wait for each other.  Where they are not too few, a
+kernel is `early`: weights of as many kernels are on their way as the multiprocessors have registers for.
 
 All is thread-local along the row: thread t of T has the words t, T + t, 2T + t, ... of each of the program's rows and
 the inputs that belong to them, from the loads to one sum over the threads at the end.
@@ -40,7 +40,7 @@ from gpt.kernels.launch import (
     next_power_of_2,
     num_multiprocessors,
     start_dependents,
-    wait,
+    wait_for_inputs,
 )
 from gpt.kernels.product import Gate, Norm, check_product
 
@@ -84,9 +84,10 @@ def _integer_gemv_kernel(
     BLOCK_N: tl.constexpr,
     THREADS: tl.constexpr,
     STRETCH: tl.constexpr,
+    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    start_dependents(DEPENDENT)
+    start_dependents(EARLY)
     WORDS: tl.constexpr = K * BITS // 32
     # The last program begins early enough to be whole, so that all rows lie at fixed distances from its first one; what
     # belongs to the program before it, it leaves alone.
@@ -106,7 +107,7 @@ def _integer_gemv_kernel(
     if GATED:
         gate_bias, gate_row_scale = load_epilogue(gate_bias_ptr, gate_scale_ptr, rows, in_rows, HAS_BIAS, GROUP == 0)
     factors, shifts = load_norm(norm_weight_ptr, norm_bias_ptr, 0, K, BITS, NORM, THREADS, STRETCH)
-    wait(DEPENDENT)
+    wait_for_inputs(DEPENDENT, EARLY)
     if ADD_TO_OUT:
         before = tl.load(out_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
     x = load_inputs(x_ptr, part_sum_ptr, 0, K, BITS, SPLITS, HEAD_SIZE, THREADS, STRETCH)
@@ -265,9 +266,10 @@ def integer_gemv(
     add_to_out: bool = False,
     splits: int = 1,
     head_size: int = 0,
+    early: bool = False,
 ) -> None:
     """`gpt.kernels.gemv.gemv` with weight [N, K] int8 and scale [N], or weight [N, K / 2] uint8 (packed) and scale [N]
-    or [N, K / group].  The next kernel may start at once: see gpt.kernels.launch.
+    or [N, K / group].  early: the next kernel may start at once, see gpt.kernels.launch.
 
     The gate's weight and scale have the same shapes.  Raises ValueError for shapes that do not fit, for K that is no
     multiple of 4 (packed: 8), for heads of no multiple of 4, for groups that are no power of two or below 32, and for
@@ -275,6 +277,7 @@ def integer_gemv(
     """
     if config.num_pieces > MOST_PIECES:
         raise ValueError(f"num_pieces: found {config.num_pieces}, expected at most {MOST_PIECES}")
+    options = launch_options(x.device)
     bits = 4 if weight.dtype == torch.uint8 else 8
     num_rows, num_columns = len(weight), weight.shape[1] * 8 // bits
     inputs, part_sum = x, x
@@ -313,8 +316,9 @@ def integer_gemv(
         BLOCK_N=block_n,
         THREADS=32 * config.num_warps,
         STRETCH=min(config.num_pieces, cdiv(num_columns * bits // 32, 32 * config.num_warps)) * 32 * config.num_warps,
+        EARLY=early and options["DEPENDENT"],
         num_warps=config.num_warps,
-        **launch_options(x.device),
+        **options,
     )
 
 

@@ -3,7 +3,7 @@
 Decoding is a chain of short kernels, each needing the result of the last.  With programmatic dependent launch (compute
 capability 9.0 and above) a kernel starts while its predecessor still computes, loads what does not depend on it (its
 weights), then waits.  Most kernels let their successor start only after their own wait, so that whatever was written
-two kernels ago may be read before waiting.  Kernels that read few bytes let it start at once: then several wait in a
+two kernels ago may be read before waiting.  Kernels that are `early` let it start at once: then several wait in a
 row, all their weights on the way, and before waiting they read only what no kernel of the step writes.
 """
 
@@ -53,25 +53,19 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
-def wait_for_inputs(DEPENDENT: tl.constexpr):
+def start_dependents(EARLY: tl.constexpr):
+    """Lets the next kernel start at once; `wait_for_inputs` with EARLY has still to follow."""
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_inputs(DEPENDENT: tl.constexpr, EARLY: tl.constexpr = False):
     """What stands before it may run while the kernel before this one still computes."""
     if DEPENDENT:
         gdc_wait()
-        gdc_launch_dependents()
-
-
-@triton.jit
-def start_dependents(DEPENDENT: tl.constexpr):
-    """Lets the next kernel start; `wait` has still to follow."""
-    if DEPENDENT:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def wait(DEPENDENT: tl.constexpr):
-    """`wait_for_inputs` of a kernel that has let the next one start."""
-    if DEPENDENT:
-        gdc_wait()
+        if not EARLY:
+            gdc_launch_dependents()
 
 
 @triton.jit
