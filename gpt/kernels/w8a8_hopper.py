@@ -1,14 +1,13 @@
-"""Prompts' products for `gpt.kernels.w8a8` on compute capability 9.0: programs that stay, and in them warps with tasks.
+"""Prompts' products for `gpt.kernels.w8a8` on compute capability 9.0: programs that stay, warps that fetch or multiply.
 
 As many programs as there are multiprocessors take tile after tile.  One warp of a program, the producer, has the copy
 engine bring x and the weight, step after step along K, into a ring of slots in shared memory.  It does not wait for
 what becomes of a tile's sums: the next tile's operands come meanwhile.  Two groups of four warps, the consumers,
 multiply, each its 128 tokens of a tile of 256 x 128; with 128 x 128 the L2 cache would have to deliver a third more.
-Where the last tiles would leave half of the programs or more idle, they are cut into halves of 128 x 128, of which a
-consumer has 64 tokens.
+Last tiles for no more than half of the programs are cut into halves of 128 x 128, of which a consumer has 64 tokens.
 
 Two barriers per slot: `ready` counts the bytes that have come, `empty` the consumers that are through with them.  The
-k-th use of a slot ends phases of k's parity.
+k-th use of a slot waits for the phase of k's parity; the slots are empty before their first use.
 """
 
 from __future__ import annotations
