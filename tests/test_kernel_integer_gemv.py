@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engines import relative_error
-from kernel_inputs import TOLERANCE, int8_weight, normal, wait_for
+from kernel_inputs import TOLERANCE, int8_weight, normal
 
 from gpt.kernels.int4 import widened
 from gpt.kernels.integer_gemv import IntegerGemvConfig, default_config, integer_gemv
@@ -63,8 +63,7 @@ def test_everything_fused(
         gate, wide_gate = Gate(*parts), Gate(wide.flip(0), parts[1])
     out = torch.full((num_rows,), 7.0, device=kernel_device)
     options: dict[str, Any] = {"bias": bias, "norm": norm, "activation": "silu"}
-    wait_for(kernel_device)
-    integer_gemv(x, weight, out, config=CONFIG, scale=scale, gate=gate, add_to_out=True, settled=gated, **options)
+    integer_gemv(x, weight, out, config=CONFIG, scale=scale, gate=gate, add_to_out=True, **options)
     expected = reference(x[None], wide, gate=wide_gate, **options)[0] + 7
     assert relative_error(out, expected) < TOLERANCE[torch.float32]
 

@@ -107,9 +107,8 @@ def test_graphs_are_released_before_nccl_ends(kernel_device: torch.device) -> No
     assert session._active is None
 
 
-@pytest.mark.parametrize("weights", ["float", "int4"])
 def test_the_stream_is_read_early_where_the_launch_before_left_it_alone(
-    weights: str, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+    monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
 ) -> None:
     """Between two sums of a step there is a product or an attention; right behind a sum there is none."""
     found = []
@@ -123,10 +122,7 @@ def test_the_stream_is_read_early_where_the_launch_before_left_it_alone(
         return call
 
     monkeypatch.setattr(cuda_ops, "gemv", spy(cuda_ops.gemv))
-    monkeypatch.setattr(cuda_ops.integer_gemv, "integer_gemv", spy(cuda_ops.integer_gemv.integer_gemv))
     build = make_build("float32")
-    if weights == "int4":
-        build = replace(build, quant=QuantConfig(weights="int4"))
     session = CudaSession(MODEL, build, Mapping(), to(kernel_device, make_weights(MODEL, build)), kernel_device)
     session.generation(begin(session, [[1, 2, 3]]).argmax(-1).to(kernel_device))
     assert found
@@ -140,6 +136,35 @@ def test_the_stream_is_read_early_where_the_launch_before_left_it_alone(
     ops.value(product)
     ops.add(stream, product)
     assert found[sums:] == [False, False, True]
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_kernels_that_start_early_read_nothing_that_a_step_writes(
+    weights: str | None, batch: int, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+) -> None:
+    """A row's integer products let what follows start at once, so attention does, and the product of FC2, whose rows
+    are no whole words and which `gemv` multiplies, leaves the stream alone until it has waited."""
+    settled: list[bool | None] = []
+    early: list[bool | None] = []
+
+    def spy(kernel: Callable[..., None], option: str, found: list[bool | None]) -> Callable[..., None]:
+        def call(*args: Any, **options: Any) -> None:
+            found.append(options.get(option))
+            kernel(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(cuda_ops, "gemv", spy(cuda_ops.gemv, "settled", settled))
+    monkeypatch.setattr(cuda_ops, "decode_attention", spy(cuda_ops.decode_attention, "early", early))
+    model = replace(MODEL, inter_size=62)
+    build = replace(make_build("float32"), quant=QuantConfig(weights=weights))
+    session = CudaSession(model, build, Mapping(), to(kernel_device, make_weights(model, build)), kernel_device)
+    session.generation(begin(session, [[1, 2, 3]] * batch).argmax(-1).to(kernel_device))
+    integer_row = weights is not None and batch == 1
+    assert early == [integer_row] * model.n_layer
+    assert (True in settled) == (weights is None and batch == 1)
+    assert (False in settled) == integer_row
 
 
 @pytest.mark.parametrize(

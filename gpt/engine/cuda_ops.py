@@ -95,6 +95,7 @@ class DecodeOps:
         self.device = weights["model.wte"].device
         self.num_heads = mapping.local_heads(model)
         self.num_kv_heads = mapping.local_kv_heads(model)
+        self._has_integers = not self.products and any(name.endswith(".weight_scale") for name in weights)
         self.tiles: tuple[torch.Tensor, torch.Tensor] | None = None
         self.inputs: DecodeInputs
         self._launches = 0  # products and attentions of this step so far
@@ -114,6 +115,11 @@ class DecodeOps:
     @property
     def _batch_size(self) -> int:
         return self.inputs.ids.shape[0]
+
+    @property
+    def _starts_early(self) -> bool:
+        """Whether kernels start before the one two before them has ended, as they do behind `integer_gemv`."""
+        return self._batch_size == 1 and self._has_integers
 
     def embedding(self, table: str) -> Value:
         if self.mapping.embedding is Split.NONE:
@@ -234,8 +240,6 @@ class DecodeOps:
         in_parts = in_parts and takes_parts(self.num_heads, head_size, config.num_splits)
         out = self._empty(self.num_heads * head_size, self.dtype)
         next_weight = self.weights.get(f"model.layers.{layer}.mlp.dense_h_to_4h.weight")
-        if next_weight is not None and next_weight.dtype != self.dtype:
-            next_weight = None  # integer weights are few enough for their own kernel to ask for in time
         decode_attention(
             self.value(qkv).view(self._batch_size, -1, head_size),
             self.inputs.positions,
@@ -249,7 +253,8 @@ class DecodeOps:
             kv_scale=None if cache.scales is None else cache.scales[layer],
             parts=parts,
             join=not in_parts,
-            next_weight=next_weight,
+            next_weight=None if self._starts_early else next_weight,  # its own kernel asks for it in time
+            early=self._starts_early,
         )
         self._launches += 1
         if in_parts and parts is not None:
@@ -397,7 +402,6 @@ class DecodeOps:
             "activation": activation,
             "gate": gate,
             "add_to_out": stream is not None,
-            "settled": stream is not None and stream.written < self._launches,
             "splits": splits,
             "head_size": self.model.head_size,
         }
@@ -414,6 +418,8 @@ class DecodeOps:
                 config = config_for_parts(config, splits, self.model.head_size)
             if num_valid is not None:
                 options |= {"tiles": self._make_tiles(num_rows, config.block_n), "num_valid": num_valid}
+            if stream is not None:
+                options["settled"] = stream.written < self._launches and not self._starts_early
             gemv(h, weight, out, config=config, **options)
         self._launches += 1
 

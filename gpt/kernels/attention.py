@@ -3,7 +3,7 @@
 A program takes the heads that share one key/value head (one with multi-head, all with multi-query attention, so that K
 and V are read once) and a part of the past; parts are joined by their softmax sums (flash-decoding, Dao et al. 2023).
 The past is requested before the kernel waits for the query: older steps wrote it.  The new token never makes the trip
-through the cache: the first part takes it from the projection and stores it for later steps.
+through the cache: the last part takes it from the projection and stores it for later steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 
 from gpt.kernels.attention_blocks import Rotary, attend, rotate_heads, rotated, stored
-from gpt.kernels.launch import fetch_before, fetch_share, launch_options, num_multiprocessors, wait_for_inputs
+from gpt.kernels.launch import (
+    fetch_before,
+    fetch_share,
+    launch_options,
+    num_multiprocessors,
+    start_dependents,
+    wait,
+    wait_for_inputs,
+)
 from gpt.quant import to_fp8, to_int8
 
 
@@ -55,8 +63,11 @@ def _attention_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NEXT_SHARE: tl.constexpr,
+    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    if EARLY:
+        start_dependents(DEPENDENT)
     split = tl.program_id(0)
     if NEXT_SHARE > 0 and split >= NUM_SPLITS:
         # Attention leaves the memory idle: these programs fetch weights meanwhile.
@@ -93,7 +104,10 @@ def _attention_kernel(
         BLOCK_T,
         BLOCK_D,
     )
-    wait_for_inputs(DEPENDENT)
+    if EARLY:
+        wait(DEPENDENT)
+    else:
+        wait_for_inputs(DEPENDENT)
     heads = tl.arange(0, BLOCK_H)
     in_group = heads < heads_per_group
     qkv_row = qkv_ptr + row.to(tl.int64) * (H + 2 * G) * D
@@ -101,7 +115,8 @@ def _attention_kernel(
     in_query = in_group[:, None] & in_head[None, :]
     q = rotated(query, dims[None, :], in_query, past, cos_ptr, sin_ptr, ROTARY_DIM)  # [BLOCK_H, BLOCK_D]
     q *= scale * 1.4426950408889634  # exponentials are taken to base 2
-    if split == 0:
+    # The last part is the shortest one.
+    if split == NUM_SPLITS - 1:
         new_key = qkv_row + (H + group) * D
         new_value = new_key + G * D
         k_new = rotated(new_key, dims, in_head, past, cos_ptr, sin_ptr, ROTARY_DIM)  # [BLOCK_D]
@@ -243,6 +258,7 @@ def decode_attention(
     parts: torch.Tensor | None = None,
     join: bool = True,
     next_weight: torch.Tensor | None = None,
+    early: bool = False,
 ) -> None:
     """Stores the new K and V in the cache and attends to the past and them.
 
@@ -251,7 +267,7 @@ def decode_attention(
     float8_e4m3fn with kv_scale [2]: the value of one step in K and in V.  out [B, H, D].  parts: float32 scratch of
     `scratch_size` values where the past is divided; with `join` off they are the result, for a product that joins them
     itself (gpt.kernels.gemv).  next_weight: what a kernel to come will read; some of it is fetched into the L2 cache
-    meanwhile.
+    meanwhile.  early: the next kernel may start at once, see gpt.kernels.launch.
 
     Raises ValueError for shapes that do not fit.
     """
@@ -302,6 +318,7 @@ def decode_attention(
         BLOCK_T=config.block_t,
         BLOCK_D=block_d,
         NEXT_SHARE=fetch.share,
+        EARLY=early,
         num_warps=config.num_warps,
         **launch_options(qkv.device),
     )

@@ -5,6 +5,9 @@ bits in two planes of bytes, and an instruction adds four products of bytes (dp4
 largest input of the columns that one thread multiplies, over 32767: below a float16's rounding of that input, and a
 large value costs no accuracy but in its thread's columns.
 
+So few bytes also leave the memory idle while a layer's kernels wait for each other.  A kernel therefore lets the next
+one start at once: weights of as many kernels are on their way as the multiprocessors have registers for.
+
 All is thread-local along the row: thread t of T has the words t, T + t, 2T + t, ... of each of the program's rows and
 the inputs that belong to them, from the loads to one sum over the threads at the end.
 """
@@ -36,7 +39,8 @@ from gpt.kernels.launch import (
     load_epilogue,
     next_power_of_2,
     num_multiprocessors,
-    wait_for_inputs,
+    start_dependents,
+    wait,
 )
 from gpt.kernels.product import Gate, Norm, check_product
 
@@ -75,7 +79,6 @@ def _integer_gemv_kernel(
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
     ADD_TO_OUT: tl.constexpr,
-    SETTLED: tl.constexpr,
     SPLITS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -83,6 +86,7 @@ def _integer_gemv_kernel(
     STRETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    start_dependents(DEPENDENT)
     WORDS: tl.constexpr = K * BITS // 32
     # The last program begins early enough to be whole, so that all rows lie at fixed distances from its first one; what
     # belongs to the program before it, it leaves alone.
@@ -101,12 +105,9 @@ def _integer_gemv_kernel(
     bias, row_scale = load_epilogue(bias_ptr, scale_ptr, rows, in_rows, HAS_BIAS, GROUP == 0)
     if GATED:
         gate_bias, gate_row_scale = load_epilogue(gate_bias_ptr, gate_scale_ptr, rows, in_rows, HAS_BIAS, GROUP == 0)
-    if ADD_TO_OUT and SETTLED:
-        # Around the first-level cache, which may hold what was there before.
-        before = tl.load(out_ptr + rows, mask=in_rows, other=0.0, cache_modifier=".cg").to(tl.float32)
     factors, shifts = load_norm(norm_weight_ptr, norm_bias_ptr, 0, K, BITS, NORM, THREADS, STRETCH)
-    wait_for_inputs(DEPENDENT)
-    if ADD_TO_OUT and not SETTLED:
+    wait(DEPENDENT)
+    if ADD_TO_OUT:
         before = tl.load(out_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
     x = load_inputs(x_ptr, part_sum_ptr, 0, K, BITS, SPLITS, HEAD_SIZE, THREADS, STRETCH)
     mean = 0.0
@@ -262,12 +263,11 @@ def integer_gemv(
     activation: str = "none",
     gate: Gate | None = None,
     add_to_out: bool = False,
-    settled: bool = False,
     splits: int = 1,
     head_size: int = 0,
 ) -> None:
     """`gpt.kernels.gemv.gemv` with weight [N, K] int8 and scale [N], or weight [N, K / 2] uint8 (packed) and scale [N]
-    or [N, K / group].
+    or [N, K / group].  The next kernel may start at once: see gpt.kernels.launch.
 
     The gate's weight and scale have the same shapes.  Raises ValueError for shapes that do not fit, for K that is no
     multiple of 4 (packed: 8), for heads of no multiple of 4, for groups that are no power of two or below 32, and for
@@ -308,7 +308,6 @@ def integer_gemv(
         HAS_BIAS=bias is not None,
         GATED=gate is not None,
         ADD_TO_OUT=add_to_out,
-        SETTLED=settled,
         SPLITS=splits,
         HEAD_SIZE=head_size,
         BLOCK_N=block_n,
@@ -356,7 +355,7 @@ def default_config(
     block_n = (32 if wide else 16 if num_rows == num_columns else 8) // (2 if gated else 1)
     while block_n > 1 and cdiv(num_rows, block_n) < 3 * num_multiprocessors(device) // 4:
         block_n //= 2
-    num_warps = 4 if wide and num_columns <= 2048 else 8
+    num_warps = 4 if num_columns <= 2048 else 8
     # Not more threads than a row has words.
     num_warps = min(num_warps, next_power_of_2(cdiv(num_columns * bits, 32 * 32)))
     registers = 64 if gated else 128

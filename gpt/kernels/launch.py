@@ -2,8 +2,9 @@
 
 Decoding is a chain of short kernels, each needing the result of the last.  With programmatic dependent launch (compute
 capability 9.0 and above) a kernel starts while its predecessor still computes, loads what does not depend on it (its
-weights), then waits.  A kernel lets its successor start only after its own wait, so that whatever was written two
-kernels ago may be read before waiting.
+weights), then waits.  Most kernels let their successor start only after their own wait, so that whatever was written
+two kernels ago may be read before waiting.  Kernels that read few bytes let it start at once: then several wait in a
+row, all their weights on the way, and before waiting they read only what no kernel of the step writes.
 """
 
 from __future__ import annotations
@@ -68,6 +69,20 @@ def place_of_tile(tile, num_across, num_along, GROUP: tl.constexpr):
     width = tl.minimum(num_across - first, GROUP)
     place = tile % per_group
     return first + place % width, place // width
+
+
+@triton.jit
+def start_dependents(DEPENDENT: tl.constexpr):
+    """Lets the next kernel start; `wait` has still to follow."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait(DEPENDENT: tl.constexpr):
+    """`wait_for_inputs` of a kernel that has let the next one start."""
+    if DEPENDENT:
+        gdc_wait()
 
 
 @triton.jit
