@@ -204,7 +204,8 @@ def integer_product(model: str, product: str, num_tokens: int) -> Case:
     num_rows, num_columns = product_shape(model, product)
 
     def make() -> tuple[int, dict[str, Launch]]:
-        from gpt.kernels.w8a8 import default_config, w8a8
+        from gpt.kernels.w8a8 import w8a8
+        from gpt.kernels.w8a8_config import default_config
 
         copies = num_copies(num_rows * num_columns)
         x, weights = random_int8(num_tokens, num_columns), random_int8(copies, num_rows, num_columns)

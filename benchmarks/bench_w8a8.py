@@ -28,13 +28,10 @@ from common import append_csv, describe_versions
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from gpt.kernels.w8a8 import W8a8Config
+    from gpt.kernels.w8a8_config import HopperConfig, W8a8Config
 
-# block_m, block_n, block_k, warps, stages, parts, descriptors
-CANDIDATES = (
-    (128, 128, 128, 4, 3, 1, True),
-    (128, 256, 128, 8, 4, 1, True),
-)
+# block_m, block_n, block_k, warps, stages, parts, descriptors; or of the kernel for compute capability 9.0, by_tokens
+CANDIDATES = ((128, 128, 128, 4, 3, 1, True), (False,), (True,))
 NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
@@ -103,11 +100,17 @@ def compile_one(work: tuple[torch.dtype, tuple[int, ...], int, str, bool]) -> No
         print(f"{NAMES[dtype]} {tile}: {type(error).__name__}", file=sys.stderr)
 
 
-def config_of(tile: tuple[int, ...]) -> W8a8Config:
-    from gpt.kernels.w8a8 import W8a8Config
+def config_of(tile: tuple[int, ...]) -> W8a8Config | HopperConfig:
+    from gpt.kernels.w8a8_config import HopperConfig, W8a8Config
 
+    if len(tile) == 1:
+        return HopperConfig(by_tokens=bool(tile[0]))
     block_m, block_n, block_k, num_warps, num_stages, split_k, descriptors = tile
     return W8a8Config(block_m, block_n, block_k, num_warps, num_stages, split_k, bool(descriptors))
+
+
+def name_of(tile: tuple[int, ...]) -> str:
+    return ("hopper " if len(tile) == 1 else "") + parameters(config_of(tile))
 
 
 def our_launches(
@@ -122,7 +125,7 @@ def our_launches(
     for tile in tiles:
         config = config_of(tile)
 
-        def launch(copy: int, config: W8a8Config = config) -> None:
+        def launch(copy: int, config: W8a8Config | HopperConfig = config) -> None:
             w8a8(
                 x,
                 operands.row_scale,
@@ -135,7 +138,7 @@ def our_launches(
                 next_input=next_input if quantizes else None,
             )
 
-        yield parameters(config), launch
+        yield name_of(tile), launch
 
 
 def product_launches(

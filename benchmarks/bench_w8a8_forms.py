@@ -16,20 +16,15 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from bench_kernels import MODELS, Launch, half, parameters, product_shape, random_int8
-from bench_w8a8 import CANDIDATES, NAMES, Operands, config_of, measure, print_table
+from bench_kernels import MODELS, Launch, half, product_shape, random_int8
+from bench_w8a8 import CANDIDATES, NAMES, Operands, config_of, measure, name_of, print_table
 from common import append_csv
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-if TYPE_CHECKING:
-    from gpt.kernels.w8a8 import W8a8Config
 
 PROMPTS = 8
 HEAD_SIZE = 64
@@ -123,7 +118,7 @@ def cache_forms(operands: Operands, tile: tuple[int, ...]) -> Iterator[tuple[str
         multiply(copy, qkv, None)
         store_cache(qkv.view(num_tokens, -1, HEAD_SIZE), cache)
 
-    name = parameters(config)
+    name = name_of(tile)
     yield "product alone", name, lambda copy: multiply(copy, qkv, None)
     yield "product, then cache", name, apart
     yield "product and cache", name, lambda copy: multiply(copy, qkv, cache)
@@ -140,9 +135,9 @@ def stream_forms(operands: Operands, tile: tuple[int, ...]) -> Iterator[tuple[st
     stream, part = torch.zeros((num_tokens, width), device="cuda"), half(1, num_tokens, width)
     norm = Norm(half(width), half(width), 1e-5)
     steps, row_scale = part[0].to(operands.x.dtype), torch.empty(num_tokens, device="cuda")
-    input_scale, config = torch.tensor(0.01, device="cuda"), config_of(tile)
+    input_scale, config, name = torch.tensor(0.01, device="cuda"), config_of(tile), name_of(tile)
 
-    def multiply(copy: int, out: torch.Tensor, config: W8a8Config, *, add: bool) -> None:
+    def multiply(copy: int, out: torch.Tensor, *, add: bool) -> None:
         weight, bias = operands.weights[copy], operands.bias
         w8a8(operands.x, operands.row_scale, weight, operands.col_scale, out, config=config, bias=bias, add_to_out=add)
 
@@ -150,22 +145,17 @@ def stream_forms(operands: Operands, tile: tuple[int, ...]) -> Iterator[tuple[st
         quantize_rows(stream, steps, row_scale, norm=norm, input_scale=input_scale, parts=parts)
 
     def part_and_rows(copy: int) -> None:
-        multiply(copy, part[0], config, add=False)
+        multiply(copy, part[0], add=False)
         rows(part)
 
-    yield "part", parameters(config), lambda copy: multiply(copy, part[0], config, add=False)
-    yield "part, rows", parameters(config), part_and_rows
-    for each in (config, replace(config, fetches=True), replace(config, reduces=True)):
+    def into_stream_and_rows(copy: int) -> None:
+        multiply(copy, stream, add=True)
+        rows(None)
 
-        def into_stream(copy: int, each: W8a8Config = each) -> None:
-            multiply(copy, stream, each, add=True)
-
-        def into_stream_and_rows(copy: int, each: W8a8Config = each) -> None:
-            multiply(copy, stream, each, add=True)
-            rows(None)
-
-        yield "into the stream", parameters(each), into_stream
-        yield "into the stream, rows", parameters(each), into_stream_and_rows
+    yield "part", name, lambda copy: multiply(copy, part[0], add=False)
+    yield "part, rows", name, part_and_rows
+    yield "into the stream", name, lambda copy: multiply(copy, stream, add=True)
+    yield "into the stream, rows", name, into_stream_and_rows
 
 
 def attention_forms(model: str, num_tokens: int) -> Forms:

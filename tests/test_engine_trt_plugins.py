@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiling import compiling
 from engines import build_engine, random_prompts
 from plugin_cases import BOUNDS, Case, cases, largest_error
 from test_engine_quant import FAMILIES, INT8_BOUND, MODES, WEIGHT_ONLY_BOUND
@@ -254,16 +252,6 @@ def test_launches_compute_the_reference(case: Case) -> None:
     """Every tactic with the constants it is compiled with, as many programs as are launched, arguments in order."""
     for tactic in range(1, case.plugin.num_tactics + 1):
         assert largest_error(case.interpreted(tactic), case.expected()) < BOUNDS[case.dtype], tactic
-
-
-def compiling(*arguments: str) -> str:
-    """What a Python that compiles kernels, where this one interprets them, prints."""
-    folder = Path(__file__).parent
-    paths = os.pathsep.join([str(folder), str(folder.parent)])
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 # No two that differ by the type alone, to save time; the GPU test compiles and runs all.

@@ -6,21 +6,21 @@ import math
 
 import pytest
 import torch
-from engines import relative_error
-from kernel_inputs import TOLERANCE, normal, operands
+from kernel_inputs import TOLERANCE, operands
+from w8a8_checks import check_fused, check_next_input
 
 from gpt.kernels.quantize_rows import LARGEST
-from gpt.kernels.w8a8 import W8a8Config, default_config, reference, w8a8
+from gpt.kernels.w8a8 import reference, w8a8
+from gpt.kernels.w8a8_config import W8a8Config, default_config
 from gpt.kernels.w8a8_epilogue import NextInput
-from gpt.quant import to_fp8, to_int8
 
 # Decode and prompts; whole blocks of nothing, and of everything; more tiles of tokens than share a group.
 SHAPES = {
-    "one": (1, 50, 96, W8a8Config(16, 32, 32, 4, 2)),
-    "few": (20, 70, 200, W8a8Config(32, 32, 64, 4, 2)),
-    "whole": (64, 64, 128, W8a8Config(64, 32, 64, 4, 2)),
-    "many": (300, 70, 130, W8a8Config(32, 32, 64, 4, 2)),
-    "descriptors": (70, 50, 144, W8a8Config(32, 32, 64, 4, 2, descriptors=True)),
+    "one": ((1, 50, 96), W8a8Config(16, 32, 32, 4, 2)),
+    "few": ((20, 70, 200), W8a8Config(32, 32, 64, 4, 2)),
+    "whole": ((64, 64, 128), W8a8Config(64, 32, 64, 4, 2)),
+    "many": ((300, 70, 130), W8a8Config(32, 32, 64, 4, 2)),
+    "descriptors": ((70, 50, 144), W8a8Config(32, 32, 64, 4, 2, descriptors=True)),
 }
 
 
@@ -30,16 +30,8 @@ SHAPES = {
 def test_product_with_everything_fused(
     name: str, steps: torch.dtype, dtype: torch.dtype, kernel_device: torch.device
 ) -> None:
-    num_tokens, num_rows, num_columns, config = SHAPES[name]
-    x, row_scale, weight, col_scale = operands(num_tokens, num_rows, num_columns, kernel_device, steps)
-    col_scale *= 1e-5  # so that the activation sees values of both kinds
-    bias = normal(num_rows, device=kernel_device, dtype=dtype)
-    out = torch.empty((num_tokens, num_rows), device=kernel_device, dtype=dtype)
-    w8a8(x, row_scale, weight, col_scale, out, config=config, bias=bias, activation="gelu_tanh")
-    expected = reference(x, row_scale, weight, col_scale, bias=bias, activation="gelu_tanh")
-    # The matrix units add FP8 products in fewer bits than float32 has.
-    tolerance = TOLERANCE[dtype] if steps == torch.int8 else max(1e-3, TOLERANCE[dtype])
-    assert relative_error(out, expected) < tolerance
+    shape, config = SHAPES[name]
+    check_fused(shape, config, steps, dtype, kernel_device)
 
 
 @pytest.mark.parametrize("name", ["one", "many"])
@@ -48,23 +40,8 @@ def test_product_with_everything_fused(
 def test_result_as_the_next_product_takes_it(
     name: str, steps: torch.dtype, smoothed: bool, kernel_device: torch.device
 ) -> None:
-    """The steps are those that the formulas make of the same product stored in float32."""
-    num_tokens, num_rows, num_columns, config = SHAPES[name]
-    x, row_scale, weight, col_scale = operands(num_tokens, num_rows, num_columns, kernel_device, steps)
-    row_scale[0] = math.nan
-    col_scale *= 1e-5
-    wide = torch.empty((num_tokens, num_rows), device=kernel_device)
-    w8a8(x, row_scale, weight, col_scale, wide, config=config, activation="relu")
-    smoother = 0.5 + torch.rand(num_rows, device=kernel_device) if smoothed else None
-    scale = torch.tensor(3 / LARGEST[steps], device=kernel_device)
-    next_input = NextInput(scale, torch.empty_like(row_scale), smoother)
-    out = torch.empty((num_tokens, num_rows), device=kernel_device, dtype=steps)
-    w8a8(x, row_scale, weight, col_scale, out, config=config, activation="relu", next_input=next_input)
-    expected = (to_int8 if steps == torch.int8 else to_fp8)(wide if smoother is None else wide / smoother, scale)
-    assert torch.equal(out[1:].float(), expected[1:].float())
-    # A row that is no number stays one.
-    assert next_input.row_scale[0].isnan()
-    assert torch.equal(next_input.row_scale[1:], scale.expand(num_tokens - 1))
+    shape, config = SHAPES[name]
+    check_next_input(shape, config, steps, smoothed, kernel_device)
 
 
 @pytest.mark.parametrize("split_k", [1, 4])

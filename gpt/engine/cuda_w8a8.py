@@ -10,7 +10,8 @@ from gpt.engine.quant_linear import LinearWeights, QuantizedRows, prepared_rows,
 from gpt.kernels.product import Norm
 from gpt.kernels.quantize_rows import quantize_rows
 from gpt.kernels.store_cache import CacheSlots
-from gpt.kernels.w8a8 import W8a8Config, default_config, w8a8
+from gpt.kernels.w8a8 import w8a8
+from gpt.kernels.w8a8_config import HopperConfig, W8a8Config, default_config
 from gpt.kernels.w8a8_epilogue import NextInput
 
 
@@ -120,7 +121,7 @@ class W8a8Linear:
         values = torch.empty((num_rows, width), dtype=self.weight.dtype, device=device)
         return QuantizedRows(values, torch.empty(num_rows, device=device))
 
-    def _config(self, num_tokens: int, *, splits: bool) -> W8a8Config:
+    def _config(self, num_tokens: int, *, splits: bool) -> W8a8Config | HopperConfig:
         num_rows, num_columns = self.weight.shape
         return default_config(num_tokens, num_rows, num_columns, self.weight.device, splits=splits)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gpt.kernels.aot import KernelCall
     from gpt.kernels.cached_attention import CachedAttentionConfig
     from gpt.kernels.skinny import SkinnyConfig
-    from gpt.kernels.w8a8 import W8a8Config
+    from gpt.kernels.w8a8_config import W8a8Config
 
 _ITEMSIZE = {"FLOAT": 4, "HALF": 2, "BF16": 2}
 
@@ -193,7 +193,7 @@ class Int8Gemm(Product):
     inputs = ("x", "row_scale", "weight", "col_scale", "bias")
 
     def _config(self, tactic: int) -> W8a8Config:
-        from gpt.kernels.w8a8 import W8a8Config
+        from gpt.kernels.w8a8_config import W8a8Config
 
         return W8a8Config(16, 32, 256, 4, 3) if tactic < 2 else W8a8Config(64, 128, 64, 4, 3)
 
@@ -216,8 +216,6 @@ class Int8Gemm(Product):
                 "QUANTIZES": False,
                 "SMOOTHED": False,
                 "ADD_TO_OUT": False,
-                "REDUCES": False,
-                "FETCHES": False,
                 "GROUPS": 0,
                 "HEAD_SIZE": 0,
                 "QUERIES_ALONE": False,

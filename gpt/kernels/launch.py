@@ -69,6 +69,17 @@ def wait_for_inputs(DEPENDENT: tl.constexpr, EARLY: tl.constexpr = False):
 
 
 @triton.jit
+def place_of_tile(tile, num_across, num_along, GROUP: tl.constexpr):
+    """(across, along) of the tile-th tile: groups of GROUP of them across, each from its beginning to its end.  Tiles
+    that run at the same time are then neighbours, and share most of what they read."""
+    per_group = GROUP * num_along
+    first = tile // per_group * GROUP
+    width = tl.minimum(num_across - first, GROUP)
+    place = tile % per_group
+    return first + place % width, place // width
+
+
+@triton.jit
 def load_epilogue(bias_ptr, scale_ptr, rows, inside, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
     """What a product's sums of `rows` will need: bias and scale, [rows] each."""
     return load_vector(bias_ptr, rows, inside, HAS_BIAS), load_vector(scale_ptr, rows, inside, HAS_SCALE)

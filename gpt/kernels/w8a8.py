@@ -7,7 +7,6 @@ through tensor descriptors: the card's copy engine fetches whole tiles and fills
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,39 +16,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gpt.kernels.launch import (
     APPROXIMATIONS,
-    INTERPRETED,
     cdiv,
     launch_options,
     load_vector,
-    next_power_of_2,
-    num_multiprocessors,
-    supports_dependent_launch,
+    place_of_tile,
     wait_for_inputs,
 )
 from gpt.kernels.product import ACTIVATION_FUNCTIONS, expect
 from gpt.kernels.quantize_rows import LARGEST
 from gpt.kernels.store_cache import CacheSlots
-from gpt.kernels.w8a8_epilogue import NextInput, fetch_tile, finish_tile
+from gpt.kernels.w8a8_config import HopperConfig, W8a8Config
+from gpt.kernels.w8a8_epilogue import NextInput, store_tile, tile_values
 
-# Tiles of neighbouring rows that run at the same time share the weights they read.
+# Tiles of tokens that share the weights they read.
 GROUP_M = 8
-
-
-@dataclass(frozen=True)
-class W8a8Config:
-    """descriptors: tiles are fetched through tensor descriptors, which need K to be a multiple of 16.  reduces: what is
-    added to `out` goes to the L2 cache, which adds it; else `out` is read, added to and written.  fetches: it is asked
-    for before the sums, to be in the L2 cache behind them."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    split_k: int = 1
-    descriptors: bool = False
-    reduces: bool = False
-    fetches: bool = False
 
 
 @triton.jit
@@ -63,7 +43,7 @@ def w8a8_kernel(
     smoother_ptr,  # [N] float32
     M,
     N,
-    out_ptr,  # [SPLIT_K, M, N]; what of it there is, see `finish_tile`
+    out_ptr,  # [SPLIT_K, M, N]; what of it there is, see `store_tile`
     next_row_scale_ptr,  # [M] float32
     places_ptr,  # [M] int32
     blocks_ptr,  # [2, B, G, tokens_per_block, D]
@@ -77,8 +57,6 @@ def w8a8_kernel(
     QUANTIZES: tl.constexpr,
     SMOOTHED: tl.constexpr,
     ADD_TO_OUT: tl.constexpr,
-    REDUCES: tl.constexpr,
-    FETCHES: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     QUERIES_ALONE: tl.constexpr,
@@ -93,14 +71,9 @@ def w8a8_kernel(
     DEPENDENT: tl.constexpr,
 ):
     wait_for_inputs(DEPENDENT)
-    # Tiles that run at the same time are neighbours: groups of GROUP_M of them in a column share weights.
-    tile = tl.program_id(0)
-    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
-    first_m = tile // per_group * GROUP_M
-    group_m = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
-    place = tile % per_group
-    first_token = (first_m + place % group_m) * BLOCK_M
-    first_row = place // group_m * BLOCK_N
+    m, n = place_of_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    first_token = m * BLOCK_M
+    first_row = n * BLOCK_N
     dtype: tl.constexpr = tl.int32 if INTEGER else tl.float32
     length: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + SPLIT_K - 1) // SPLIT_K * BLOCK_K
     begin = tl.program_id(1) * length
@@ -117,8 +90,6 @@ def w8a8_kernel(
     row_scale = tl.load(row_scale_ptr + tokens, mask=in_tokens, other=0.0)
     col_scale = tl.load(col_scale_ptr + rows, mask=in_rows, other=0.0)
     bias = load_vector(bias_ptr, rows, in_rows, HAS_BIAS)
-    if FETCHES:
-        fetch_tile(out_ptr, first_token, first_row, M, N, BLOCK_M, BLOCK_N)
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype)
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         if DESCRIPTORS:
@@ -132,31 +103,40 @@ def w8a8_kernel(
             a = tl.load(x_ptr + x_places + start, mask=inside_k, other=0.0)
             b = tl.load(weight_ptr + weight_places + start, mask=inside_k, other=0.0)
         sums = tl.dot(a, tl.trans(b), sums, out_dtype=dtype)
-    finish_tile(
+    values = tile_values(
         sums,
+        tokens,
+        rows,
+        first_row,
         row_scale,
         col_scale,
         bias,
-        tl.program_id(1),
-        first_token,
-        first_row,
         next_scale_ptr,
         smoother_ptr,
         M,
         N,
         out_ptr,
         next_row_scale_ptr,
+        ACTIVATION,
+        HAS_BIAS,
+        QUANTIZES,
+        SMOOTHED,
+    )
+    store_tile(
+        values,
+        tokens,
+        rows,
+        first_row,
+        tl.program_id(1),
+        M,
+        N,
+        out_ptr,
         places_ptr,
         blocks_ptr,
         kv_scales_ptr,
         part_stride,
         tokens_per_block,
-        ACTIVATION,
-        HAS_BIAS,
-        QUANTIZES,
-        SMOOTHED,
         ADD_TO_OUT,
-        REDUCES,
         GROUPS,
         HEAD_SIZE,
         QUERIES_ALONE,
@@ -171,7 +151,7 @@ def w8a8(
     col_scale: torch.Tensor,
     out: torch.Tensor,
     *,
-    config: W8a8Config,
+    config: W8a8Config | HopperConfig,
     bias: torch.Tensor | None = None,
     activation: str = "none",
     next_input: NextInput | None = None,
@@ -215,42 +195,49 @@ def w8a8(
         raise ValueError(f"x: found {num_columns} columns, expected less than {1 << 17}: the sums are 32 bits wide")
     if config.descriptors and num_columns % 16:
         raise ValueError(f"x: found {num_columns} columns, expected a multiple of 16 for tensor descriptors")
-    num_programs = cdiv(num_tokens, config.block_m) * cdiv(num_rows, config.block_n)
+    smoother = next_input.smoother if next_input else None
+    arguments = {
+        "row_scale_ptr": row_scale,
+        "col_scale_ptr": col_scale,
+        "bias_ptr": bias if bias is not None else col_scale,
+        "next_scale_ptr": next_input.scale if next_input else col_scale,
+        "smoother_ptr": smoother if smoother is not None else col_scale,
+        "M": num_tokens,
+        "N": num_rows,
+        "out_ptr": out,
+        "next_row_scale_ptr": next_input.row_scale if next_input else col_scale,
+        "places_ptr": cache.places if cache else col_scale,
+        "blocks_ptr": cache.blocks if cache else col_scale,
+        "kv_scales_ptr": cache.scales if cache and cache.scales is not None else col_scale,
+        "part_stride": cache.blocks.stride(0) if cache else 0,
+        "tokens_per_block": cache.blocks.shape[3] if cache else 0,
+        "K": num_columns,
+        "INTEGER": x.dtype == torch.int8,
+        "ACTIVATION": activation if out.dtype == torch.float32 else APPROXIMATIONS.get(activation, activation),
+        "HAS_BIAS": bias is not None,
+        "QUANTIZES": next_input is not None,
+        "SMOOTHED": smoother is not None,
+        "ADD_TO_OUT": add_to_out,
+        "GROUPS": cache.blocks.shape[2] if cache else 0,
+        "HEAD_SIZE": cache.blocks.shape[4] if cache else 0,
+        "QUERIES_ALONE": num_kept < num_rows,
+        "QUANTIZES_CACHE": cache is not None and cache.scales is not None,
+        **launch_options(x.device),
+    }
+    if isinstance(config, HopperConfig):
+        from gpt.kernels.w8a8_hopper import launch_hopper  # what not every version of Triton has
+
+        launch_hopper(x, weight, by_tokens=config.by_tokens, arguments=arguments)
+        return
     operands: list[Any] = [x, weight]
     if config.descriptors:
         blocks = ([config.block_m, config.block_k], [config.block_n, config.block_k])
         operands = [TensorDescriptor.from_tensor(*each) for each in zip(operands, blocks, strict=True)]
-    smoother = next_input.smoother if next_input else None
+    num_programs = cdiv(num_tokens, config.block_m) * cdiv(num_rows, config.block_n)
     w8a8_kernel[(num_programs, config.split_k)](
-        operands[0],
-        row_scale,
-        operands[1],
-        col_scale,
-        bias if bias is not None else col_scale,
-        next_input.scale if next_input else col_scale,
-        smoother if smoother is not None else col_scale,
-        num_tokens,
-        num_rows,
-        out,
-        next_input.row_scale if next_input else col_scale,
-        cache.places if cache else col_scale,
-        cache.blocks if cache else col_scale,
-        cache.scales if cache and cache.scales is not None else col_scale,
-        cache.blocks.stride(0) if cache else 0,
-        cache.blocks.shape[3] if cache else 0,
-        K=num_columns,
-        INTEGER=x.dtype == torch.int8,
-        ACTIVATION=activation if out.dtype == torch.float32 else APPROXIMATIONS.get(activation, activation),
-        HAS_BIAS=bias is not None,
-        QUANTIZES=next_input is not None,
-        SMOOTHED=smoother is not None,
-        ADD_TO_OUT=add_to_out,
-        REDUCES=config.reduces,
-        FETCHES=add_to_out and config.fetches and not INTERPRETED,
-        GROUPS=cache.blocks.shape[2] if cache else 0,
-        HEAD_SIZE=cache.blocks.shape[4] if cache else 0,
-        QUERIES_ALONE=num_kept < num_rows,
-        QUANTIZES_CACHE=cache is not None and cache.scales is not None,
+        x_ptr=operands[0],
+        weight_ptr=operands[1],
+        **arguments,
         SPLIT_K=config.split_k,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -260,24 +247,7 @@ def w8a8(
         DESCRIPTORS=config.descriptors,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **launch_options(x.device),
     )
-
-
-def default_config(
-    num_tokens: int, num_rows: int, num_columns: int, device: torch.device, *, splits: bool
-) -> W8a8Config:
-    """splits: whether the reader can add partial sums."""
-    if num_tokens > 128:
-        num_warps, num_stages = (8, 4) if num_tokens < 1024 else (4, 3)
-        descriptors = num_columns % 16 == 0 and (INTERPRETED or supports_dependent_launch(device))
-        return W8a8Config(128, 128, 128, num_warps, num_stages, descriptors=descriptors)
-    block_m = max(16, min(64, next_power_of_2(num_tokens)))
-    programs = cdiv(num_rows, 32) * cdiv(num_tokens, block_m)
-    split_k = 1
-    while splits and programs * split_k < 2 * num_multiprocessors(device) and num_columns >= 1024 * split_k:
-        split_k *= 2
-    return W8a8Config(block_m, 32, 256, 4, 4, split_k)
 
 
 def reference(
