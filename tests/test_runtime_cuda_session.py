@@ -149,8 +149,8 @@ def test_kernels_that_start_early_read_nothing_that_a_step_writes(
     monkeypatch: pytest.MonkeyPatch,
     kernel_device: torch.device,
 ) -> None:
-    """A row's integer products, if large enough, let what follows start at once, so attention does, and the product of FC2, whose rows
-    are no whole words and which `gemv` multiplies, leaves the stream alone until it has waited."""
+    """A row's integer products, if large enough, let what follows start at once.  So attention does, and the product of
+    FC2, whose rows are no whole words and which `gemv` multiplies, leaves the stream alone until it has waited."""
     settled: list[bool | None] = []
     early: list[bool | None] = []
 
