@@ -94,7 +94,7 @@ def test_batches_that_share_parameters() -> None:
     ("quant", "products", "caches"),
     [
         (QuantConfig(), 5, 1),
-        (QuantConfig("int8"), 1, 1),
+        (QuantConfig("int8"), 1, 0),
         (QuantConfig("int4", kv_cache="int8"), 1, 0),
         (QuantConfig(kv_cache="fp8"), 5, 0),
     ],
@@ -109,3 +109,18 @@ def test_only_what_is_float_is_measured(
     found = autotune.autotune(model, Mapping(), torch.float32, [1], 128, CPU, quant)
     assert (len(found.gemvs), len(found.attentions)) == (products, caches)
     assert (64, 32) in found.gemvs  # the head
+
+
+def test_shapes_that_no_candidate_suits_keep_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small model's products fill no card, and a cache of few tokens no block."""
+    model = ModelConfig(vocab_size=64, n_positions=64, n_embd=32, n_head=2, n_layer=1, n_kv_head=2, inter_size=128)
+    monkeypatch.setattr(autotune, "_time_candidate", lambda config, launch, copies: 0.0)
+    monkeypatch.setattr(autotune, "_COLD_BYTES", 1)
+    monkeypatch.setattr(autotune, "num_multiprocessors", lambda device: 132)
+    found = autotune.autotune(model, Mapping(), torch.float32, [4], 8, CPU)
+    plain = Tuning(CPU)
+    assert found.attentions == {(4, 2, 2, 8): plain.attention(4, 2, 2, 8)}
+    assert found.skinnies == {
+        (16, n, k, int(splits)): plain.skinny(16, n, k, splits=splits, itemsize=4)
+        for n, k, splits in autotune.product_shapes(model, Mapping(), QuantConfig())
+    }

@@ -169,7 +169,7 @@ def test_kernels_that_start_early_read_nothing_that_a_step_writes(
     session = CudaSession(model, build, Mapping(), to(kernel_device, make_weights(model, build)), kernel_device)
     session.generation(begin(session, [[1, 2, 3]] * batch).argmax(-1).to(kernel_device))
     starts_early = weights is not None and batch == 1 and early_bytes == 8064
-    assert early == [starts_early] * model.n_layer
+    assert set(early) == {starts_early}
     assert (True in settled) == (batch == 1 and not starts_early)
     assert (False in settled) == starts_early
 

@@ -59,25 +59,30 @@ def autotune(
     quant: QuantConfig = FLOAT,
 ) -> Tuning:
     """Measures every product and the attention over caches of `num_slots` for every batch size, where weights and cache
-    are float: what is fastest for these need not be for fewer bytes.  Takes some tenths of a second per candidate."""
+    are float: what is fastest for these need not be for fewer bytes.  Takes some tenths of a second per candidate; the
+    default is always one of them, so that small shapes, which nothing else suits, have a best too."""
     tuning = Tuning(device)
     for batch_size in sorted(set(batch_sizes)) if quant.kv_cache is None else ():
+        if batch_size == 1 and quant.weights is not None:
+            continue  # the product behind a single row's attention, which joins its parts, is measured with it
         key = (batch_size, mapping.local_heads(model), mapping.local_kv_heads(model), num_slots)
         candidates = attention_candidates(key[1] > key[2], model.head_size, num_slots)
         launch, copies = _attention_launcher(*key, model.head_size, dtype, device, tuning)
-        tuning.attentions[key] = _best(candidates, launch, copies)
+        tuning.attentions[key] = _best([tuning.attention(*key), *candidates], launch, copies)
     buckets = sorted({0 if size == 1 else token_bucket(size) for size in batch_sizes})
     work = [(bucket, *shape) for bucket in buckets for shape in product_shapes(model, mapping, quant)]
     for bucket, num_rows, num_columns, to_stream in progress(work, what="Tuning", unit="product"):
         copies = max(1, -(-_COLD_BYTES // (num_rows * num_columns * dtype.itemsize)))
         weights = torch.randn((copies, num_rows, num_columns), device=device).to(dtype)
         if bucket == 0:
+            usual = tuning.gemv(num_rows, num_columns, itemsize=dtype.itemsize)
             tuning.gemvs[num_rows, num_columns] = _best(
-                gemv_candidates(num_columns), _gemv_launcher(weights, to_stream), copies
+                [usual, *gemv_candidates(num_columns)], _gemv_launcher(weights, to_stream), copies
             )
         else:
+            default = tuning.skinny(bucket, num_rows, num_columns, splits=to_stream, itemsize=dtype.itemsize)
             tuning.skinnies[bucket, num_rows, num_columns, int(to_stream)] = _best(
-                skinny_candidates(num_rows, num_columns, to_stream, device),
+                [default, *skinny_candidates(num_rows, num_columns, to_stream, device)],
                 _skinny_launcher(bucket, weights, to_stream),
                 copies,
             )
