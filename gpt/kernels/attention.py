@@ -373,15 +373,21 @@ def default_config(
     integers: an `integer_gemv` joins the parts, anew for each thread's inputs, so that few parts are faster (gpt2 on an
     H100: 10.8 us a layer with 4 of them, 13.9 with 16).
     """
-    if batch_size > 1 and num_slots <= 1024 and batch_size * num_kv_heads >= 2 * num_multiprocessors(device) // 5:
-        return AttentionConfig(64, 1, 4 if num_heads > num_kv_heads else 2)  # joining costs a launch of its own
-    if num_heads > num_kv_heads:
-        block_t, num_warps = 64 if batch_size == 1 else 32, 4
-    else:
-        block_t, num_warps = 64, 2
-    wanted = triton.cdiv(2 * num_multiprocessors(device), batch_size * num_kv_heads)
-    if batch_size == 1 and num_heads == num_kv_heads and wanted >= 20 and num_slots <= 256 and not integers:
-        block_t, num_warps = 16, 1  # few heads and a short past: small parts, without a wait among warps
+    processors = num_multiprocessors(device)
+    programs, shared = batch_size * num_kv_heads, num_heads > num_kv_heads
+    if batch_size > 1 and num_slots <= 1024 and programs >= 2 * processors // 5:
+        # Joining costs a launch of its own.
+        if shared:
+            return AttentionConfig(64, 1, 4)
+        return AttentionConfig(128, 1, 4) if programs < 4 * processors else AttentionConfig(64, 1, 2)
+    wanted = triton.cdiv(2 * processors, programs)
+    block_t, num_warps = (64 if batch_size == 1 else 32, 4) if shared else (64, 2)
+    if batch_size == 1 and not shared and num_slots <= 256:
+        # The fewer the heads, the smaller the parts; with 16 of them few programs with many warps are faster still.
+        if integers or 16 <= wanted < 20:
+            block_t, num_warps = 128, 4
+        else:
+            block_t, num_warps = (16, 1) if wanted >= 20 else (64, 1)
     num_splits = triton.next_power_of_2(max(1, min(wanted, num_slots // block_t, 16)))
     return AttentionConfig(block_t, num_splits, num_warps)
 
