@@ -100,13 +100,17 @@ def test_one_token_of_three_sequences(
     check(step, heads[0], AttentionConfig(32, num_splits, 4), BOUND[torch.float16])
 
 
+# Parts of several blocks of the past, and of one at most.
+@pytest.mark.parametrize("config", [AttentionConfig(16, 1, 2), AttentionConfig(32, 3, 1)])
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-def test_one_block_of_the_cache_per_sequence(heads: tuple[int, int, int], kernel_device: torch.device) -> None:
+def test_one_block_of_the_cache_per_sequence(
+    heads: tuple[int, int, int], config: AttentionConfig, kernel_device: torch.device
+) -> None:
     step = make_step(heads, kernel_device, torch.float16, rotary_dim=8, stored=None)
     shape = (len(POSITIONS), heads[1], BLOCKS * TOKENS_PER_BLOCK, heads[2])
     step.keys, step.values = step.keys.view(shape), step.values.view(shape)
     step.table = torch.tensor([[2], [0], [1]], dtype=torch.int32, device=kernel_device)
-    check(step, heads[0], AttentionConfig(16, 1, 2), BOUND[torch.float16])
+    check(step, heads[0], config, BOUND[torch.float16])
 
 
 # The interpreter multiplies bfloat16 matrices bit pattern by bit pattern; one head at a time goes without.

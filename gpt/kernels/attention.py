@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpt.kernels.attention_blocks import Rotary, attend, rotate_heads, rotated, stored
+from gpt.kernels.attention_blocks import Rotary, attend, join_spread, rotate_heads, rotated, stored
 from gpt.kernels.launch import (
     fetch_before,
     fetch_share,
@@ -59,6 +59,7 @@ def _attention_kernel(
     QUANTIZED: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    SPREAD: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NEXT_SHARE: tl.constexpr,
@@ -102,65 +103,80 @@ def _attention_kernel(
         BLOCK_T,
         BLOCK_D,
     )
+    # A single head's tokens are spread over SPREAD softmaxes, each with its own copy of the query and the new token.
+    copies = tl.zeros((SPREAD, 1), tl.int32)
+    place = _places(table_ptr, row, group, past + copies, past + 1, table_width, G, TOKENS_PER_BLOCK, ONE_BLOCK, D)
     wait_for_inputs(DEPENDENT, EARLY)
     heads = tl.arange(0, BLOCK_H)
     in_group = heads < heads_per_group
     qkv_row = qkv_ptr + row.to(tl.int64) * (H + 2 * G) * D
-    query = qkv_row + (group * heads_per_group + heads)[:, None] * D
-    in_query = in_group[:, None] & in_head[None, :]
-    q = rotated(query, dims[None, :], in_query, past, cos_ptr, sin_ptr, ROTARY_DIM)  # [BLOCK_H, BLOCK_D]
+    rows = tl.arange(0, BLOCK_H * SPREAD)
+    query = qkv_row + (group * heads_per_group + rows // SPREAD)[:, None] * D
+    in_query = (rows // SPREAD < heads_per_group)[:, None] & in_head[None, :]
+    q = rotated(query, dims[None, :], in_query, past + copies, cos_ptr, sin_ptr, ROTARY_DIM)  # [rows, BLOCK_D]
     q *= scale * 1.4426950408889634  # exponentials are taken to base 2
+    largest = tl.full((BLOCK_H * SPREAD,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_H * SPREAD,), tl.float32)
+    out = tl.zeros((BLOCK_H * SPREAD, BLOCK_D), tl.float32)
     # The last part is the shortest one.
     if split == NUM_SPLITS - 1:
-        new_key = qkv_row + (H + group) * D
+        new_key = qkv_row + (H + group) * D + copies
         new_value = new_key + G * D
-        k_new = rotated(new_key, dims, in_head, past, cos_ptr, sin_ptr, ROTARY_DIM)  # [BLOCK_D]
-        v_new = tl.load(new_value + dims, mask=in_head, other=0.0).to(tl.float32)
-        own = past + tl.zeros((1,), tl.int32)
-        place = _places(table_ptr, row, group, own, past + 1, table_width, G, TOKENS_PER_BLOCK, ONE_BLOCK, D)
+        in_copy = (copies == 0) & in_head[None, :]
+        k_new = rotated(new_key, dims[None, :], in_copy, past + copies, cos_ptr, sin_ptr, ROTARY_DIM)
+        v_new = tl.load(new_value + dims[None, :], mask=in_copy, other=0.0).to(tl.float32)
         k_stored = stored(k_new, k_scale, keys_ptr, QUANTIZED)
         v_stored = stored(v_new, v_scale, values_ptr, QUANTIZED)
-        tl.store(keys_ptr + place + dims, k_stored, mask=in_head)
-        tl.store(values_ptr + place + dims, v_stored, mask=in_head)
+        is_first = in_copy & (tl.arange(0, SPREAD) == 0)[:, None]
+        tl.store(keys_ptr + place + dims[None, :], k_stored, mask=is_first)
+        tl.store(values_ptr + place + dims[None, :], v_stored, mask=is_first)
         # What later steps will read is what this one uses.
         k_new = k_stored.to(tl.float32) * k_scale
         v_new = v_stored.to(tl.float32) * v_scale
-        largest = tl.sum(q * k_new[None, :], 1)
-        total = tl.full((BLOCK_H,), 1.0, tl.float32)
-        out = tl.zeros((BLOCK_H, BLOCK_D), tl.float32) + v_new[None, :]
-    else:
-        largest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_H,), tl.float32)
-        out = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-    for start in range(begin, end, BLOCK_T):
-        # The next block is on its way while this one is worked on.
-        next_k, next_v = _load_past(
-            keys_ptr,
-            values_ptr,
-            table_ptr,
-            row,
-            group,
-            start + BLOCK_T,
-            end,
-            table_width,
-            G,
-            TOKENS_PER_BLOCK,
-            ONE_BLOCK,
-            D,
-            BLOCK_T,
-            BLOCK_D,
-        )
-        inside = (start + tl.arange(0, BLOCK_T) < end)[None, :]
+        has_new = rows % SPREAD == 0
+        largest = tl.where(has_new, tl.sum(q * k_new, 1), float("-inf"))
+        total = tl.where(has_new, 1.0, 0.0)
+        out = tl.where(has_new[:, None], v_new, 0.0)
+    # Where a part is never more than a block there is no next one, which would take half of the registers.
+    SINGLE: tl.constexpr = ONE_BLOCK and TOKENS_PER_BLOCK <= BLOCK_T * NUM_SPLITS
+    for block in range(1 if SINGLE else tl.cdiv(end - begin, BLOCK_T)):
+        start = begin + block * BLOCK_T
+        if not SINGLE:  # it is on its way while this one is worked on
+            next_k, next_v = _load_past(
+                keys_ptr,
+                values_ptr,
+                table_ptr,
+                row,
+                group,
+                start + BLOCK_T,
+                end,
+                table_width,
+                G,
+                TOKENS_PER_BLOCK,
+                ONE_BLOCK,
+                D,
+                BLOCK_T,
+                BLOCK_D,
+            )
+        if BLOCK_H == 1:
+            slots = tl.arange(0, BLOCK_T // SPREAD)[:, None] * SPREAD + rows[None, :]
+        else:
+            slots = tl.arange(0, BLOCK_T)[None, :]
+        inside = start + slots < end
         largest, total, out = attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H, qkv_ptr)
-        k = next_k
-        v = next_v
+        if not SINGLE:
+            k = next_k
+            v = next_v
+    if BLOCK_H == 1:
+        largest, total, out = join_spread(largest, total, out)
+    in_out = in_group[:, None] & in_head[None, :]
     if NUM_SPLITS == 1:
         out = out / total[:, None]
         target = out_ptr + (row * H + group * heads_per_group + heads).to(tl.int64)[:, None] * D + dims[None, :]
-        tl.store(target, out.to(out_ptr.dtype.element_ty), mask=in_query)
+        tl.store(target, out.to(out_ptr.dtype.element_ty), mask=in_out)
     else:
         parts = (row * H + group * heads_per_group + heads).to(tl.int64) * NUM_SPLITS + split
-        tl.store(part_out_ptr + parts[:, None] * D + dims[None, :], out, mask=in_query)
+        tl.store(part_out_ptr + parts[:, None] * D + dims[None, :], out, mask=in_out)
         tl.store(part_sum_ptr + parts, largest, mask=in_group)
         num_parts = tl.num_programs(2) * H * NUM_SPLITS
         tl.store(part_sum_ptr + num_parts + parts, total, mask=in_group)
@@ -311,6 +327,7 @@ def decode_attention(
         QUANTIZED=kv_scale is not None,
         NUM_SPLITS=config.num_splits,
         BLOCK_H=1 if per_group == 1 else max(16, triton.next_power_of_2(per_group)),
+        SPREAD=_spread(config.block_t, config.num_warps, block_d * keys.itemsize) if per_group == 1 else 1,
         BLOCK_T=config.block_t,
         BLOCK_D=block_d,
         NEXT_SHARE=fetch.share,
@@ -332,6 +349,11 @@ def decode_attention(
         )
 
 
+def _spread(block_t: int, num_warps: int, token_bytes: int) -> int:
+    """How many tokens of `token_bytes` the threads read at once, 16 bytes each."""
+    return max(1, min(block_t, num_warps * 512 // token_bytes))
+
+
 def scratch_size(batch_size: int, num_heads: int, head_size: int, config: AttentionConfig) -> int:
     """float32 values `decode_attention` needs in `parts`."""
     return batch_size * num_heads * config.num_splits * (head_size + 2) if config.num_splits > 1 else 0
@@ -351,15 +373,21 @@ def default_config(
     integers: an `integer_gemv` joins the parts, anew for each thread's inputs, so that few parts are faster (gpt2 on an
     H100: 10.8 us a layer with 4 of them, 13.9 with 16).
     """
-    if batch_size > 1 and num_slots <= 1024 and batch_size * num_kv_heads >= 2 * num_multiprocessors(device) // 5:
-        return AttentionConfig(64, 1, 4 if num_heads > num_kv_heads else 2)  # joining costs a launch of its own
-    if num_heads > num_kv_heads:
-        block_t, num_warps = 64 if batch_size == 1 else 32, 4
-    else:
-        block_t, num_warps = 64, 2
-    wanted = triton.cdiv(2 * num_multiprocessors(device), batch_size * num_kv_heads)
-    if batch_size == 1 and num_heads == num_kv_heads and wanted >= 20 and num_slots <= 256 and not integers:
-        block_t, num_warps = 16, 1  # few heads and a short past: small parts, without a wait among warps
+    processors = num_multiprocessors(device)
+    programs, shared = batch_size * num_kv_heads, num_heads > num_kv_heads
+    if batch_size > 1 and num_slots <= 1024 and programs >= 2 * processors // 5:
+        # Joining costs a launch of its own.
+        if shared:
+            return AttentionConfig(64, 1, 4)
+        return AttentionConfig(128, 1, 4) if programs < 4 * processors else AttentionConfig(64, 1, 2)
+    wanted = triton.cdiv(2 * processors, programs)
+    block_t, num_warps = (64 if batch_size == 1 else 32, 4) if shared else (64, 2)
+    if batch_size == 1 and not shared and num_slots <= 256:
+        # The fewer the heads, the smaller the parts; with 16 of them few programs with many warps are faster still.
+        if integers or 16 <= wanted < 20:
+            block_t, num_warps = 128, 4
+        else:
+            block_t, num_warps = (16, 1) if wanted >= 20 else (64, 1)
     num_splits = triton.next_power_of_2(max(1, min(wanted, num_slots // block_t, 16)))
     return AttentionConfig(block_t, num_splits, num_warps)
 

@@ -46,28 +46,53 @@ def stored(x, scale, ptr, QUANTIZED: tl.constexpr):
 
 
 @triton.jit
+def _relative(scores, largest):
+    """Exponentials of scores, by the largest of them.  A part without any token stays at -inf, and -inf - -inf is not a
+    number."""
+    return tl.exp2(scores - tl.where(largest == float("-inf"), 0.0, largest))
+
+
+@triton.jit
 def attend(q, k, v, inside, k_scale, v_scale, largest, total, out, BLOCK_H: tl.constexpr, dtype_ptr):
-    """A block of keys joins the running softmax: q [BLOCK_H, D] float32, k and v [BLOCK_T, D], `inside` what each query
-    sees, [BLOCK_H or 1, BLOCK_T]."""
+    """A block of keys joins the running softmaxes: q [BLOCK_H, D] float32, k and v [BLOCK_T, D], `inside` what each
+    query sees, [BLOCK_H or 1, BLOCK_T].
+
+    BLOCK_H 1: one query, R times, each with a softmax of its own over every R-th token until `join_spread`: q [R, D],
+    inside [BLOCK_T / R, R].  Where the threads read R tokens at once, no warp waits for another.
+    """
+    AXIS: tl.constexpr = 0 if BLOCK_H == 1 else 1  # along which a softmax has its tokens
     if BLOCK_H == 1:
-        scores = tl.sum(k.to(tl.float32) * q, 1)[None, :] * k_scale  # [1, BLOCK_T]
+        spread: tl.constexpr = (k.shape[0] // q.shape[0], q.shape[0], q.shape[1])
+        scores = tl.sum(k.reshape(spread).to(tl.float32) * q[None, :, :], 2) * k_scale  # [BLOCK_T / R, R]
     else:
         dtype: tl.constexpr = dtype_ptr.dtype.element_ty
         scores = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), input_precision="ieee") * k_scale  # [BLOCK_H, BLOCK_T]
     scores = tl.where(inside, scores, float("-inf"))
-    new_largest = tl.maximum(largest, tl.max(scores, 1))
-    # A part without any token stays at -inf, and -inf - -inf is not a number.
-    reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-    weights = tl.exp2(scores - reference[:, None])
-    shrink = tl.exp2(largest - reference)
-    total = total * shrink + tl.sum(weights, 1)
+    new_largest = tl.maximum(largest, tl.max(scores, AXIS))
+    weights = _relative(scores, tl.expand_dims(new_largest, AXIS))
+    shrink = _relative(largest, new_largest)
+    total = total * shrink + tl.sum(weights, AXIS)
     if BLOCK_H == 1:
-        mixed = tl.sum(tl.trans(weights) * v.to(tl.float32), 0)[None, :]
+        mixed = tl.sum(weights[:, :, None] * v.reshape(spread).to(tl.float32), 0)
     else:
         value_dtype: tl.constexpr = dtype_ptr.dtype.element_ty
         mixed = tl.dot(weights.to(value_dtype), v.to(value_dtype), input_precision="ieee")
     out = out * shrink[:, None] + mixed * v_scale
     return new_largest, total, out
+
+
+@triton.jit
+def join_spread(largest, total, out):
+    """One softmax of several over different tokens: largest [R], total [R], out [R, D] -> the same with R = 1."""
+    all_largest, all_total = tl.reduce((largest, total), 0, _join_sums, keep_dims=True)
+    weights = _relative(largest, all_largest)
+    return all_largest, all_total, tl.sum(out * weights[:, None], 0, keep_dims=True)
+
+
+@triton.jit
+def _join_sums(largest, total, other_largest, other_total):
+    joined = tl.maximum(largest, other_largest)
+    return joined, total * _relative(largest, joined) + other_total * _relative(other_largest, joined)
 
 
 def rotate_heads(heads: torch.Tensor, num_rotated: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
