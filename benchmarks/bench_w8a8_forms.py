@@ -30,7 +30,6 @@ PROMPTS = 8
 HEAD_SIZE = 64
 # Slots of a sequence beyond its prompt.
 SPARE_SLOTS = 128
-WARPS = (1, 2, 4)
 
 Forms = Iterator[tuple[str, str, Launch, int]]  # what, parameters, launch, operations
 
@@ -191,19 +190,15 @@ def row_forms(model: str, num_tokens: int) -> Forms:
         ("stream", None, scale),
         ("stream, scale of the row", None, None),
     ):
-        for warps in WARPS:
 
-            def launch(
-                copy: int,
-                parts: torch.Tensor | None = parts,
-                input_scale: torch.Tensor | None = input_scale,
-                warps: int = warps,
-            ) -> None:
-                quantize_rows(
-                    stream, steps, row_scale, norm=norm, input_scale=input_scale, parts=parts, num_warps=warps
-                )
+        def launch(
+            copy: int,
+            parts: torch.Tensor | None = parts,
+            input_scale: torch.Tensor | None = input_scale,
+        ) -> None:
+            quantize_rows(stream, steps, row_scale, norm=norm, input_scale=input_scale, parts=parts)
 
-            yield what, f"{warps} warps", launch, 0
+        yield what, "", launch, 0
 
 
 if __name__ == "__main__":

@@ -92,14 +92,12 @@ def quantize_rows(
     smoother: torch.Tensor | None = None,
     parts: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    num_warps: int | None = None,
 ) -> None:
     """x += sum of parts (+ bias); out = steps of norm(x) (/ smoother), row_scale = the value of one, in one pass.
 
     x [M, K] of any float type; float32 where `parts` [PARTS, M, K] are added to it (`bias` [K] only with them).  out
     [M, K] int8 or float8_e4m3fn.  row_scale [M] float32: input_scale [] float32 where it is given, else the largest
-    magnitude of the row over 127 or 448; NaN for rows that hold NaN or infinity.  smoother [K] float32.  num_warps: of
-    a row, where launch parameters are measured.
+    magnitude of the row over 127 or 448; NaN for rows that hold NaN or infinity.  smoother [K] float32.
 
     Raises ValueError for shapes and types that do not fit.
     """
@@ -136,12 +134,6 @@ def quantize_rows(
         STATIC=input_scale is not None,
         LARGEST=LARGEST[out.dtype],
         PADDED_K=padded,
-        num_warps=num_warps or _num_warps(num_rows, padded),
+        num_warps=max(1, min(16, padded // 512)),  # fewer are as fast where there are many rows
         **launch_options(x.device),
     )
-
-
-def _num_warps(num_rows: int, padded: int) -> int:
-    """Many rows keep the card busy whatever each one's length: fewer threads with more values each then spend fewer
-    instructions on what all of a row's threads do alike."""
-    return max(1, min(16, padded // (512 if num_rows < 1024 else 1024)))
